@@ -1,0 +1,17 @@
+"""The exceptions a user of tfdist may meet; each message says the value got, the rule and the remedy."""
+
+
+class TfdistError(Exception):
+    """Base of every error that tfdist raises on purpose."""
+
+
+class ConfigError(TfdistError, ValueError):
+    """A setting, a flag or an argument cannot be honoured."""
+
+
+class ClusterError(ConfigError):
+    """A cluster description (TF_CONFIG or a scheduler's variables) contradicts itself or the strategy."""
+
+
+class LaunchError(TfdistError, RuntimeError):
+    """Processes could not be started or supervised."""

@@ -38,7 +38,7 @@ FLOORS = {
 NEIGHBOURS = {
     "cluster": {"errors", "ports"},
     "ports": {"errors"},
-    "config": {"errors"},
+    "config": {"errors", "cluster"},
     "environments": {"errors", "cluster", "ports"},
     "recipe": {"data"},
     "training": {"keras_internals"},

@@ -21,6 +21,7 @@ FLOORS = {
     "launcher": 1,
     "strategies": 1,
     "data": 1,
+    "door": 1,
     "layers": 1,
     "optimizers": 1,
     "recipe": 1,
@@ -36,8 +37,8 @@ FLOORS = {
 }
 # Rooms of one floor do not know each other, except these.
 NEIGHBOURS = {
-    "cluster": {"errors", "ports"},
-    "ports": {"errors"},
+    "cluster": {"errors"},
+    "ports": {"errors", "cluster"},
     "config": {"errors", "cluster"},
     "environments": {"errors", "cluster", "ports"},
     "recipe": {"data"},
@@ -101,6 +102,8 @@ def wrong_direction(importer: str, imported: str) -> str | None:
     if imported.split(".")[0] == "recipes":
         return None if importer.startswith("recipes") else "tfdist does not know the recipes"
     source, target = room(importer), room(imported)
+    if importer.startswith("tfdist") and source not in FLOORS:  # another test's complaint
+        return None
     if target not in FLOORS:  # `from tfdist import Recipe`: a name that the package hands on
         target = "__init__"
     if importer.startswith("recipes"):
@@ -167,15 +170,24 @@ def test_imports_have_no_cycle():
         pytest.fail("import cycle: " + " -> ".join(error.args[1]))
 
 
+def uncommented(items: list[Import], lines: list[str]) -> Iterator[Import]:
+    """Yields the imports inside functions with no comment on their line, nor above the block they stand in."""
+    inside = {item.line for item in items if item.in_function}
+    for item in items:
+        above = item.line - 1
+        while above in inside:
+            above -= 1
+        said = "  # " in lines[item.line - 1] or lines[above - 1].strip().startswith("#")
+        if item.in_function and not said:
+            yield item
+
+
 def test_imports_inside_functions_say_why():
-    wrong = []
-    for path in sources("tfdist", "recipes"):
-        lines = path.read_text().splitlines()
-        for item in file_imports(path):
-            here = lines[item.line - 1].partition("  # ")[2]
-            above = lines[item.line - 2].strip()
-            if item.in_function and not here and not above.startswith("#"):
-                wrong.append(f"{path.relative_to(ROOT)}:{item.line}: import {item.module} without a comment")
+    wrong = [
+        f"{path.relative_to(ROOT)}:{item.line}: import {item.module} without a comment"
+        for path in sources("tfdist", "recipes")
+        for item in uncommented(file_imports(path), path.read_text().splitlines())
+    ]
     assert not wrong, "\n".join(wrong)
 
 

@@ -1,0 +1,188 @@
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfdist.training.callbacks import MetricsFile, TensorBoardScalars, split_callbacks
+from tfdist.training.progress import ProgressBar
+from tfdist.training.run_dir import RunDir
+
+
+class Clock:
+    """A clock that tests set."""
+
+    secs = 0.0
+
+    def __call__(self):
+        return self.secs
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return RunDir(tmp_path)
+
+
+def build_model():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", metrics=["mae"])
+    return model
+
+
+def fit(model, callbacks, **kwargs):
+    x = np.linspace(0, 1, 48, dtype="float32").reshape(16, 3)
+    return model.fit(
+        x,
+        x[:, :1],
+        batch_size=4,
+        shuffle=False,
+        verbose=0,
+        validation_data=(x, x[:, :1]),
+        callbacks=callbacks,
+        **kwargs,
+    )
+
+
+def names(callbacks):
+    return [type(callback).__name__ for callback in callbacks]
+
+
+class Own(keras.callbacks.Callback):
+    pass
+
+
+class OwnWriter(keras.callbacks.Callback):
+    writes = True
+
+
+class ReadingCheckpoint(keras.callbacks.ModelCheckpoint):
+    writes = False
+
+
+def test_split_leaves_the_writers_to_the_chief(tmp_path, run_dir):
+    reading = [
+        keras.callbacks.EarlyStopping(),
+        keras.callbacks.ReduceLROnPlateau(),
+        keras.callbacks.LearningRateScheduler(lambda epoch: 0.1),
+        keras.callbacks.LambdaCallback(),
+        keras.callbacks.TerminateOnNaN(),
+        Own(),
+        ReadingCheckpoint(str(tmp_path / "m.keras")),
+    ]
+    writing = [
+        keras.callbacks.ModelCheckpoint(str(tmp_path / "m.keras")),
+        keras.callbacks.TensorBoard(str(tmp_path)),
+        keras.callbacks.CSVLogger(str(tmp_path / "log.csv")),
+        keras.callbacks.BackupAndRestore(str(tmp_path)),
+        keras.callbacks.RemoteMonitor(),
+        keras.callbacks.ProgbarLogger(),
+        MetricsFile(run_dir=run_dir),
+        TensorBoardScalars(log_dir=tmp_path),
+        ProgressBar(),
+        OwnWriter(),
+    ]
+    mixed = [callback for pair in zip(writing, reading, strict=False) for callback in pair] + writing[
+        len(reading) :
+    ]
+    run_here, left_out = split_callbacks(mixed, is_chief=False)
+    assert names(run_here) == names(reading)
+    assert names(left_out) == names(writing)
+    assert split_callbacks(mixed, is_chief=True) == (mixed, [])
+
+
+@pytest.mark.parametrize("given", [Own(), [Own()], (Own(),), keras.callbacks.CallbackList([Own()])])
+def test_split_takes_what_fit_takes(given):
+    assert names(split_callbacks(given, is_chief=False)[0]) == ["Own"]
+
+
+def test_split_takes_none():
+    assert split_callbacks(None, is_chief=False) == ([], [])
+
+
+def test_metrics_file_holds_every_epoch(run_dir):
+    history = fit(build_model(), [MetricsFile(run_dir=run_dir)], epochs=3).history
+    lines = run_dir.read_metrics()
+    assert [(line["epoch"], line["step"]) for line in lines] == [(0, 4), (1, 8), (2, 12)]
+    for key, values in history.items():
+        assert [line[key] for line in lines] == values
+    assert list(lines[0]) == ["epoch", "step", "wall_secs", "loss", "mae", "val_loss", "val_mae"]
+
+
+def test_metrics_file_goes_on_after_an_aborted_run(run_dir):
+    model = build_model()
+
+    def abort_in_epoch_3(epoch, logs):
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+    aborting = keras.callbacks.LambdaCallback(on_epoch_end=abort_in_epoch_3)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, [MetricsFile(run_dir=run_dir), aborting], epochs=6)
+    before = run_dir.metrics_file.read_text().splitlines()
+    assert len(before) == 4
+    # The last checkpoint is older than the last line.
+    fit(model, [MetricsFile(run_dir=run_dir)], epochs=6, initial_epoch=2)
+    after = run_dir.metrics_file.read_text().splitlines()
+    assert after[:2] == before[:2]
+    assert [json.loads(line)["epoch"] for line in after] == [0, 1, 2, 3, 4, 5]
+    wall_secs = [json.loads(line)["wall_secs"] for line in after]
+    assert wall_secs == sorted(wall_secs)
+
+
+def test_metrics_file_measures_training_alone(run_dir):
+    clock = Clock()
+    callback = MetricsFile(run_dir=run_dir, get_step=lambda: 17, now=clock)
+    callback.set_params({"epochs": 1, "steps": 3, "global_batch_size": 100})
+    callback.on_train_begin()
+    callback.on_epoch_begin(0)
+    for batch, secs in enumerate([50.0, 2.0, 2.0]):
+        callback.on_train_batch_begin(batch)
+        clock.secs += secs
+        callback.on_train_batch_end(batch, None)
+    callback.on_test_begin()
+    clock.secs += 6
+    callback.on_test_end()
+    callback.on_epoch_end(0, {"loss": float("nan")})
+    assert run_dir.read_metrics() == [
+        {"epoch": 0, "step": 17, "wall_secs": 60.0, "examples_per_sec": 50.0, "loss": "NaN"}
+    ]
+
+
+def read_scalars(folder):
+    found = {}
+    for path in folder.glob("events*"):
+        for record in tf.data.TFRecordDataset(str(path)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            for value in event.summary.value:
+                found[value.tag, event.step] = float(tf.make_ndarray(value.tensor))
+    return found
+
+
+def test_tensorboard_scalars_are_what_keras_writes(tmp_path):
+    ours, keras_own = tmp_path / "our events", tmp_path / "keras"
+    fit(
+        build_model(),
+        [TensorBoardScalars(log_dir=ours), keras.callbacks.TensorBoard(str(keras_own), write_graph=False)],
+        epochs=2,
+    )
+    assert {("epoch_loss", 0), ("epoch_mae", 1)} <= read_scalars(ours / "train").keys()
+    assert read_scalars(ours / "validation").keys() == {
+        ("epoch_loss", 0),
+        ("epoch_loss", 1),
+        ("epoch_mae", 0),
+        ("epoch_mae", 1),
+    }
+    for split in ("train", "validation"):
+        theirs = read_scalars(keras_own / split)
+        for key, value in read_scalars(ours / split).items():
+            assert theirs[key] == pytest.approx(value, rel=1e-6)
+
+
+def test_tensorboard_scalars_work_inside_a_strategy_scope(tmp_path):
+    callback = TensorBoardScalars(log_dir=tmp_path)
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        callback.on_epoch_end(0, {"loss": tf.constant(0.5), "val_loss": float("nan")})
+        callback.on_train_end()
+    assert read_scalars(tmp_path / "train") == {("epoch_loss", 0): 0.5}

@@ -1,0 +1,338 @@
+"""What a person sees while a model trains: a bar on a terminal, a line now and then in a log."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TextIO
+
+import keras
+
+from tfdist.errors import ConfigError
+
+STYLES = ("rich", "plain", "auto")
+_BAR_SECS = 0.2
+_LINE_SECS = 2.0
+
+Logs = Mapping[str, Any] | Callable[[], Mapping[str, Any] | None] | None
+
+
+class EpochClock:
+    """Measures steps and seconds of each epoch, from what a Keras callback is told.
+
+    Rates leave out the first batches of a `fit`, up to the first `end_batch`: TensorFlow compiles there.
+
+    Args:
+        now: Reads a clock, in seconds.
+    """
+
+    def __init__(self, *, now: Callable[[], float]) -> None:
+        self.now = now
+        self.begin_fit()
+
+    def begin_fit(self) -> None:
+        """Forgets all epochs."""
+        self._warm = False
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        """Starts counting an epoch's steps."""
+        self._start = self.now()
+        self._first_batch: int | None = None
+        self._last_batch = -1
+        self._cold_steps = 0
+        self._train_end: float | None = None
+        self._test_secs = 0.0
+
+    def begin_batch(self, batch: int) -> None:
+        """Notes the index of the epoch's first batch: not 0 if it goes on from a checkpoint."""
+        if self._first_batch is None:
+            self._first_batch = batch
+
+    def end_batch(self, batch: int) -> None:
+        """Counts every batch up to this index as done."""
+        self._last_batch = batch
+        if not self._warm:
+            self._warm = True
+            self._cold_steps = self.steps_done
+            self._start_cold, self._start = self._start, self.now()
+
+    def begin_test(self) -> None:
+        """Stops the epoch's training time, for validation."""
+        if self._train_end is None:
+            self._train_end = self.now()
+
+    def end_test(self) -> None:
+        """Notes how long validation took."""
+        if self._train_end is not None:
+            self._test_secs = self.now() - self._train_end
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of this epoch that this process has seen."""
+        return self._last_batch + 1 - (self._first_batch or 0)
+
+    @property
+    def last_step(self) -> int:
+        """Steps of this epoch that are done, whoever did them."""
+        return self._last_batch + 1
+
+    @property
+    def secs_per_step(self) -> float | None:
+        """Mean training time of a step; None before the first."""
+        end = self.now() if self._train_end is None else self._train_end
+        steps, start = self.steps_done - self._cold_steps, self._start
+        if steps == 0 and self._cold_steps:  # Nothing but the compiling call: better than no number.
+            steps, start = self._cold_steps, self._start_cold
+        return max(end - start, 1e-9) / steps if steps > 0 else None
+
+    def secs_left(self, *, steps: int | None, num_more_epochs: int) -> float | None:
+        """Guesses the time to the end of the `fit`.
+
+        Args:
+            steps: Per epoch; None if unknown.
+            num_more_epochs: After this one.
+
+        Returns:
+            Seconds, or None if there is nothing to go by.
+        """
+        if steps is None or self.secs_per_step is None:
+            return None
+        this_epoch = max(steps - self.last_step, 0) * self.secs_per_step
+        return this_epoch + num_more_epochs * (steps * self.secs_per_step + self._test_secs)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is, ready to be drawn."""
+
+    epoch: int  # from 1
+    num_epochs: int
+    step: int
+    num_steps: int | None
+    note: str
+
+    def __str__(self) -> str:
+        width = len(str(self.num_epochs))
+        steps = "?" if self.num_steps is None else str(self.num_steps)
+        return f"epoch {self.epoch:>{width}}/{self.num_epochs}  {self.step:>{len(steps)}}/{steps}  {self.note}".rstrip()
+
+
+class _Screen(Protocol):
+    pause_secs: float  # between two pictures
+
+    def draw(self, position: Position) -> None: ...
+    def finish_epoch(self, position: Position) -> None: ...
+    def close(self) -> None: ...
+
+
+class _Lines:
+    """For pipes and files: lines that stay."""
+
+    pause_secs = _LINE_SECS
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def draw(self, position: Position) -> None:
+        # Flushed, since a pipe would keep minutes of lines back.
+        print(position, file=self._stream, flush=True)
+
+    finish_epoch = draw
+
+    def close(self) -> None:
+        pass
+
+
+class _Bar:
+    """For terminals: a bar that is replaced, at each epoch's end, by a line that stays."""
+
+    pause_secs = _BAR_SECS
+
+    def __init__(self, stream: TextIO) -> None:
+        # Inside: a process that draws no bar need not load rich.
+        from rich.console import Console
+
+        self._console = Console(file=stream, force_terminal=True)
+        self._progress: Any = None
+
+    def draw(self, position: Position) -> None:
+        if self._progress is None:
+            self._progress = self._start()
+            self._task = self._progress.add_task("", total=position.num_steps, note="")
+        self._progress.update(
+            self._task,
+            description=f"epoch {position.epoch}/{position.num_epochs}",
+            completed=position.step,
+            total=position.num_steps,
+            note=position.note,
+            refresh=True,
+        )
+
+    def _start(self) -> Any:
+        # Inside: as above.
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
+
+        progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn(
+                "{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")
+            ),
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+        )
+        progress.start()
+        # rich hides the cursor, and nothing would bring it back if training ends with an exception.
+        self._console.show_cursor(True)
+        return progress
+
+    def finish_epoch(self, position: Position) -> None:
+        self.close()
+        self._console.print(str(position), markup=False, emoji=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class ProgressBar(keras.callbacks.Callback):
+    """Shows epoch, step, loss, metrics, examples/s and the time left.
+
+    Batch logs may be a mapping, None, or a callable that gives one of them. They are looked at only when a
+    picture is due, so that steps need not wait for a device.
+
+    Args:
+        verbose: 0 shows nothing, 2 a line per epoch, 1 and "auto" progress too; None is what `fit` was given.
+        style: One of `STYLES`; None is the environment's `TFDIST_PROGRESS`, else "auto": a bar on a
+            terminal, lines elsewhere.
+        stream: Where to; None is `sys.stdout`.
+        now: Reads a clock, in seconds.
+
+    Raises:
+        ConfigError: If `style` or `TFDIST_PROGRESS` is unknown.
+    """
+
+    writes = True
+
+    def __init__(
+        self,
+        *,
+        verbose: int | str | None = None,
+        style: str | None = None,
+        stream: TextIO | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__()
+        style = style or os.environ.get("TFDIST_PROGRESS") or "auto"
+        if style not in STYLES:
+            raise ConfigError(f"TFDIST_PROGRESS={style!r}: choose one of {', '.join(STYLES)}.")
+        self._verbose, self._style, self._stream = verbose, style, stream
+        self._clock = EpochClock(now=now)
+        self._now = now
+        self._screen: _Screen | None = None
+        self._next_draw = float("inf")
+        self._epoch = 0
+
+    def on_train_begin(self, logs: Logs = None) -> None:
+        """Chooses the screen."""
+        self._close()  # A `fit` that ended with an exception has not.
+        verbose = self.params.get("verbose", "auto") if self._verbose is None else self._verbose
+        self._level = 1 if verbose == "auto" else int(verbose)
+        if self._level:
+            self._screen = self._build_screen(self._stream or sys.stdout)
+        self._clock.begin_fit()
+
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
+        """Starts an epoch's bar."""
+        self._epoch = epoch
+        self._clock.begin_epoch()
+        self._next_draw = float("inf")
+        if self._screen is not None and self._level == 1:
+            if isinstance(self._screen, _Bar):  # At once: the first step may compile for long.
+                self._screen.draw(self._position(None))
+            self._next_draw = self._now() + self._screen.pause_secs
+
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
+        """Notes where the epoch begins."""
+        self._clock.begin_batch(batch)
+
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
+        """Draws, if it is time to."""
+        self._clock.end_batch(batch)
+        now = self._now()
+        if now >= self._next_draw and self._screen is not None:
+            self._next_draw = now + self._screen.pause_secs
+            self._screen.draw(self._position(logs))
+
+    def on_test_begin(self, logs: Logs = None) -> None:
+        """Stops the clock of the steps."""
+        self._clock.begin_test()
+
+    def on_test_end(self, logs: Logs = None) -> None:
+        """Notes how long validation takes."""
+        self._clock.end_test()
+
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        """Leaves the epoch's line."""
+        self._clock.begin_test()
+        if self._screen is not None:
+            self._screen.finish_epoch(self._position(logs))
+
+    def on_train_end(self, logs: Logs = None) -> None:
+        """Gives the terminal back."""
+        self._close()
+
+    def _build_screen(self, stream: TextIO) -> _Screen:
+        is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+        wants_bar = self._style == "rich" or (self._style == "auto" and is_terminal)
+        return _Bar(stream) if wants_bar and self._level == 1 else _Lines(stream)
+
+    def _close(self) -> None:
+        if self._screen is not None:
+            self._screen.close()
+        self._screen = None
+
+    def _position(self, logs: Logs) -> Position:
+        num_epochs, num_steps = self.params.get("epochs") or self._epoch + 1, self.params.get("steps")
+        parts = render_metrics((logs() if callable(logs) else logs) or {})
+        secs_per_step = self._clock.secs_per_step
+        batch_size = self.params.get("global_batch_size")
+        if secs_per_step and batch_size:
+            parts.append(f"{batch_size / secs_per_step:,.0f} examples/s")
+        secs_left = self._clock.secs_left(steps=num_steps, num_more_epochs=num_epochs - self._epoch - 1)
+        if secs_left is not None:
+            parts.append(f"ETA {render_secs(secs_left)}")
+        return Position(self._epoch + 1, num_epochs, self._clock.last_step, num_steps, "  ".join(parts))
+
+
+def render_metrics(logs: Mapping[str, Any]) -> list[str]:
+    """Renders each scalar as "name value", as Keras does: four decimals, or scientific when tiny.
+
+    Args:
+        logs: Numbers by name; what is no single number is left out.
+
+    Returns:
+        One text per number, in the order given.
+    """
+    texts = []
+    for name, value in logs.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            continue
+        is_tiny = number != 0 and abs(number) <= 1e-3
+        texts.append(f"{name} {number:.4e}" if is_tiny else f"{name} {number:.4f}")
+    return texts
+
+
+def render_secs(secs: float) -> str:
+    """Renders a duration as `m:ss`, or `h:mm:ss` from an hour on."""
+    whole = round(secs)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

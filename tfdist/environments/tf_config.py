@@ -1,0 +1,39 @@
+"""The world in which somebody has set TF_CONFIG."""
+
+import json
+from collections.abc import Mapping
+
+from tfdist.cluster import Cluster, parse_tf_config
+
+VARIABLE = "TF_CONFIG"
+
+
+def detect(env: Mapping[str, str]) -> bool:
+    """Tells whether TF_CONFIG describes something; blank or an empty object does not.
+
+    Args:
+        env: The environment variables.
+
+    Returns:
+        True if TF_CONFIG is to be read; malformed text is, so that its error is seen.
+    """
+    text = env.get(VARIABLE, "").strip()
+    try:
+        return bool(text) and json.loads(text) != {}
+    except json.JSONDecodeError:
+        return True
+
+
+def build_cluster(env: Mapping[str, str]) -> Cluster:
+    """Reads TF_CONFIG.
+
+    Args:
+        env: The environment variables.
+
+    Returns:
+        The cluster, with this process as its task.
+
+    Raises:
+        ClusterError: If TF_CONFIG is malformed or contradicts itself.
+    """
+    return parse_tf_config(env[VARIABLE])

@@ -1,0 +1,33 @@
+"""`python -m tfdist.launch`: starts a local cluster that runs a script, a module or a program."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from tfdist.errors import TfdistError
+from tfdist.launcher.flags import parse_flags
+from tfdist.launcher.local import render_dry_run_local, run_local
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        args: Without the program's name; None takes this process's own.
+
+    Returns:
+        The job's exit code; 2 if the command line cannot be honoured.
+    """
+    try:
+        flags = parse_flags(sys.argv[1:] if args is None else args, os.environ)
+        if flags.dry_run:
+            print(render_dry_run_local(flags.job), end="")
+            return 0
+        return run_local(flags.job)
+    except TfdistError as error:
+        print(f"tfdist.launch: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

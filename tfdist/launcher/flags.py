@@ -1,0 +1,185 @@
+"""The command line of the launcher: its own flags, then somebody else's command, untouched."""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from tfdist.cluster import find_nearest
+from tfdist.errors import ConfigError
+from tfdist.launcher.job import Job, build_python_command
+
+_EXAMPLES = """\
+usage: python -m tfdist.launch [flags] script.py [its flags]
+       python -m tfdist.launch [flags] -m module [its flags]
+       python -m tfdist.launch [flags] -- program [its flags]
+
+Starts a local cluster and runs the same command in each of its processes.
+
+examples:
+  python -m tfdist.launch --num_workers=2 --strategy=multiworker train.py --epochs=5
+  python -m tfdist.launch --num_workers=2 --num_ps=1 --strategy=ps -m tfdist.train
+  python -m tfdist.launch --num_workers=2 --num_ps=1 --dry_run train.py
+  python -m tfdist.launch --num_workers=3 -- sh -c 'echo $TF_CONFIG'
+
+With ps tasks there are 1 chief, the workers and the ps; without, worker 0 is the chief.
+In flag names - and _ are the same.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaunchFlags:
+    """What was asked for on the command line.
+
+    Args:
+        job: What to run.
+        dry_run: Whether only to show it.
+    """
+
+    job: Job
+    dry_run: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see --help)")
+
+    def format_help(self) -> str:
+        listing = super().format_help()
+        return f"{_EXAMPLES}\n{listing[listing.index('flags:') :]}"
+
+
+def parse_flags(args: Sequence[str], env: Mapping[str, str]) -> LaunchFlags:
+    """Reads the launcher's command line.
+
+    Args:
+        args: Without the program's name.
+        env: The environment that the tasks start from.
+
+    Returns:
+        The job, and whether it is only to be shown.
+
+    Raises:
+        ConfigError: If a flag is unknown or malformed, or the command is missing or does not exist.
+    """
+    own, mode, words = _split_command(args)
+    flags = _PARSER.parse_args(own)
+    job = Job(
+        command=_build_command(mode, words),
+        num_workers=flags.num_workers,
+        num_ps=flags.num_ps,
+        strategy=flags.strategy,
+        run_dir=os.path.abspath(os.path.expanduser(flags.run_dir)) if flags.run_dir else None,
+        env=env,
+        grace_secs=flags.grace_secs,
+        threads_per_task=flags.num_threads,
+    )
+    return LaunchFlags(job=job, dry_run=flags.dry_run)
+
+
+def _build_parser() -> _Parser:
+    parser = _Parser(prog="tfdist.launch", usage="", allow_abbrev=False, add_help=False)
+    group = parser.add_argument_group("flags")
+    add = group.add_argument
+    add("--num_workers", "--nproc_per_node", "--num_proc", "-np", "-n", type=int, default=1, metavar="N",
+        help="tasks that compute (default: 1)")  # fmt: skip
+    add(
+        "--num_ps",
+        type=int,
+        metavar="N",
+        help="tasks that hold variables (default: 1 with --strategy=ps, else 0)",
+    )
+    add("--strategy", metavar="NAME", help="one_device, mirrored, multiworker or ps, handed to the tasks")
+    add("--run_dir", metavar="DIR", help="folder of the run; each task's output is kept in DIR/logs")
+    add("--grace_secs", type=float, default=10.0, metavar="SECS",
+        help="how long tasks may take to end before they are killed (default: 10)")  # fmt: skip
+    add("--num_threads", type=int, metavar="N", help="threads of each task (default: cores / workers)")
+    add("--dry_run", action="store_true", help="show every TF_CONFIG and command, and start nothing")
+    add("-m", "--module", metavar="MODULE", help="run a module, as python -m does")
+    add("-h", "--help", action="help", help="show this text")
+    return parser
+
+
+_PARSER = _build_parser()
+_SWITCHES = ("--dry_run", "--help", "-h")
+_MODULE = ("-m", "--module")
+_VALUED = (
+    "--num_workers", "--nproc_per_node", "--num_proc", "-np", "-n", "--num_ps", "--strategy", "--run_dir",
+    "--grace_secs", "--num_threads",
+)  # fmt: skip
+
+
+def _split_command(args: Sequence[str]) -> tuple[list[str], str, list[str]]:
+    """Cuts the command line into the launcher's flags, how to run the rest (`script`, `-m`, `--`), and the rest."""
+    own: list[str] = []
+    left = list(args)
+    while left:
+        word = left.pop(0)
+        if word == "--":
+            return own, "--", left
+        if not word.startswith("-") or word == "-":
+            return own, "script", [word, *left]
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-") if not name.startswith("--") else "--" + name[2:].replace("-", "_")
+        if name in _MODULE:
+            return own, "-m", [value, *left] if equals else left
+        if name not in (*_SWITCHES, *_VALUED):
+            nearest = find_nearest(name, (*_SWITCHES, *_VALUED, *_MODULE))
+            hint = f"; did you mean {nearest}?" if nearest else ""
+            raise ConfigError(f"unknown flag {word.partition('=')[0]}{hint} (see --help)")
+        own.append(f"{name}={value}" if equals else name)
+        if name in _VALUED and not equals:
+            if not left or left[0].startswith("--"):
+                raise ConfigError(f"flag {name} needs a value: write {name}=VALUE")
+            own[-1] = f"{name}={left.pop(0)}" if name.startswith("--") else name
+            if not name.startswith("--"):
+                own.append(left.pop(0))
+    return own, "script", []
+
+
+def _build_command(mode: str, words: Sequence[str]) -> list[str]:
+    if not words or not words[0]:
+        raise ConfigError(
+            "nothing to run: name script.py, -m module, or -- program, after the flags (see --help)"
+        )
+    if mode == "-m":
+        _check_module(words[0])
+        return build_python_command(words, module=True)
+    path = Path(words[0])
+    is_program = os.access(path, os.X_OK) and os.sep in words[0] and path.suffix != ".py"
+    if (
+        path.is_dir()
+        and (path / "__main__.py").is_file()
+        or path.is_file()
+        and not is_program
+        and mode == "script"
+    ):
+        return build_python_command(words)
+    if path.suffix == ".py":
+        if path.is_file():
+            return build_python_command(words)
+        siblings = [other.name for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        nearest = find_nearest(path.name, siblings)
+        hint = f"did you mean {str(path.parent / nearest)!r}?" if nearest else "correct the path"
+        raise ConfigError(f"script {words[0]!r} does not exist: {hint}")
+    if shutil.which(words[0]) is None:
+        raise ConfigError(
+            f"{words[0]!r} is neither a script nor a program on the PATH: correct it (see --help)"
+        )
+    return list(words)
+
+
+def _check_module(name: str) -> None:
+    top = name.partition(".")[0]
+    try:
+        found = (
+            importlib.util.find_spec(top) is not None
+        )  # only the top package: looking deeper would import it
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        raise ConfigError(f"module {name!r} does not exist: no {top!r} can be imported from here")

@@ -1,0 +1,145 @@
+"""Ports: reserved for local tasks without a race, and checked before a TensorFlow server starts."""
+
+import errno
+import socket
+import time
+from collections.abc import Iterable
+from types import TracebackType
+
+from tfdist.cluster import Cluster, Task, split_address
+from tfdist.errors import ClusterError, LaunchError
+
+_RETRY_SECS = 0.2
+
+
+class PortReservation:
+    """Free ports of this machine that nobody else is given while the reservation is open.
+
+    Each port is held by a socket that is bound, on all interfaces and with SO_REUSEADDR, but never listens. The
+    kernel then gives the port to no other socket that asks for a free one, while a server with SO_REUSEADDR
+    (gRPC's, and so TensorFlow's) may still bind that very port and listen on it, and a second one may not. So
+    the ports can be held as long as the tasks run, and launchers that start at the same time never collide.
+
+    Args:
+        count: How many ports.
+
+    Raises:
+        LaunchError: If the machine has no free ports left.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._sockets: list[socket.socket] = []
+        try:
+            for _ in range(count):
+                self._sockets.append(_bind("", 0))
+        except OSError as error:
+            self.close()
+            raise LaunchError(
+                f"cannot reserve {count} ports ({error.strerror}): too few are free; stop other programs"
+            ) from error
+        self.ports: tuple[int, ...] = tuple(held.getsockname()[1] for held in self._sockets)
+
+    def close(self) -> None:
+        """Gives the ports back."""
+        for held in self._sockets:
+            held.close()
+
+    def __enter__(self) -> "PortReservation":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def check_port_free(cluster: Cluster) -> None:
+    """Checks that no other program listens on this task's own port.
+
+    A TensorFlow server that meets a taken port says so in its own process only, and its peers wait for an hour.
+
+    Args:
+        cluster: The cluster, with the task that is about to serve. Local clusters have nothing to check.
+
+    Raises:
+        ClusterError: If the port is taken, or may not be bound.
+    """
+    if cluster.task is None or cluster.task not in cluster.tasks:
+        return
+    address = cluster.address(cluster.task)
+    port = split_address(address)[1]
+    try:
+        _bind("", port).close()
+    except OSError as error:
+        raise ClusterError(
+            f"port {port} of {cluster.task} ({address}) cannot be bound ({error.strerror}): "
+            "stop the program that has it, or give the task another port"
+        ) from None
+
+
+def check_reachable(cluster: Cluster, *, timeout_secs: float, tasks: Iterable[Task] | None = None) -> None:
+    """Waits until other tasks accept connections.
+
+    Only for tasks that serve before this one starts, as a ps cluster's workers and ps do for the chief; peers
+    that wait for each other like this would wait for ever.
+
+    Args:
+        cluster: The cluster.
+        timeout_secs: Longest wait for all of them together, in seconds.
+        tasks: Whom to reach; by default everybody but this process.
+
+    Raises:
+        ClusterError: If some do not answer in time; the message names each with its address and the reason.
+    """
+    waiting = list(tasks) if tasks is not None else [task for task in cluster.tasks if task != cluster.task]
+    deadline = time.monotonic() + timeout_secs
+    while True:
+        reasons: dict[Task, str] = {}
+        for task in waiting:
+            reason = _try_to_connect(cluster.address(task), max(0.1, min(2.0, deadline - time.monotonic())))
+            if reason:
+                reasons[task] = reason
+        waiting = list(reasons)
+        if not waiting:
+            return
+        if time.monotonic() >= deadline:
+            missing = ", ".join(f"{task} at {cluster.address(task)} ({reasons[task]})" for task in waiting)
+            raise ClusterError(
+                f"no answer within {timeout_secs:g} s from {missing}: start the task, or correct its address"
+            )
+        time.sleep(min(_RETRY_SECS, max(0.0, deadline - time.monotonic())))
+
+
+def _try_to_connect(address: str, timeout_secs: float) -> str | None:
+    try:
+        socket.create_connection(split_address(address), timeout=timeout_secs).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Binds as gRPC does: IPv6 and IPv4 at once, or IPv4 alone where the machine has no IPv6."""
+    if socket.has_dualstack_ipv6():
+        try:
+            return _bind_family(socket.AF_INET6, host, port)
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+    return _bind_family(socket.AF_INET, host, port)
+
+
+def _bind_family(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError:
+        bound.close()
+        raise
+    return bound

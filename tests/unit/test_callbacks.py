@@ -79,7 +79,7 @@ def test_split_leaves_the_writers_to_the_chief(tmp_path, run_dir):
         keras.callbacks.RemoteMonitor(),
         keras.callbacks.ProgbarLogger(),
         MetricsFile(run_dir=run_dir),
-        TensorBoardScalars(log_dir=tmp_path),
+        TensorBoardScalars(run_dir=run_dir),
         ProgressBar(),
         OwnWriter(),
     ]
@@ -160,11 +160,11 @@ def read_scalars(folder):
     return found
 
 
-def test_tensorboard_scalars_are_what_keras_writes(tmp_path):
-    ours, keras_own = tmp_path / "our events", tmp_path / "keras"
+def test_tensorboard_scalars_are_what_keras_writes(run_dir, tmp_path):
+    ours, keras_own = run_dir.tensorboard_dir, tmp_path / "keras"
     fit(
         build_model(),
-        [TensorBoardScalars(log_dir=ours), keras.callbacks.TensorBoard(str(keras_own), write_graph=False)],
+        [TensorBoardScalars(run_dir=run_dir), keras.callbacks.TensorBoard(str(keras_own), write_graph=False)],
         epochs=2,
     )
     assert {("epoch_loss", 0), ("epoch_mae", 1)} <= read_scalars(ours / "train").keys()
@@ -180,9 +180,9 @@ def test_tensorboard_scalars_are_what_keras_writes(tmp_path):
             assert theirs[key] == pytest.approx(value, rel=1e-6)
 
 
-def test_tensorboard_scalars_work_inside_a_strategy_scope(tmp_path):
-    callback = TensorBoardScalars(log_dir=tmp_path)
+def test_tensorboard_scalars_work_inside_a_strategy_scope(run_dir):
+    callback = TensorBoardScalars(run_dir=run_dir)
     with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
         callback.on_epoch_end(0, {"loss": tf.constant(0.5), "val_loss": float("nan")})
         callback.on_train_end()
-    assert read_scalars(tmp_path / "train") == {("epoch_loss", 0): 0.5}
+    assert read_scalars(run_dir.tensorboard_dir / "train") == {("epoch_loss", 0): 0.5}

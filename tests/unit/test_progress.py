@@ -103,6 +103,18 @@ def test_logs_are_asked_for_only_when_drawn():
     assert asked == [102, 104, 106, 108, 110]
 
 
+def test_logs_hold_until_newer_ones_come():
+    stream, clock = io.StringIO(), Clock()
+    bar = ProgressBar(verbose=1, stream=stream, now=clock)
+    bar.set_params({"epochs": 1, "steps": 2})
+    bar.on_train_begin()
+    bar.on_epoch_begin(0)
+    for batch, logs in enumerate([{"loss": 1.0}, None]):
+        clock.secs += 1
+        bar.on_train_batch_end(batch, logs)
+    assert "2/2  loss 1.0000" in stream.getvalue()
+
+
 def test_a_terminal_gets_a_bar_and_keeps_the_epochs_line():
     clock, stream = Clock(), Terminal()
     drive(ProgressBar(stream=stream, now=clock), clock, epochs=2, steps=3, logs={"loss": 1.0})

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -132,14 +131,14 @@ class TensorBoardScalars(keras.callbacks.Callback):
     reads the model's batch functions, which a distributed run does not have.
 
     Args:
-        log_dir: The folder for `tensorboard --logdir`.
+        run_dir: Whose `tensorboard_dir`.
     """
 
     writes = True
 
-    def __init__(self, *, log_dir: Path | str) -> None:
+    def __init__(self, *, run_dir: RunDir) -> None:
         super().__init__()
-        self._log_dir = Path(log_dir)
+        self._log_dir = run_dir.tensorboard_dir
         self._writers: dict[str, Any] = {}
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:

@@ -204,8 +204,8 @@ class _Bar:
 class ProgressBar(keras.callbacks.Callback):
     """Shows epoch, step, loss, metrics, examples/s and the time left.
 
-    Batch logs may be a mapping, None, or a callable that gives one of them. They are looked at only when a
-    picture is due, so that steps need not wait for a device.
+    Batch logs may be a mapping, None (the latest still hold), or a callable that gives one of them. They are
+    looked at only when a picture is due, so that steps need not wait for a device.
 
     Args:
         verbose: 0 shows nothing, 2 a line per epoch, 1 and "auto" progress too; None is what `fit` was given.
@@ -251,6 +251,7 @@ class ProgressBar(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Starts an epoch's bar."""
         self._epoch = epoch
+        self._latest: Logs = None
         self._clock.begin_epoch()
         self._next_draw = float("inf")
         if self._screen is not None and self._level == 1:
@@ -265,10 +266,12 @@ class ProgressBar(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Draws, if it is time to."""
         self._clock.end_batch(batch)
+        if logs is not None:
+            self._latest = logs
         now = self._now()
         if now >= self._next_draw and self._screen is not None:
             self._next_draw = now + self._screen.pause_secs
-            self._screen.draw(self._position(logs))
+            self._screen.draw(self._position(self._latest))
 
     def on_test_begin(self, logs: Logs = None) -> None:
         """Stops the clock of the steps."""

@@ -175,3 +175,11 @@ class ReplicaBinding:
 
 def _inner_optimizers(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
     return [optimizer.inner_optimizer] if isinstance(optimizer, LossScaleOptimizer) else []
+
+
+def creating_strategy(model: keras.Model) -> tf.distribute.Strategy | None:
+    """Returns the strategy in whose scope the model was made, or None.
+
+    Leans on `TensorFlowTrainer._distribute_strategy`.
+    """
+    return model._distribute_strategy

@@ -178,10 +178,10 @@ class ReplicaStep:
         Args:
             kind: `train`, `test` or `predict`.
             parts: One nest of tensors for each local replica; a leading axis may be empty.
-            global_size: Examples in the whole batch, int32 scalar.
+            global_size: Examples in the whole batch, int32 scalar; None where replicas must add them up.
 
         Returns:
-            The step's return value per replica; logs are already weighted by the replica's share.
+            For `train` and `test` the logs that are no metrics, averaged over the batch's examples.
         """
         return self._strategy.run(self._replica_fn, args=(kind, tuple(parts), global_size))
 
@@ -191,6 +191,9 @@ class ReplicaStep:
         part = parts[local_index]
         first = tf.nest.flatten(part)[0]
         local_size = tf.shape(first)[0] if first.shape[0] is None else first.shape[0]
+        if global_size is None:
+            sizes = [tf.convert_to_tensor(local_size)]
+            (global_size,) = outer.all_reduce(tf.distribute.ReduceOp.SUM, sizes)
         sole = SoleReplica(
             outer=outer, local_index=local_index, local_size=local_size, global_size=global_size
         )
@@ -217,12 +220,13 @@ class ReplicaStep:
         return self._weighted_logs(outputs, sole)
 
     def _weighted_logs(self, outputs: Any, sole: SoleReplica) -> dict[str, Any]:
-        logs = outputs if isinstance(outputs, dict) else {}
-        return {
-            name: tf.cast(value, tf.float32) * sole.share
-            for name, value in logs.items()
-            if name not in self._metric_names and tf.is_tensor(value) and value.shape.rank == 0
-        }
+        own = scalar_logs(outputs, self._metric_names)
+        if not own:
+            return {}
+        # Every replica must exchange in the same order: dictionaries keep the order the step wrote.
+        weighted = [tf.cast(v, tf.float32) * sole.share for v in own.values()]
+        sums = sole.outer.all_reduce(tf.distribute.ReduceOp.SUM, weighted)
+        return dict(zip(own, sums, strict=True))
 
     def spread_seeds(self) -> None:
         """Gives each replica its own random streams, replica 0 keeping the model's: masks must differ."""
@@ -281,6 +285,17 @@ class ReplicaStep:
 
     def _metrics_of(self, local: Sequence[tuple[keras.Variable, tf.Variable]]) -> list[tf.Variable]:
         return [own for variable, own in local if id(variable) in self._metric_ids]
+
+
+def scalar_logs(logs: Any, metric_names: set[str]) -> dict[str, tf.Tensor]:
+    """Returns what a `train_step` reports beside its metrics: scalar tensors by name."""
+    if not isinstance(logs, dict):
+        return {}
+    return {
+        name: value
+        for name, value in logs.items()
+        if name not in metric_names and tf.is_tensor(value) and value.shape.rank == 0
+    }
 
 
 def local_replica_index(context: tf.distribute.ReplicaContext, num_local: int) -> int:

@@ -1,0 +1,58 @@
+"""Trains Keras 3 models under TensorFlow's distribution strategies.
+
+Names are handed on lazily, so that `import tfdist` alone loads no TensorFlow.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tfdist.cluster import Cluster, Task, parse_tf_config, render_tf_config
+    from tfdist.data import tfds_split
+    from tfdist.errors import ClusterError, ConfigError, LaunchError, TfdistError
+    from tfdist.recipe import Recipe
+    from tfdist.runtime import Run, initialize
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Cluster": "cluster",
+    "Task": "cluster",
+    "parse_tf_config": "cluster",
+    "render_tf_config": "cluster",
+    "tfds_split": "data",
+    "ClusterError": "errors",
+    "ConfigError": "errors",
+    "LaunchError": "errors",
+    "TfdistError": "errors",
+    "Recipe": "recipe",
+    "Run": "runtime",
+    "initialize": "runtime",
+}
+
+__all__ = [
+    "Cluster",
+    "ClusterError",
+    "ConfigError",
+    "LaunchError",
+    "Recipe",
+    "Run",
+    "Task",
+    "TfdistError",
+    "initialize",
+    "parse_tf_config",
+    "render_tf_config",
+    "tfds_split",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tfdist' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tfdist.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

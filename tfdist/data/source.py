@@ -1,0 +1,188 @@
+"""What `fit` accepts as data, brought to one of three forms: arrays, a stream of examples, an own pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfdist.data.tfds import TfdsSplit, load_split, parse_split
+from tfdist.errors import ConfigError
+
+DatasetFn = Callable[[tf.distribute.InputContext], tf.data.Dataset]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ArraySource:
+    """Examples in memory, any of which can be taken at once.
+
+    Attributes:
+        tensors: Nest as Keras's `train_step` takes it; each `[num_examples, …]`, on the host.
+    """
+
+    tensors: Any
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in one pass."""
+        return int(tf.nest.flatten(self.tensors)[0].shape[0])
+
+    def sample_batch(self, size: int) -> Any:
+        """Returns the first examples, to build a model with."""
+        return tf.nest.map_structure(lambda t: t[:size], self.tensors)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class StreamSource:
+    """Examples that come one after the other.
+
+    Attributes:
+        dataset: Of single examples.
+        num_examples: Examples in one pass, None where the dataset does not know.
+    """
+
+    dataset: tf.data.Dataset
+    num_examples: int | None
+
+    def sample_batch(self, size: int) -> Any:
+        """Returns the first examples, to build a model with."""
+        return next(iter(self.dataset.take(size).batch(size)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class SelfShardedSource:
+    """A pipeline that shards itself.
+
+    Attributes:
+        local_dataset: `InputContext → Dataset` of one replica's batches.
+    """
+
+    local_dataset: DatasetFn
+    num_examples: None = None
+
+    def sample_batch(self, size: int) -> Any:
+        """Returns the start of the first batch, to build a model with."""
+        batch = next(iter(self.local_dataset(tf.distribute.InputContext())))
+        return tf.nest.map_structure(lambda t: t[:size], batch)
+
+
+Source = ArraySource | StreamSource | SelfShardedSource
+
+
+def take(tensors: Any, indices: tf.Tensor) -> Any:
+    """Returns the examples at `indices` (`[n]` int64) of a nest of `[num_examples, …]` tensors."""
+    return tf.nest.map_structure(lambda t: tf.gather(t, indices), tensors)
+
+
+def build_source(
+    data: Any, *, class_weight: Mapping[int, float] | None = None, sample_weight: Any = None
+) -> Source:
+    """Brings what a user passes to `fit` to one form.
+
+    Args:
+        data: Arrays (`x`, `(x, y)` or `(x, y, sample_weight)`, each an array or a nest of arrays with examples
+            along the first axis), a `tf.data.Dataset` of examples (batches are not told from examples), a
+            `TfdsSplit` or "tfds:NAME/SPLIT", or a callable `InputContext → Dataset` of per-replica batches.
+        class_weight: Class → weight of its examples.
+        sample_weight: `[num_examples]` weights, for arrays.
+
+    Returns:
+        The source.
+
+    Raises:
+        ConfigError: If arrays differ in length, are empty, or weights do not fit the data.
+    """
+    if isinstance(data, (ArraySource, StreamSource, SelfShardedSource)):
+        source: Source = data
+    elif isinstance(data, tf.data.Dataset):
+        count = int(data.cardinality())
+        source = StreamSource(dataset=data, num_examples=count if count >= 0 else None)
+    elif isinstance(data, TfdsSplit) or (isinstance(data, str) and data.startswith("tfds:")):
+        source = _from_split(data if isinstance(data, TfdsSplit) else parse_split(data))
+    elif callable(data):
+        source = SelfShardedSource(local_dataset=data)
+    else:
+        source = _from_arrays(data)
+    return _weigh(source, class_weight, sample_weight)
+
+
+def _from_split(split: TfdsSplit) -> Source:
+    dataset, arrays = load_split(split)
+    if arrays is not None:
+        return _from_arrays(arrays)
+    return StreamSource(dataset=dataset, num_examples=int(dataset.cardinality()))
+
+
+def _from_arrays(data: Any) -> ArraySource:
+    data = tuple(data) if isinstance(data, tuple) else (data,)
+    while len(data) > 1 and data[-1] is None:
+        data = data[:-1]
+    if len(data) > 3:
+        raise ConfigError(
+            f"data is a tuple of {len(data)}; it must be (x,), (x, y) or (x, y, sample_weight). "
+            "Several inputs go into a list or a dict: ([a, b], y)."
+        )
+    with tf.device("CPU:0"):
+        tensors = tf.nest.map_structure(lambda a: tf.convert_to_tensor(_plain(a)), data)
+    sizes = [t.shape[0] if t.shape.rank else None for t in tf.nest.flatten(tensors)]
+    if not sizes or None in sizes or len(set(sizes)) > 1:
+        raise ConfigError(
+            f"arrays have first axes of {', '.join(map(str, sizes))} examples; they must all be the same."
+        )
+    if sizes[0] == 0:
+        raise ConfigError("the data holds no examples; pass at least one.")
+    return ArraySource(tensors=tensors)
+
+
+def _plain(array: Any) -> Any:
+    if hasattr(array, "to_numpy"):
+        array = array.to_numpy()
+    # Keras computes in float32; NumPy's default of float64 would double the copies.
+    if isinstance(array, np.ndarray) and array.dtype == np.float64:
+        return array.astype(np.float32)
+    return array
+
+
+def _weigh(source: Source, class_weight: Mapping[int, float] | None, sample_weight: Any) -> Source:
+    if class_weight is None and sample_weight is None:
+        return source
+    if class_weight is not None and sample_weight is not None:
+        raise ConfigError("class_weight and sample_weight were both given; pass one of them.")
+    if sample_weight is not None:
+        if not isinstance(source, ArraySource):
+            raise ConfigError("sample_weight goes with arrays; let a dataset yield (x, y, sample_weight).")
+        return _from_arrays((*source.tensors[:2], sample_weight))
+    assert class_weight is not None
+    table = _weight_table(class_weight)
+
+    def weigh(*example: Any) -> Any:
+        if len(example) != 2 or not tf.is_tensor(example[1]):
+            raise ConfigError("class_weight needs data of the form (x, y) with a single y.")
+        x, y = example
+        one_hot = y.shape.rank is not None and y.shape.rank > 1 and y.shape[-1] != 1
+        classes = tf.argmax(y, -1) if one_hot else tf.reshape(y, [-1])
+        return x, y, tf.gather(table, tf.cast(classes, tf.int64))
+
+    if isinstance(source, ArraySource):
+        return ArraySource(tensors=weigh(*source.tensors))
+    if isinstance(source, SelfShardedSource):
+        build = source.local_dataset
+        return SelfShardedSource(local_dataset=lambda context: build(context).map(weigh))
+
+    def weigh_one(*example: Any) -> Any:
+        if len(example) != 2:
+            raise ConfigError("class_weight needs data of the form (x, y) with a single y.")
+        x, y, w = weigh(example[0], example[1][None])
+        return x, y[0], w[0]
+
+    return StreamSource(dataset=source.dataset.map(weigh_one), num_examples=source.num_examples)
+
+
+def _weight_table(class_weight: Mapping[int, float]) -> tf.Tensor:
+    table = np.ones(max(class_weight) + 1, np.float32)
+    for label, weight in class_weight.items():
+        table[label] = weight
+    return tf.constant(table)

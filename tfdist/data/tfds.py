@@ -1,0 +1,161 @@
+"""TensorFlow Datasets: a split by name, prepared once a machine, in memory where it fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfdist.errors import ConfigError
+
+# Decoded examples up to this size are held in memory, where any batch can be addressed.
+IN_MEMORY_BYTES = 512 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TfdsSplit:
+    """One split of a TFDS dataset.
+
+    Attributes:
+        name: Dataset, such as "digits" or "mnist", or a `tfds.core.DatasetBuilder`.
+        split: Such as "train" or "train[:80%]".
+        data_dir: Where it is or shall be prepared; None is `TFDS_DATA_DIR` or, for a dataset that comes with
+            tfdist, a cache folder.
+        keys: Features that make `(x, y)`; None takes TFDS's supervised pair.
+        map_example: Deterministic function of an example.
+    """
+
+    name: Any
+    split: str
+    data_dir: str | None = None
+    keys: tuple[str, ...] | None = None
+    map_example: Callable[..., Any] | None = None
+
+
+def tfds_split(
+    name: Any,
+    split: str,
+    *,
+    data_dir: str | None = None,
+    keys: tuple[str, ...] | None = None,
+    map_example: Callable[..., Any] | None = None,
+) -> TfdsSplit:
+    """Names a split, to be passed to `fit`; nothing is read yet. See `TfdsSplit`."""
+    return TfdsSplit(name=name, split=split, data_dir=data_dir, keys=keys, map_example=map_example)
+
+
+def parse_split(text: str) -> TfdsSplit:
+    """Reads "tfds:NAME/SPLIT".
+
+    Raises:
+        ConfigError: If it has another form.
+    """
+    name, slash, split = text.removeprefix("tfds:").rpartition("/")
+    if not slash or not name or not split:
+        raise ConfigError(f"{text!r} is not of the form tfds:NAME/SPLIT, such as tfds:digits/train.")
+    return TfdsSplit(name=name, split=split)
+
+
+def load_split(split: TfdsSplit) -> tuple[tf.data.Dataset, Any | None]:
+    """Prepares and opens a split.
+
+    Args:
+        split: Which.
+
+    Returns:
+        The dataset of examples, and the whole split as arrays where it fits into `IN_MEMORY_BYTES`.
+
+    Raises:
+        ConfigError: If there is no such dataset, split or feature.
+    """
+    # Here: importing TFDS takes a second that runs on arrays should not pay.
+    import tensorflow_datasets as tfds
+
+    if split.name == "digits":
+        # Three bars for a second's work tell nobody anything.
+        tfds.disable_progress_bar()
+    builder = _prepare(split, tfds)
+    read_config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+    try:
+        dataset = builder.as_dataset(
+            split=split.split,
+            shuffle_files=False,
+            read_config=read_config,
+            as_supervised=split.keys is None,
+        )
+    except ValueError as error:
+        raise ConfigError(f"TFDS cannot read split {split.split!r} of {builder.name!r}: {error}") from None
+    if split.keys is not None:
+        keys = split.keys
+        dataset = dataset.map(lambda example: tuple(example[key] for key in keys))
+    if split.map_example is not None:
+        dataset = dataset.map(split.map_example)
+    return dataset, _arrays(dataset)
+
+
+def _prepare(split: TfdsSplit, tfds: Any) -> Any:
+    if isinstance(split.name, tfds.core.DatasetBuilder):
+        builder = split.name
+    elif split.name == "digits":
+        # Here, since the class derives from TFDS's.
+        from tfdist.data.digits import Digits
+
+        builder = Digits(data_dir=split.data_dir or os.environ.get("TFDS_DATA_DIR") or _cache_dir())
+    else:
+        try:
+            builder = tfds.builder(split.name, data_dir=split.data_dir)
+        except tfds.core.DatasetNotFoundError as error:
+            raise ConfigError(f"TFDS knows no dataset {split.name!r}: {str(error).splitlines()[0]}") from None
+    with _one_at_a_time(Path(builder.data_dir)):
+        builder.download_and_prepare()
+    return builder
+
+
+class _one_at_a_time:  # noqa: N801 - reads as a context
+    """Keeps processes of one machine from preparing the same dataset at once."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._path = data_dir.parent / f".{data_dir.name}.lock"
+
+    def __enter__(self) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "w")  # noqa: SIM115 - closed in __exit__
+        except OSError:
+            # A read-only folder holds data that is prepared already.
+            self._file = None
+            return
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def __exit__(self, *exc_info: Any) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _cache_dir() -> str:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    path = os.path.join(home, "tfdist")
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError:
+        return os.path.join(tempfile.gettempdir(), f"tfdist-{os.getuid()}")
+
+
+def _arrays(dataset: tf.data.Dataset) -> Any | None:
+    count = int(dataset.cardinality())
+    specs = tf.nest.flatten(dataset.element_spec)
+    if count <= 0 or not all(isinstance(s, tf.TensorSpec) and s.shape.is_fully_defined() for s in specs):
+        return None
+    total = sum(count * s.shape.num_elements() * max(s.dtype.size, 1) for s in specs)
+    if total > IN_MEMORY_BYTES:
+        return None
+    return tf.nest.map_structure(np.asarray, next(dataset.batch(count).as_numpy_iterator()))

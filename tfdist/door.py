@@ -1,0 +1,71 @@
+"""Closes a local cluster's listening sockets to other machines.
+
+TensorFlow's servers listen on every interface, whatever address the cluster names, and obey anyone who can
+connect. A socket bound to the device `lo` is reachable from this machine alone; Linux lets the socket's owner do
+that without root, also after `listen`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+
+from tfdist.cluster import Cluster, split_address
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def is_loopback(cluster: Cluster) -> bool:
+    """Tells whether every task of the cluster has a loopback address."""
+    hosts = [split_address(address)[0] for tasks in cluster.addresses.values() for address in tasks]
+    return bool(hosts) and all(host.strip("[]") in _LOOPBACK for host in hosts)
+
+
+def close_when_listening(port: int, *, timeout_secs: float = 60.0) -> threading.Thread:
+    """Closes this process's own listening socket to other machines, as soon as it exists.
+
+    Args:
+        port: The port that this process is about to listen on.
+        timeout_secs: How long to look for it.
+
+    Returns:
+        The daemon thread that waits for the socket.
+    """
+
+    def watch() -> None:
+        deadline = time.monotonic() + timeout_secs
+        while not close_to_other_machines(port) and time.monotonic() < deadline:
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=watch, name="tfdist-door", daemon=True)
+    thread.start()
+    return thread
+
+
+def close_to_other_machines(port: int) -> bool:
+    """Binds this process's sockets that listen on `port` to the loopback device.
+
+    Args:
+        port: The port.
+
+    Returns:
+        Whether there was such a socket.
+    """
+    found = False
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
+        try:
+            # A copy, so that closing it leaves TensorFlow's own descriptor open.
+            listener = socket.socket(fileno=os.dup(int(name)))
+        except OSError:
+            continue
+        with listener:
+            try:
+                listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                if listening and listener.getsockname()[1] == port:
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
+                    found = True
+            except (OSError, IndexError, TypeError):
+                continue
+    return found

@@ -1,0 +1,80 @@
+"""Strategy name → `tf.distribute.Strategy`, with the devices it runs on."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from tfdist.cluster import Cluster
+from tfdist.errors import ConfigError
+
+
+def configure_devices(*, strategy: str, num_replicas: int | None) -> None:
+    """Sets what must be set before TensorFlow starts: GPU memory growth and, without GPUs, logical CPU devices.
+
+    Args:
+        strategy: Canonical strategy name.
+        num_replicas: Replicas that `mirrored` shall have; None means every GPU, or two CPU replicas.
+
+    Raises:
+        ConfigError: If there are fewer GPUs than replicas, or TensorFlow has already started otherwise.
+    """
+    gpus = tf.config.list_physical_devices("GPU")
+    for gpu in gpus:
+        tf.config.experimental.set_memory_growth(gpu, True)
+    if strategy != "mirrored" or gpus:
+        return
+    wanted = num_replicas or 2
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    try:
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * wanted)
+    except RuntimeError:
+        have = len(tf.config.list_logical_devices("CPU"))
+        if have < wanted:
+            raise ConfigError(
+                f"{wanted} CPU replicas asked for, but TensorFlow has already started with {have}; "
+                "call tfdist.initialize before any other TensorFlow operation."
+            ) from None
+
+
+def build_strategy(*, strategy: str, cluster: Cluster | None, num_replicas: int | None) -> tf.distribute.Strategy:
+    """Builds the strategy; under `multiworker` this waits for every peer.
+
+    Args:
+        strategy: Canonical strategy name.
+        cluster: The cluster with this process's own task; needed by `multiworker` and `ps`.
+        num_replicas: Replicas of `mirrored`; None means every GPU, or two CPU replicas.
+
+    Returns:
+        The strategy; for `one_device` TensorFlow's default one.
+
+    Raises:
+        ConfigError: If more replicas are asked for than there are devices.
+    """
+    if strategy == "one_device":
+        return tf.distribute.get_strategy()
+    if strategy == "mirrored":
+        return tf.distribute.MirroredStrategy(_mirrored_devices(num_replicas))
+    resolver = build_resolver(cluster)
+    if strategy == "multiworker":
+        return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
+    return tf.distribute.ParameterServerStrategy(resolver)
+
+
+def build_resolver(cluster: Cluster | None) -> tf.distribute.cluster_resolver.SimpleClusterResolver:
+    """Returns TensorFlow's form of a cluster with its own task."""
+    assert cluster is not None and cluster.task is not None
+    spec = tf.train.ClusterSpec({role: list(addresses) for role, addresses in cluster.addresses.items()})
+    return tf.distribute.cluster_resolver.SimpleClusterResolver(
+        spec, task_type=cluster.task.type, task_id=cluster.task.index, rpc_layer="grpc"
+    )
+
+
+def _mirrored_devices(num_replicas: int | None) -> list[str]:
+    kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
+    devices = [f"{kind}:{i}" for i in range(len(tf.config.list_logical_devices(kind)))]
+    wanted = num_replicas or (len(devices) if kind == "GPU" else 2)
+    if wanted > len(devices):
+        raise ConfigError(
+            f"num_replicas={wanted}, but there are {len(devices)} {kind} devices; ask for at most that many."
+        )
+    return devices[:wanted]

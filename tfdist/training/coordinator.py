@@ -1,0 +1,214 @@
+"""The loop of `ps`: the chief hands numbered batches to whichever worker is free; variables live on the ps tasks."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfdist.data import (
+    ArraySource,
+    SelfShardedSource,
+    Source,
+    epoch_indices,
+    local_batches,
+    step_size,
+    step_start,
+    take,
+)
+from tfdist.errors import ConfigError
+from tfdist.training.closure import SharedStep
+from tfdist.training.metrics import add_states, metric_results, zero_state
+from tfdist.training.plan import BatchPlan
+
+# Closures in flight for each worker: enough that a slow one does not hold up the others.
+_WINDOW_PER_WORKER = 16
+
+
+class CoordinatorLoop:
+    """Runs epochs, evaluation and prediction of a built model through a `ClusterCoordinator`."""
+
+    num_replicas = 1
+
+    def __init__(
+        self,
+        *,
+        coordinator: tf.distribute.coordinator.ClusterCoordinator,
+        model: keras.Model,
+        num_workers: int,
+    ) -> None:
+        self._coordinator = coordinator
+        self._model = model
+        self._num_workers = num_workers
+        names = set(metric_results(model, zero_state(model)))
+        self._step = SharedStep(model=model, metric_names=names)
+        self._feeds: dict[int, _Feed] = {}
+        self._functions: dict[Any, Any] = {}
+        self._num_scheduled = 0
+
+    def start(self) -> None:
+        """Nothing to prepare: variables are shared, and random streams follow the step's number."""
+
+    def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[dict[str, Any] | None]:
+        """Trains over the plan's steps, yielding once a finished step: the logs where wanted, else None."""
+        state = zero_state(self._model)
+        extra: dict[str, Any] = {}
+        for step, (part, extra) in enumerate(self._results("train", source, plan)):
+            state = add_states(state, part)
+            yield {**self._logs(state), **_numbers(extra)} if plan.wants_logs(step) else None
+        self.epoch_logs = {**self._logs(state), **_numbers(extra)}
+
+    def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
+        """Returns the metrics over the plan's steps."""
+        state = zero_state(self._model)
+        extra: dict[str, Any] = {}
+        for part, extra in self._results("test", source, plan):
+            state = add_states(state, part)
+        return {**self._logs(state), **_numbers(extra)}
+
+    def predict(self, source: Source, plan: BatchPlan) -> Any:
+        """Returns the outputs as arrays in the data's order."""
+        batches = list(self._results("predict", source, plan))
+        return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *batches)
+
+    def _logs(self, state: list[Any]) -> dict[str, Any]:
+        return metric_results(self._model, state)
+
+    def _results(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[Any]:
+        """Schedules every batch once and yields the results in order."""
+        pending: collections.deque[Any] = collections.deque()
+        for function, args in self._calls(kind, source, plan):
+            pending.append(self._coordinator.schedule(function, args=args))
+            while len(pending) >= _WINDOW_PER_WORKER * self._num_workers:
+                yield self._coordinator.fetch(pending.popleft())
+        while pending:
+            yield self._coordinator.fetch(pending.popleft())
+
+    def _calls(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+        feed = self._feeds.get(id(source)) or self._new_feed(source)
+        self._feeds[id(source)] = feed
+        for size, args in feed.batches(plan):
+            key = (kind, id(source), size, plan.shuffle, plan.seed)
+            if key not in self._functions:
+                self._functions[key] = self._build_function(kind, feed.read(size, plan))
+            yield self._functions[key], (*args, tf.constant(self._num_scheduled, tf.int64))
+            if kind == "train":
+                self._num_scheduled += 1
+
+    def _build_function(self, kind: str, read: Callable[..., Any]) -> Any:
+        def closure(*args: Any) -> Any:
+            *address, step = args
+            batch = read(*address)
+            if kind == "predict":
+                return self._step.predict(batch)
+            return getattr(self._step, kind)(batch, step)
+
+        return tf.function(closure, autograph=False)
+
+    def _new_feed(self, source: Source) -> _Feed:
+        if isinstance(source, ArraySource):
+            return _ResidentFeed(source, self._coordinator)
+        if isinstance(source, SelfShardedSource):
+            return _OwnFeed(source, self._coordinator, self._num_workers)
+        return _SentFeed(source)
+
+
+class _ResidentFeed:
+    """Arrays held whole by every worker; a batch is addressed by (epoch, start)."""
+
+    def __init__(
+        self, source: ArraySource, coordinator: tf.distribute.coordinator.ClusterCoordinator
+    ) -> None:
+        self._source = source
+        tensors = source.tensors
+        dataset = coordinator.create_per_worker_dataset(
+            lambda: tf.data.Dataset.from_tensors(tensors).repeat()
+        )
+        self._iterator = iter(dataset)
+
+    def batches(self, plan: BatchPlan) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        size = plan.global_batch_size
+        num_examples = self._source.num_examples
+        for step in range(plan.num_steps or 0):
+            here = step_size(step=step, num_examples=num_examples, global_batch_size=size)
+            start = step_start(step=step, num_examples=num_examples, global_batch_size=size)
+            address = tf.constant([plan.epoch, start], tf.int64)
+            yield here, (self._iterator, address)
+
+    def read(self, size: int | None, plan: BatchPlan) -> Callable[..., Any]:
+        num_examples = self._source.num_examples
+
+        def read(iterator: Any, address: tf.Tensor) -> Any:
+            indices = epoch_indices(
+                num_examples=num_examples,
+                seed=plan.seed,
+                epoch=address[0],
+                start=address[1],
+                size=size,
+                shuffle=plan.shuffle,
+            )
+            return take(next(iterator), indices)
+
+        return read
+
+
+class _SentFeed:
+    """A stream that the chief reads once and sends, batch by batch, to the workers."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def batches(self, plan: BatchPlan) -> Iterator[tuple[int | None, tuple[Any, ...]]]:
+        for segment in local_batches(
+            self._source,
+            epoch=plan.epoch,
+            seed=plan.seed,
+            shuffle=plan.shuffle,
+            global_batch_size=plan.global_batch_size,
+            num_replicas=1,
+            replica_ids=[0],
+            num_steps=plan.num_steps,
+        ):
+            for parts, _ in segment.dataset:
+                yield None, (parts[0],)
+
+    def read(self, size: int | None, plan: BatchPlan) -> Callable[..., Any]:
+        del size, plan
+        return lambda batch: batch
+
+
+class _OwnFeed:
+    """A pipeline that shards itself: each worker reads its own."""
+
+    def __init__(
+        self,
+        source: SelfShardedSource,
+        coordinator: tf.distribute.coordinator.ClusterCoordinator,
+        num_workers: int,
+    ) -> None:
+        del num_workers
+        self._iterator = iter(coordinator.create_per_worker_dataset(source.local_dataset))
+
+    def batches(self, plan: BatchPlan) -> Iterator[tuple[int | None, tuple[Any, ...]]]:
+        if plan.num_steps is None:
+            raise ConfigError(
+                "a pipeline that shards itself has no known length under ps; pass steps_per_epoch "
+                "(or validation_steps), and let the dataset repeat."
+            )
+        for _ in range(plan.num_steps):
+            yield None, (self._iterator,)
+
+    def read(self, size: int | None, plan: BatchPlan) -> Callable[..., Any]:
+        del size, plan
+        return lambda iterator: next(iterator)
+
+
+_Feed = _ResidentFeed | _SentFeed | _OwnFeed
+
+
+def _numbers(logs: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in logs.items()}

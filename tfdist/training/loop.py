@@ -1,0 +1,166 @@
+"""`fit` as Keras means it, over any loop: epochs, callbacks, validation, history."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import keras
+
+from tfdist.data import Source, num_steps
+from tfdist.training.plan import BatchPlan
+
+
+class Loop(Protocol):
+    """What a strategy's loop offers."""
+
+    epoch_logs: dict[str, Any]
+    num_replicas: int
+
+    def start(self) -> None:
+        """Prepares for training."""
+
+    def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[dict[str, Any] | None]:
+        """Yields once a step."""
+
+    def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
+        """Returns logs."""
+
+    def predict(self, source: Source, plan: BatchPlan) -> Any:
+        """Returns arrays."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """How long and in what order `run_fit` trains; the fields mean what they mean in `keras.Model.fit`."""
+
+    global_batch_size: int
+    epochs: int
+    initial_epoch: int
+    steps_per_epoch: int | None
+    shuffle: bool
+    seed: int
+    validation_batch_size: int
+    validation_steps: int | None
+    validation_freq: int | Sequence[int]
+
+
+def run_fit(
+    *,
+    loop: Loop,
+    model: keras.Model,
+    source: Source,
+    validation: Source | None,
+    options: FitOptions,
+    callbacks: keras.callbacks.CallbackList,
+) -> None:
+    """Trains; the history is in the callback list's own `History`.
+
+    Args:
+        loop: The strategy's loop, around the built model.
+        model: Its `stop_training` ends the run, as in Keras.
+        source: Training examples.
+        validation: Validation examples, or None.
+        options: How long and in what order.
+        callbacks: Those that run on this task.
+    """
+    loop.start()
+    model.stop_training = False
+    callbacks.on_train_begin()
+    logs: dict[str, Any] = {}
+    steps = plan_steps(source, options.global_batch_size, options.steps_per_epoch)
+    for epoch in range(options.initial_epoch, options.epochs):
+        callbacks.on_epoch_begin(epoch)
+        plan = BatchPlan(
+            epoch=epoch,
+            seed=options.seed,
+            shuffle=options.shuffle,
+            global_batch_size=options.global_batch_size,
+            num_steps=steps,
+            log_every_steps=_log_every(callbacks, steps),
+        )
+        _train(loop, model, source, plan, callbacks)
+        logs = dict(loop.epoch_logs)
+        if validation is not None and _is_due(epoch, options.validation_freq):
+            logs |= {f"val_{k}": v for k, v in _validate(loop, validation, options, callbacks).items()}
+        callbacks.on_epoch_end(epoch, logs)
+        if model.stop_training:
+            break
+    if model.optimizer is not None and options.epochs > options.initial_epoch:
+        # Puts the averaged weights in place where the optimizer keeps some (EMA), as Keras does.
+        model.optimizer.finalize_variable_values(model.trainable_weights)
+    callbacks.on_train_end(logs=logs)
+
+
+def plan_steps(source: Source, global_batch_size: int, steps: int | None) -> int | None:
+    """Returns the steps of a pass, or None where only the data's end will tell."""
+    if steps is not None or source.num_examples is None:
+        return steps
+    return num_steps(num_examples=source.num_examples, global_batch_size=global_batch_size)
+
+
+def _train(
+    loop: Loop, model: keras.Model, source: Source, plan: BatchPlan, callbacks: keras.callbacks.CallbackList
+) -> None:
+    steps = loop.train_epoch(source, plan)
+    step = 0
+    while True:
+        callbacks.on_train_batch_begin(step)
+        try:
+            logs = next(steps)
+        except StopIteration:
+            return
+        callbacks.on_train_batch_end(step, logs)
+        step += 1
+        if model.stop_training and plan.wants_logs(0):
+            # Callbacks that look at each batch see the same logs everywhere, so all workers stop here together.
+            loop.epoch_logs = dict(logs or {})
+            return
+
+
+def _validate(
+    loop: Loop, validation: Source, options: FitOptions, callbacks: keras.callbacks.CallbackList
+) -> dict[str, Any]:
+    callbacks.on_test_begin()
+    plan = BatchPlan(
+        global_batch_size=options.validation_batch_size,
+        num_steps=plan_steps(validation, options.validation_batch_size, options.validation_steps),
+    )
+    logs = loop.evaluate(validation, plan)
+    callbacks.on_test_end(logs)
+    return logs
+
+
+def _is_due(epoch: int, frequency: int | Sequence[int]) -> bool:
+    if isinstance(frequency, int):
+        return (epoch + 1) % frequency == 0
+    return epoch + 1 in frequency
+
+
+def _log_every(callbacks: keras.callbacks.CallbackList, steps: int | None) -> int:
+    """Every step where a callback looks at batches, else about twenty times an epoch.
+
+    Logs are a collective under several workers: the rule must give the same answer on each, so callbacks
+    that run on the chief alone do not count.
+    """
+    if any(_reads_batches(c) for c in callbacks.callbacks):
+        return 1
+    return max(1, (steps or 1000) // 20)
+
+
+def _reads_batches(callback: keras.callbacks.Callback) -> bool:
+    if getattr(callback, "writes", None) is not None or isinstance(callback, _CHIEF_OR_IDLE):
+        return False
+    base = keras.callbacks.Callback
+    hooks = ("on_train_batch_end", "on_batch_end", "on_train_batch_begin", "on_batch_begin")
+    return any(getattr(type(callback), hook) is not getattr(base, hook) for hook in hooks)
+
+
+_CHIEF_OR_IDLE = (
+    keras.callbacks.History,
+    keras.callbacks.ModelCheckpoint,
+    keras.callbacks.BackupAndRestore,
+    keras.callbacks.TensorBoard,
+    keras.callbacks.ProgbarLogger,
+)

@@ -106,13 +106,13 @@ def test_logs_are_asked_for_only_when_drawn():
 def test_logs_hold_until_newer_ones_come():
     stream, clock = io.StringIO(), Clock()
     bar = ProgressBar(verbose=1, stream=stream, now=clock)
-    bar.set_params({"epochs": 1, "steps": 2})
+    bar.set_params({"epochs": 1, "steps": 3})
     bar.on_train_begin()
     bar.on_epoch_begin(0)
     for batch, logs in enumerate([{"loss": 1.0}, None]):
         clock.secs += 1
         bar.on_train_batch_end(batch, logs)
-    assert "2/2  loss 1.0000" in stream.getvalue()
+    assert "2/3  loss 1.0000" in stream.getvalue()
 
 
 def test_a_terminal_gets_a_bar_and_keeps_the_epochs_line():
@@ -221,7 +221,7 @@ def test_bar_of_unknown_length_has_no_eta():
 
 
 def test_metrics_are_rendered_as_keras_does():
-    logs = {"loss": np.float32(0.5), "small": 1e-5, "zero": 0.0, "confusion": np.zeros((2, 2)), "text": "x"}
+    logs = {"small": 1e-5, "loss": np.float32(0.5), "zero": 0.0, "confusion": np.zeros((2, 2)), "text": "x"}
     assert render_metrics(logs) == ["loss 0.5000", "small 1.0000e-05", "zero 0.0000"]
 
 

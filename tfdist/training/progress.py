@@ -136,10 +136,12 @@ class _Lines:
         self._stream = stream
 
     def draw(self, position: Position) -> None:
+        if position.step != position.num_steps:  # The epoch's own line follows.
+            self.finish_epoch(position)
+
+    def finish_epoch(self, position: Position) -> None:
         # Flushed, since a pipe would keep minutes of lines back.
         print(position, file=self._stream, flush=True)
-
-    finish_epoch = draw
 
     def close(self) -> None:
         pass
@@ -321,10 +323,10 @@ def render_metrics(logs: Mapping[str, Any]) -> list[str]:
         logs: Numbers by name; what is no single number is left out.
 
     Returns:
-        One text per number, in the order given.
+        One text per number, in the order given, but the loss first.
     """
     texts = []
-    for name, value in logs.items():
+    for name, value in sorted(logs.items(), key=lambda item: item[0] != "loss"):
         try:
             number = float(value)
         except (TypeError, ValueError):

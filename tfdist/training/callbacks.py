@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfdist.training.progress import EpochClock
+from tfdist.training.epoch_clock import EpochClock
 from tfdist.training.run_dir import RunDir
 
 # Keras's own callbacks that write files, print, or send. The others only read the logs, which are the same on

@@ -26,5 +26,6 @@ def detect_cluster(env: Mapping[str, str]) -> Cluster | None:
     """
     for environment in _ENVIRONMENTS:
         if environment.detect(env):
-            return environment.build_cluster(env)
+            cluster: Cluster = environment.build_cluster(env)
+            return cluster
     return None

@@ -1,5 +1,6 @@
 """Watches the processes of a job: reads what they print, sees them end, and decides what follows."""
 
+import contextlib
 import os
 import selectors
 import shutil
@@ -92,7 +93,7 @@ class Supervisor:
         watcher.add(child.group)
         for stream in ("stdout", "stderr"):
             pipe = getattr(child.process, stream)
-            self._selector.register(pipe, selectors.EVENT_READ, (child, stream))
+            self._selector.register(pipe, selectors.EVENT_READ, (child, stream, pipe))
         if child.exit_fd is not None:
             self._selector.register(child.exit_fd, selectors.EVENT_READ)
 
@@ -121,16 +122,12 @@ class Supervisor:
             return _POLL_SECS
         return max(0.0, min(1.0, self._kill_at - time.monotonic()))
 
-    def _read(self, timeout_secs: float) -> bool:
-        """Takes what the tasks have printed by now; True if something came."""
-        got = False
+    def _read(self, timeout_secs: float) -> None:
+        """Takes what the tasks have printed by now."""
         for key, _ in self._selector.select(timeout_secs):
             if key.data is None:
                 continue
-            child, stream = key.data
-            got = True
-            self._take(child, stream, key.fileobj)
-        return got
+            self._take(*key.data)
 
     def _take(self, child: Child, stream: str, pipe: IO[bytes]) -> None:
         data = pipe.read(_CHUNK_BYTES)
@@ -230,7 +227,8 @@ class Supervisor:
         return cause.exit_code
 
     def _say(self, text: str) -> None:
-        print(f"tfdist.launch: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # nobody listens; the tasks must still be looked after
+            print(f"tfdist.launch: {text}", file=sys.stderr, flush=True)
 
 
 def _render_exit(code: int | None) -> str:

@@ -14,6 +14,7 @@ import time
 
 from tfdist.cluster import Cluster, split_address
 
+_DESCRIPTORS = "/proc/self/fd"
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -37,7 +38,7 @@ def close_when_listening(port: int, *, timeout_secs: float = 60.0) -> threading.
     def watch() -> None:
         deadline = time.monotonic() + timeout_secs
         while not close_to_other_machines(port) and time.monotonic() < deadline:
-            time.sleep(0.002)
+            time.sleep(0.005)
 
     thread = threading.Thread(target=watch, name="tfdist-door", daemon=True)
     thread.start()
@@ -54,18 +55,23 @@ def close_to_other_machines(port: int) -> bool:
         Whether there was such a socket.
     """
     found = False
-    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
+    for name in os.listdir(_DESCRIPTORS) if os.path.isdir(_DESCRIPTORS) else []:
         try:
-            # A copy, so that closing it leaves TensorFlow's own descriptor open.
-            listener = socket.socket(fileno=os.dup(int(name)))
-        except OSError:
-            continue
-        with listener:
-            try:
-                listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-                if listening and listener.getsockname()[1] == port:
-                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
-                    found = True
-            except (OSError, IndexError, TypeError):
+            if not os.readlink(f"{_DESCRIPTORS}/{name}").startswith("socket:"):
                 continue
+            # A copy, so that closing it leaves TensorFlow's own descriptor open.
+            copy = os.dup(int(name))
+        except OSError:
+            continue  # Closed meanwhile.
+        with socket.socket(fileno=copy) as listener:
+            found |= _close(listener, port)
     return found
+
+
+def _close(listener: socket.socket, port: int) -> bool:
+    if listener.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
+    if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) or listener.getsockname()[1] != port:
+        return False
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
+    return True

@@ -109,10 +109,10 @@ def _run(argv: list[str]) -> int:
     recipe = resolve_recipe_name(FLAGS.recipe)
     run_dir = FLAGS.run_dir or os.environ.get("TFDIST_RUN_DIR")
     run_dir = run_dir or default_run_dir(recipe, strategy, datetime.datetime.now())
-    if strategy in ("multiworker", "ps") and cluster is None:
-        return _launch(argv, strategy=strategy, run_dir=run_dir)
     # TensorFlow's notes on how it was built would bury ours; whoever wants them has set the variable.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if strategy in ("multiworker", "ps") and cluster is None:
+        return _launch(argv, strategy=strategy, run_dir=run_dir)
     config = _build_config(strategy=strategy, run_dir=run_dir)
     # Here: TensorFlow takes seconds to import, and a mistake above should not wait for it.
     from tfdist.execute import execute

@@ -81,7 +81,7 @@ class MetricsFile(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         self._run_dir = run_dir
-        self._get_step = get_step or (lambda: int(self.model.optimizer.iterations))
+        self._get_step = get_step or (lambda: int(self.model.optimizer.iterations.numpy()))
         self._now = now
         self._clock = EpochClock(now=now)
 

@@ -306,7 +306,11 @@ class Run:
         return self._coordinator
 
     def _progress(self, given: Sequence[Any], verbose: int | str) -> list[keras.callbacks.Callback]:
-        if not self.is_chief or verbose == 0 or any(isinstance(c, keras.callbacks.ProgbarLogger) for c in given):
+        if (
+            not self.is_chief
+            or verbose == 0
+            or any(isinstance(c, keras.callbacks.ProgbarLogger) for c in given)
+        ):
             return []
         # Here, since drawing brings rich, which a silent run need not load.
         from tfdist.training.progress import ProgressBar

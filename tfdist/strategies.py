@@ -36,7 +36,9 @@ def configure_devices(*, strategy: str, num_replicas: int | None) -> None:
             ) from None
 
 
-def build_strategy(*, strategy: str, cluster: Cluster | None, num_replicas: int | None) -> tf.distribute.Strategy:
+def build_strategy(
+    *, strategy: str, cluster: Cluster | None, num_replicas: int | None
+) -> tf.distribute.Strategy:
     """Builds the strategy; under `multiworker` this waits for every peer.
 
     Args:

@@ -66,7 +66,15 @@ def local_batches(
     if isinstance(source, StreamSource):
         return [
             _streamed(
-                source, epoch, seed, shuffle, global_batch_size, num_replicas, replica_ids, first_step, num_steps
+                source,
+                epoch,
+                seed,
+                shuffle,
+                global_batch_size,
+                num_replicas,
+                replica_ids,
+                first_step,
+                num_steps,
             )
         ]
     return _addressed(
@@ -138,10 +146,9 @@ def _streamed(
     if shuffle:
         buffer = min(source.num_examples or _SHUFFLE_BUFFER, _SHUFFLE_BUFFER)
         dataset = dataset.shuffle(max(buffer, 1), seed=hash((seed, epoch)) % 2**31)
+    dataset = dataset.batch(batch)
     if steps is not None:
-        dataset = dataset.batch(batch).repeat().take(steps)
-    else:
-        dataset = dataset.batch(batch)
+        dataset = dataset.repeat().take(steps)
     dataset = dataset.skip(first_step)
 
     def split(*element: Any) -> Any:

@@ -46,7 +46,9 @@ def epoch_indices(
     )
     key = tf.cast(tf.math.floormod(key, 2**31), tf.int32)
     return tf.raw_ops.RandomIndexShuffle(
-        index=within, seed=key, max_index=tf.fill(tf.shape(lap), tf.constant(num_examples - 1, tf.int64)),
+        index=within,
+        seed=key,
+        max_index=tf.fill(tf.shape(lap), tf.constant(num_examples - 1, tf.int64)),
         rounds=_SHUFFLE_ROUNDS,
     )
 

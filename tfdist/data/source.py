@@ -156,28 +156,27 @@ def _weigh(source: Source, class_weight: Mapping[int, float] | None, sample_weig
             raise ConfigError("sample_weight goes with arrays; let a dataset yield (x, y, sample_weight).")
         return _from_arrays((*source.tensors[:2], sample_weight))
     assert class_weight is not None
-    table = _weight_table(class_weight)
+    return _weigh_classes(source, _weight_table(class_weight))
 
-    def weigh(*example: Any) -> Any:
-        if len(example) != 2 or not tf.is_tensor(example[1]):
+
+def _weigh_classes(source: Source, table: tf.Tensor) -> Source:
+    def weigh(*batch: Any) -> Any:
+        if len(batch) != 2 or not tf.is_tensor(batch[1]):
             raise ConfigError("class_weight needs data of the form (x, y) with a single y.")
-        x, y = example
+        x, y = batch
         one_hot = y.shape.rank is not None and y.shape.rank > 1 and y.shape[-1] != 1
         classes = tf.argmax(y, -1) if one_hot else tf.reshape(y, [-1])
         return x, y, tf.gather(table, tf.cast(classes, tf.int64))
+
+    def weigh_one(*example: Any) -> Any:
+        rows = tf.nest.map_structure(lambda t: t[None], example)
+        return tf.nest.map_structure(lambda t: t[0], weigh(*rows))
 
     if isinstance(source, ArraySource):
         return ArraySource(tensors=weigh(*source.tensors))
     if isinstance(source, SelfShardedSource):
         build = source.local_dataset
         return SelfShardedSource(local_dataset=lambda context: build(context).map(weigh))
-
-    def weigh_one(*example: Any) -> Any:
-        if len(example) != 2:
-            raise ConfigError("class_weight needs data of the form (x, y) with a single y.")
-        x, y, w = weigh(example[0], example[1][None])
-        return x, y[0], w[0]
-
     return StreamSource(dataset=source.dataset.map(weigh_one), num_examples=source.num_examples)
 
 

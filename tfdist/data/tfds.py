@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import tensorflow as tf
@@ -125,13 +125,12 @@ class _one_at_a_time:  # noqa: N801 - reads as a context
         self._path = data_dir.parent / f".{data_dir.name}.lock"
 
     def __enter__(self) -> None:
+        self._file: TextIO | None = None
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "w")  # noqa: SIM115 - closed in __exit__
+            self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
         except OSError:
-            # A read-only folder holds data that is prepared already.
-            self._file = None
-            return
+            return  # A read-only folder holds data that is prepared already.
         fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def __exit__(self, *exc_info: Any) -> None:

@@ -65,10 +65,10 @@ class CoordinatorLoop:
     def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
         """Returns the metrics over the plan's steps."""
         state = zero_state(self._model)
-        extra: dict[str, Any] = {}
+        last: dict[str, Any] = {}
         for part, extra in self._results("test", source, plan):
-            state = add_states(state, part)
-        return {**self._logs(state), **_numbers(extra)}
+            state, last = add_states(state, part), extra
+        return {**self._logs(state), **_numbers(last)}
 
     def predict(self, source: Source, plan: BatchPlan) -> Any:
         """Returns the outputs as arrays in the data's order."""

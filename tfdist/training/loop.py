@@ -154,7 +154,9 @@ def _reads_batches(callback: keras.callbacks.Callback) -> bool:
         return False
     base = keras.callbacks.Callback
     hooks = ("on_train_batch_end", "on_batch_end", "on_train_batch_begin", "on_batch_begin")
-    return any(getattr(type(callback), hook) is not getattr(base, hook) for hook in hooks)
+    return any(
+        getattr(type(callback), hook) is not getattr(base, hook) or hook in vars(callback) for hook in hooks
+    )
 
 
 _CHIEF_OR_IDLE = (

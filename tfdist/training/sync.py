@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ class SyncLoop:
             if self._alone
             else ReplicaStep(strategy=strategy, model=model, optimizers=optimizers)
         )
-        self._functions: dict[str, Any] = {}
+        self._functions: dict[tuple[str, bool], Any] = {}
 
     def start(self) -> None:
         """Prepares the replicas for training: equal weights are TensorFlow's, different random streams ours."""
@@ -54,10 +55,9 @@ class SyncLoop:
     def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
         """Returns the metrics over the plan's steps."""
         self._model.reset_metrics()
-        extra: dict[str, Any] = {}
-        for extra in self._each("test", source, plan):
-            pass
-        return {**self._logs(), **_numbers(extra)}
+        # The last batch's, as in Keras: only metrics gather over batches.
+        extra = collections.deque(self._each("test", source, plan), maxlen=1)
+        return {**self._logs(), **_numbers(extra[0] if extra else {})}
 
     def predict(self, source: Source, plan: BatchPlan) -> Any:
         """Returns the outputs as arrays in the data's order, on every process."""

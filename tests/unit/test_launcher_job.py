@@ -64,7 +64,13 @@ def test_task_environment_says_who_it_is():
 
 @pytest.mark.parametrize(
     ("cores", "workers", "num_ps", "intra", "inter"),
-    [(16, 4, 0, "4", "4"), (16, 2, 1, "8", "8"), (2, 4, 0, "1", "2"), (2, 2, 1, "1", "4"), (6, 4, 2, "1", "4")],
+    [
+        (16, 4, 0, "4", "4"),
+        (16, 2, 1, "8", "8"),
+        (2, 4, 0, "1", "2"),
+        (2, 2, 1, "1", "4"),
+        (6, 4, 2, "1", "4"),
+    ],
 )
 def test_cores_are_divided(monkeypatch, cores, workers, num_ps, intra, inter):
     monkeypatch.setattr(job, "count_cores", lambda: cores)

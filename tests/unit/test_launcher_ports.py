@@ -47,6 +47,8 @@ def test_reachable_names_who_is_missing():
     with socket.create_server(("127.0.0.1", 0)) as server, PortReservation(2) as dead:
         up = server.getsockname()[1]
         check_reachable(cluster_on(dead.ports[0], up), timeout_secs=5)  # itself is not asked
-        with pytest.raises(ClusterError, match=rf"worker:2 at 127.0.0.1:{dead.ports[1]} \(Connection refused\)") as e:
+        with pytest.raises(
+            ClusterError, match=rf"worker:2 at 127.0.0.1:{dead.ports[1]} \(Connection refused\)"
+        ) as e:
             check_reachable(cluster_on(dead.ports[0], up, dead.ports[1]), timeout_secs=0.1)
         assert "worker:1" not in str(e.value)

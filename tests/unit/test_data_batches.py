@@ -1,0 +1,208 @@
+"""Each example once, in one order, whatever the number of replicas."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfdist.data import (
+    StreamSource,
+    build_source,
+    epoch_indices,
+    local_batches,
+    num_steps,
+    part_slice,
+    step_size,
+    step_start,
+    tfds_split,
+)
+from tfdist.errors import ConfigError
+
+
+def read_epoch(source, *, num_replicas, batch, epoch=0, seed=3, shuffle=True, first_step=0, steps=None):
+    """Returns the global batches, put together from what each replica's process would read."""
+    joined = []
+    for replica in range(num_replicas):
+        segments = local_batches(
+            source,
+            epoch=epoch,
+            seed=seed,
+            shuffle=shuffle,
+            global_batch_size=batch,
+            num_replicas=num_replicas,
+            replica_ids=[replica],
+            first_step=first_step,
+            num_steps=steps,
+        )
+        parts = [(p[0][0].numpy(), int(n)) for s in segments for p, n in s.dataset]
+        joined.append(parts)
+    batches = []
+    for row in zip(*joined, strict=True):
+        batches.append(np.concatenate([part for part, _ in row]))
+        assert all(n == len(batches[-1]) for _, n in row)
+    return batches
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 97, 1437])
+def test_epoch_indices_are_a_permutation(count):
+    """Every example once, in another order each epoch and pass."""
+
+    def order(epoch, start=0):
+        indices = epoch_indices(
+            num_examples=count, seed=1, epoch=epoch, start=start, size=count, shuffle=True
+        )
+        return indices.numpy().tolist()
+
+    assert sorted(order(0)) == list(range(count))
+    assert order(0) == order(0)
+    if count > 5:
+        assert order(0) != order(1)
+        assert order(0) != order(0, start=count)
+        assert sorted(order(0, start=count)) == list(range(count))
+
+
+def test_epoch_indices_shuffle_well():
+    """Neighbours are uncorrelated: TensorFlow's default of four rounds fails here."""
+    count = 60_000
+    order = epoch_indices(num_examples=count, seed=0, epoch=0, start=0, size=count, shuffle=True).numpy()
+    for lag in (1, 2, 3):
+        correlation = np.corrcoef(order[:-lag], order[lag:])[0, 1]
+        assert abs(correlation) < 0.03, (lag, correlation)
+
+
+@pytest.mark.parametrize("count", [22, 37, 3])
+@pytest.mark.parametrize("kind", ["arrays", "stream"])
+def test_batches_do_not_depend_on_replicas(count, kind):
+    """The same global batches for 1, 2, 3 and 4 replicas, and each example once."""
+    data = (np.arange(count, dtype=np.float32),)
+    source = build_source(data if kind == "arrays" else tf.data.Dataset.from_tensor_slices(data))
+    alone = read_epoch(source, num_replicas=1, batch=10)
+    assert sorted(np.concatenate(alone)) == list(range(count))
+    assert [len(b) for b in alone] == [min(10, count - s) for s in range(0, count, 10)]
+    for replicas in (2, 3, 4):
+        for mine, theirs in zip(read_epoch(source, num_replicas=replicas, batch=10), alone, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", ["arrays", "stream"])
+def test_seek_equals_skipping(kind):
+    """Starting at a step gives what the epoch holds from there."""
+    data = (np.arange(37, dtype=np.float32),)
+    source = build_source(data if kind == "arrays" else tf.data.Dataset.from_tensor_slices(data))
+    whole = read_epoch(source, num_replicas=2, batch=8)
+    late = read_epoch(source, num_replicas=2, batch=8, first_step=3)
+    assert len(late) == len(whole) - 3
+    for mine, theirs in zip(late, whole[3:], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_steps_past_the_end_begin_another_pass():
+    """steps_per_epoch may exceed the data: the passes follow one another, each example once in each."""
+    source = build_source((np.arange(10, dtype=np.float32),))
+    batches = read_epoch(source, num_replicas=2, batch=4, steps=6)
+    assert [len(b) for b in batches] == [4, 4, 2, 4, 4, 2]
+    assert sorted(np.concatenate(batches[:3])) == sorted(np.concatenate(batches[3:])) == list(range(10))
+    short = read_epoch(build_source((np.arange(3, dtype=np.float32),)), num_replicas=1, batch=8, steps=3)
+    assert [len(b) for b in short] == [3, 3, 3]
+
+
+def test_full_batches_have_static_shapes():
+    """One trace for the full batches, one for the short last one."""
+    source = build_source((np.zeros((22, 5), np.float32), np.zeros(22)))
+    segments = local_batches(
+        source, epoch=0, seed=0, shuffle=False, global_batch_size=10, num_replicas=4, replica_ids=[0, 1]
+    )
+    shapes = [[part[0].shape.as_list() for part in s.dataset.element_spec[0]] for s in segments]
+    assert shapes == [[[2, 5], [3, 5]], [[0, 5], [1, 5]]]
+    assert [s.num_steps for s in segments] == [2, 1]
+
+
+def test_step_arithmetic():
+    """Sizes and starts of batches, over passes."""
+    assert num_steps(num_examples=22, global_batch_size=10) == 3
+    assert num_steps(num_examples=22, global_batch_size=10, drop_remainder=True) == 2
+    assert [step_size(step=s, num_examples=22, global_batch_size=10) for s in range(4)] == [10, 10, 2, 10]
+    assert [step_start(step=s, num_examples=22, global_batch_size=10) for s in range(4)] == [0, 10, 20, 22]
+    for size in range(9):
+        ends = [part_slice(size, k, 4) for k in range(4)]
+        assert ends[0][0] == 0 and ends[-1][1] == size
+        assert all(a[1] == b[0] for a, b in zip(ends, ends[1:], strict=False))
+        assert max(b - a for a, b in ends) - min(b - a for a, b in ends) <= 1
+
+
+def test_nested_arrays_keep_their_form():
+    """Dict inputs and weights stay together."""
+    x = {"a": np.arange(6), "b": np.arange(12).reshape(6, 2)}
+    source = build_source((x, np.arange(6.0), np.ones(6)))
+    features, labels, weights = source.sample_batch(2)
+    assert features["b"].shape == (2, 2)
+    assert labels.shape == weights.shape == (2,)
+    assert source.num_examples == 6
+
+
+def test_class_weight_becomes_sample_weight():
+    """For integer and one-hot labels, arrays and streams; unlisted classes weigh 1."""
+    labels = np.array([0, 1, 2, 1])
+    for y in (labels, np.eye(3, dtype=np.float32)[labels]):
+        data = (np.zeros((4, 1), np.float32), y)
+        source = build_source(data, class_weight={0: 2.0, 2: 0.5})
+        np.testing.assert_array_equal(source.sample_batch(4)[2], [2, 1, 0.5, 1])
+        stream = build_source(tf.data.Dataset.from_tensor_slices(data), class_weight={0: 2.0, 2: 0.5})
+        assert isinstance(stream, StreamSource)
+        np.testing.assert_array_equal(stream.sample_batch(4)[2], [2, 1, 0.5, 1])
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "words"),
+    [
+        ((np.zeros(3), np.zeros(4)), {}, "3, 4 examples"),
+        ((np.zeros((0, 2)),), {}, "no examples"),
+        ((np.zeros(2),) * 4, {}, "tuple of 4"),
+        (np.float32(1), {}, "first axes"),
+        ((np.zeros(2), np.zeros(2)), {"class_weight": {0: 1}, "sample_weight": np.ones(2)}, "pass one"),
+        ("tfds:digits", {}, "tfds:NAME/SPLIT"),
+    ],
+)
+def test_bad_data_is_refused(data, options, words):
+    """Value, rule, remedy."""
+    with pytest.raises(ConfigError, match=words):
+        build_source(data, **options)
+
+
+def test_digits_come_through_tfds(tmp_path):
+    """Both splits, whole, with the true labels, prepared in the folder asked for."""
+    from sklearn.datasets import load_digits
+
+    parts = [build_source(tfds_split("digits", s, data_dir=str(tmp_path))) for s in ("train", "test")]
+    assert [p.num_examples for p in parts] == [1437, 360]
+    images = np.concatenate([p.tensors[0].numpy() for p in parts])
+    labels = np.concatenate([p.tensors[1].numpy() for p in parts])
+    digits = load_digits()
+    ours = sorted((i.tobytes(), int(n)) for i, n in zip(images, labels, strict=True))
+    true = sorted(
+        (i.astype(np.uint8).tobytes(), int(n)) for i, n in zip(digits.images, digits.target, strict=True)
+    )
+    assert ours == true
+    assert (tmp_path / "digits").is_dir()
+
+
+def test_two_processes_prepare_at_once(tmp_path):
+    """Neither finds a half-written dataset."""
+    program = (
+        "import sys; from tfdist.data import build_source, tfds_split; "
+        "print(build_source(tfds_split('digits', 'test', data_dir=sys.argv[1])).num_examples)"
+    )
+    both = [
+        subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [process.communicate(timeout=120)[0].split()[-1] for process in both] == ["360", "360"]
+
+
+def test_unknown_dataset_is_one_line(tmp_path):
+    """TFDS's page of suggestions is cut to its first line."""
+    with pytest.raises(ConfigError, match="no_such_set") as error:
+        build_source(tfds_split("no_such_set", "train", data_dir=str(tmp_path)))
+    assert "\n" not in str(error.value)

@@ -175,6 +175,7 @@ class Run:
         validation = None if validation_data is None else build_source(validation_data)
         loop = self._loop(model, source)
         _check_batch(global_batch_size, loop.num_replicas)
+        self._check_callbacks(callbacks)
         given, _ = split_callbacks(callbacks, is_chief=self.is_chief)
         steps = plan_steps(source, global_batch_size, steps_per_epoch)
         callback_list = keras.callbacks.CallbackList(
@@ -193,6 +194,7 @@ class Run:
             validation_batch_size=validation_batch_size or global_batch_size,
             validation_steps=validation_steps,
             validation_freq=validation_freq,
+            shown=verbose not in (0, 2),
         )
         run_fit(
             loop=loop,
@@ -290,6 +292,16 @@ class Run:
         )
         self._loops[id(model)] = (model.optimizer, loop)
         return loop
+
+    def _check_callbacks(self, callbacks: Any) -> None:
+        everyone, _ = split_callbacks(callbacks, is_chief=True)
+        if self.strategy_name == "multiworker" and any(
+            isinstance(c, keras.callbacks.BackupAndRestore) for c in everyone
+        ):
+            raise ConfigError(
+                "BackupAndRestore would restore the chief's weights alone; leave it out, and go on with "
+                "'python -m tfdist.train --resume' or from a checkpoint that every worker loads."
+            )
 
     def _check_scope(self, model: keras.Model) -> None:
         if self.strategy_name == "one_device" or not model.trainable_variables:

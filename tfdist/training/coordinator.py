@@ -27,6 +27,8 @@ from tfdist.training.plan import BatchPlan
 
 # Closures in flight for each worker: enough that a slow one does not hold up the others.
 _WINDOW_PER_WORKER = 16
+# Data sets that the workers keep at once: training, validation, and one or two more.
+_MAX_FEEDS = 4
 
 
 class CoordinatorLoop:
@@ -46,8 +48,7 @@ class CoordinatorLoop:
         self._num_workers = num_workers
         names = set(metric_results(model, zero_state(model)))
         self._step = SharedStep(model=model, metric_names=names)
-        self._feeds: dict[int, _Feed] = {}
-        self._functions: dict[Any, Any] = {}
+        self._feeds: collections.OrderedDict[int, _Feed] = collections.OrderedDict()
         self._num_scheduled = 0
 
     def start(self) -> None:
@@ -89,13 +90,12 @@ class CoordinatorLoop:
             yield self._coordinator.fetch(pending.popleft())
 
     def _calls(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-        feed = self._feeds.get(id(source)) or self._new_feed(source)
-        self._feeds[id(source)] = feed
+        feed = self._feed(source)
         for size, args in feed.batches(plan):
-            key = (kind, id(source), size, plan.shuffle, plan.seed)
-            if key not in self._functions:
-                self._functions[key] = self._build_function(kind, feed.read(size, plan))
-            yield self._functions[key], (*args, tf.constant(self._num_scheduled, tf.int64))
+            key = (kind, size, plan.shuffle, plan.seed)
+            if key not in feed.functions:
+                feed.functions[key] = self._build_function(kind, feed.read(size, plan))
+            yield feed.functions[key], (*args, tf.constant(self._num_scheduled, tf.int64))
             if kind == "train":
                 self._num_scheduled += 1
 
@@ -109,11 +109,21 @@ class CoordinatorLoop:
 
         return tf.function(closure, autograph=False)
 
+    def _feed(self, source: Source) -> _Feed:
+        feed = self._feeds.pop(id(source), None)
+        if feed is None:
+            feed = self._new_feed(source)
+        # The latest last; a feed holds its source, so that an id stands for one source only.
+        self._feeds[id(source)] = feed
+        while len(self._feeds) > _MAX_FEEDS:
+            self._feeds.popitem(last=False)
+        return feed
+
     def _new_feed(self, source: Source) -> _Feed:
         if isinstance(source, ArraySource):
             return _ResidentFeed(source, self._coordinator)
         if isinstance(source, SelfShardedSource):
-            return _OwnFeed(source, self._coordinator, self._num_workers)
+            return _OwnFeed(source, self._coordinator)
         return _SentFeed(source)
 
 
@@ -124,6 +134,7 @@ class _ResidentFeed:
         self, source: ArraySource, coordinator: tf.distribute.coordinator.ClusterCoordinator
     ) -> None:
         self._source = source
+        self.functions: dict[Any, Any] = {}
         tensors = source.tensors
         dataset = coordinator.create_per_worker_dataset(
             lambda: tf.data.Dataset.from_tensors(tensors).repeat()
@@ -161,6 +172,7 @@ class _SentFeed:
 
     def __init__(self, source: Source) -> None:
         self._source = source
+        self.functions: dict[Any, Any] = {}
 
     def batches(self, plan: BatchPlan) -> Iterator[tuple[int | None, tuple[Any, ...]]]:
         for segment in local_batches(
@@ -188,9 +200,9 @@ class _OwnFeed:
         self,
         source: SelfShardedSource,
         coordinator: tf.distribute.coordinator.ClusterCoordinator,
-        num_workers: int,
     ) -> None:
-        del num_workers
+        self._source = source
+        self.functions: dict[Any, Any] = {}
         self._iterator = iter(coordinator.create_per_worker_dataset(source.local_dataset))
 
     def batches(self, plan: BatchPlan) -> Iterator[tuple[int | None, tuple[Any, ...]]]:

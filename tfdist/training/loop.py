@@ -44,6 +44,7 @@ class FitOptions:
     validation_batch_size: int
     validation_steps: int | None
     validation_freq: int | Sequence[int]
+    shown: bool
 
 
 def run_fit(
@@ -78,7 +79,7 @@ def run_fit(
             shuffle=options.shuffle,
             global_batch_size=options.global_batch_size,
             num_steps=steps,
-            log_every_steps=_log_every(callbacks, steps),
+            log_every_steps=_log_every(callbacks, steps, shown=options.shown),
         )
         _train(loop, model, source, plan, callbacks)
         logs = dict(loop.epoch_logs)
@@ -138,15 +139,15 @@ def _is_due(epoch: int, frequency: int | Sequence[int]) -> bool:
     return epoch + 1 in frequency
 
 
-def _log_every(callbacks: keras.callbacks.CallbackList, steps: int | None) -> int:
-    """Every step where a callback looks at batches, else about twenty times an epoch.
+def _log_every(callbacks: keras.callbacks.CallbackList, steps: int | None, *, shown: bool) -> int:
+    """Every step where a callback looks at batches, about ten times an epoch for the eye, else never (0).
 
     Logs are a collective under several workers: the rule must give the same answer on each, so callbacks
     that run on the chief alone do not count.
     """
     if any(_reads_batches(c) for c in callbacks.callbacks):
         return 1
-    return max(1, (steps or 1000) // 20)
+    return max(1, (steps or 1000) // 10) if shown else 0
 
 
 def _reads_batches(callback: keras.callbacks.Callback) -> bool:

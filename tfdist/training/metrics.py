@@ -6,11 +6,13 @@ AUC counts every example once.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 
 def zero_state(model: keras.Model) -> list[Any]:
@@ -30,10 +32,28 @@ def metric_results(model: keras.Model, state: Sequence[Any]) -> dict[str, float]
         model: A built model.
         state: One array for each of `model.metrics_variables`.
     """
-    mapping = list(zip(model.metrics_variables, state, strict=True))
-    with keras.StatelessScope(state_mapping=mapping):
-        results = model.get_metrics_result()
+    results = _results_function(model)([tf.convert_to_tensor(value) for value in state])
     return {name: _as_number(value) for name, value in results.items()}
+
+
+def _results_function(model: keras.Model) -> Any:
+    """Returns the model's results as one compiled function: op by op they would cost more than a small step."""
+    variables = model.metrics_variables
+    key = tuple(id(v) for v in variables)
+    known = _functions.get(model)
+    if known is None or known[0] != key:
+
+        def results(state: list[tf.Tensor]) -> dict[str, Any]:
+            with keras.StatelessScope(state_mapping=list(zip(variables, state, strict=True))):
+                return dict(model.get_metrics_result())
+
+        known = (key, tf.function(results, autograph=False))
+        _functions[model] = known
+    return known[1]
+
+
+# compile() makes new metrics: the key says for which the function stands.
+_functions: weakref.WeakKeyDictionary[keras.Model, tuple[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def _as_number(value: Any) -> Any:

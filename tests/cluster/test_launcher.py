@@ -1,5 +1,6 @@
 """The launcher with real processes, real ports and real signals; the tasks are plain Python, so they start fast."""
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 
 import tfdist
+from tfdist.errors import LaunchError
+from tfdist.launcher import Job, run_local, supervisor
 
 pytestmark = pytest.mark.cluster
 
@@ -419,3 +422,25 @@ def test_tensorflow_servers_listen_on_the_ports_that_are_held_for_them(folder):
     done = run("--num_workers=1", "--num_ps=1", script)
     assert done.returncode == 0, done.stderr
     assert "[chief:0] total 10.0" in done.stdout
+
+
+def test_worker_that_outlives_its_peers_is_mentioned(monkeypatch, capfd):
+    monkeypatch.setattr(supervisor, "SETTLE_SECS", 0.1)
+    job = Job(command=["sh", "-c", """case $TF_CONFIG in *'"index": 1'*) sleep 2;; esac"""], num_workers=2)
+    assert run_local(job) == 0
+    assert "worker:1 still run 0.1 s after the others ended" in capfd.readouterr().err
+
+
+def test_caller_gets_its_handlers_and_descriptors_back(folder):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    descriptors = os.listdir("/proc/self/fd")
+    assert run_local(Job(command=["true"], num_workers=3)) == 0
+    with pytest.raises(LaunchError):
+        run_local(Job(command=["/no/such/program"], num_workers=2, run_dir=str(folder)))
+    assert os.listdir("/proc/self/fd") == descriptors
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+
+
+def test_job_runs_outside_the_main_thread():
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run_local, Job(command=["sh", "-c", "exit 5"])).result(timeout=30) == 5

@@ -86,12 +86,11 @@ class Child:
             os.killpg(self.group, number)
 
     def reap(self) -> None:
-        """Waits for the process, which must have ended or been killed, and closes what belongs to it."""
+        """Waits for the process, which must have ended or been killed, and closes its pipes."""
         self.process.wait()
         for pipe in (self.process.stdout, self.process.stderr):
             if pipe is not None:
                 pipe.close()
-        self.output.close()
 
 
 class Guard:

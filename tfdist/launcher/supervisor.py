@@ -65,9 +65,10 @@ class Supervisor:
             ConfigError: If the run_dir cannot be written.
             LaunchError: If a process cannot be started.
         """
-        outputs = {task: self._open_output(task) for task in envs}
-        watcher = Guard(self._mark)
-        try:
+        with contextlib.ExitStack() as stack:
+            outputs = {task: stack.enter_context(self._open_output(task)) for task in envs}
+            watcher = Guard(self._mark)
+            stack.callback(watcher.dismiss)
             with SignalInbox(self._kill) as inbox:
                 self._selector.register(inbox, selectors.EVENT_READ)
                 try:
@@ -77,12 +78,11 @@ class Supervisor:
                         self._step(inbox)
                 finally:
                     self._finish(inbox)
-        finally:
-            watcher.dismiss()
         return self._report()
 
-    def _open_output(self, task: Task) -> TaskOutput:
-        return TaskOutput(task, open_log(self._job.run_dir, task) if self._job.run_dir else None)
+    def _open_output(self, task: Task) -> contextlib.closing[TaskOutput]:
+        log = open_log(self._job.run_dir, task) if self._job.run_dir else None
+        return contextlib.closing(TaskOutput(task, log))
 
     def _start(self, output: TaskOutput, env: dict[str, str], watcher: Guard) -> None:
         if sys.stdout.isatty() and output.task == self._cluster.chief:

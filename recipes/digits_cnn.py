@@ -3,7 +3,7 @@
     python -m tfdist.train --recipe=digits_cnn --strategy=ps
 
 Scikit-learn's digits, 8×8 grey values, through a TFDS builder: 1,437 to train on, 360 to test on. No download.
-Two CPU cores, one process: 15 epochs in about 10 seconds. Test accuracy: at least 0.97, usually above 0.98.
+Two CPU cores, one process: 15 epochs in about 6 seconds. Test accuracy: at least 0.97, usually 0.99.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from tfdist.data import tfds_split
 from tfdist.recipe import Recipe
 
 
-def build_model(
-    *, filters: int = 24, learning_rate: float = 4e-3, shift: float = 0.125, dropout: float = 0.4
-) -> keras.Model:
+def build_model(*, filters: int = 24, learning_rate: float = 2e-3, dropout: float = 0.4) -> keras.Model:
     """Builds the compiled network.
 
     Smooth activations and average pooling: with ReLU and max pooling rounding decides which side of a kink a value is
@@ -27,8 +25,7 @@ def build_model(
 
     Args:
         filters: Channels of the first two convolutions; the third has twice as many.
-        learning_rate: Adam's rate at the start; it halves every 100 steps.
-        shift: Share of its width and height by which a training image moves at most.
+        learning_rate: Adam's rate at the start; it halves every 200 steps.
         dropout: Share of the features dropped before the last layer.
 
     Returns:
@@ -37,8 +34,6 @@ def build_model(
     layers = keras.layers
     images = keras.Input((8, 8, 1), dtype="uint8", name="image")
     x = layers.Rescaling(1 / 8, offset=-1)(images)
-    if shift:
-        x = layers.RandomTranslation(shift, shift, fill_mode="constant", fill_value=-1.0)(x)
     x = _convolve(x, filters)
     x = _convolve(x, filters)
     x = layers.AveragePooling2D(2)(x)
@@ -46,7 +41,7 @@ def build_model(
     x = layers.Flatten()(x)
     x = layers.Dropout(dropout)(x)
     model = keras.Model(images, layers.Dense(10, name="logits")(x), name="digits_cnn")
-    schedule = keras.optimizers.schedules.ExponentialDecay(learning_rate, decay_steps=100, decay_rate=0.5)
+    schedule = keras.optimizers.schedules.ExponentialDecay(learning_rate, decay_steps=200, decay_rate=0.5)
     model.compile(
         optimizer=keras.optimizers.Adam(schedule),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),

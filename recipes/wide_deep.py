@@ -1,0 +1,159 @@
+"""A wide and deep network on a table: a click log made up from a known truth, or scikit-learn's breast-cancer data.
+
+    python -m tfdist.train --recipe=wide_deep --strategy=ps
+    python -m tfdist.train --recipe=wide_deep --set data=breast_cancer
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from tfdist.errors import ConfigError
+from tfdist.recipe import Recipe
+
+Data = Literal["clicks", "breast_cancer"]
+Examples = tuple[dict[str, NDArray[Any]], NDArray[np.float32]]
+
+
+class Columns(NamedTuple):
+    """The shape of one table: columns of numbers, and how many values each column of ids can take."""
+
+    num_numbers: int
+    num_values: tuple[int, ...]
+
+
+NUM_BUCKETS = 8  # of each breast-cancer measurement, for the wide part
+COLUMNS = {
+    "clicks": Columns(num_numbers=8, num_values=(1000, 300, 60, 20)),
+    "breast_cancer": Columns(num_numbers=30, num_values=(NUM_BUCKETS,) * 30),
+}
+
+
+def build_model(
+    *,
+    data: Data = "clicks",
+    embedding_width: int = 8,
+    hidden: tuple[int, ...] = (64, 32),
+    dropout: float = 0.2,
+    learning_rate: float = 5e-3,
+) -> keras.Model:
+    """Builds the compiled network: one weight per id and per column of numbers (wide), plus embeddings through layers (deep).
+
+    Args:
+        data: The table; the data takes the same.
+        embedding_width: Features of each id's embedding.
+        hidden: Widths of the deep part's layers.
+        dropout: Share dropped after each of them.
+        learning_rate: Adam's rate.
+
+    Returns:
+        A model from `{"numbers": [batch, number columns], "ids": [batch, id columns]}` to one logit each, `[batch, 1]`.
+    """
+    layers = keras.layers
+    columns = COLUMNS[data]
+    numbers = keras.Input((columns.num_numbers,), name="numbers")
+    ids = keras.Input((len(columns.num_values),), dtype="int32", name="ids")
+    num_rows = sum(columns.num_values)
+
+    wide = layers.Flatten()(layers.Embedding(num_rows, 1, embeddings_initializer="zeros", name="wide_ids")(ids))
+    wide = layers.Dense(1, name="wide")(layers.Concatenate()([keras.ops.sum(wide, axis=1, keepdims=True), numbers]))
+
+    # Well apart from the start: which pairs of ids match is a product, whose gradient vanishes near zero.
+    spread = keras.initializers.RandomNormal(stddev=0.5)
+    embeddings = layers.Embedding(num_rows, embedding_width, embeddings_initializer=spread, name="deep_ids")
+    deep = layers.Flatten()(embeddings(ids))
+    deep = layers.Concatenate()([deep, numbers])
+    for width in hidden:
+        deep = layers.Dropout(dropout)(layers.Dense(width, activation="gelu")(deep))
+    logit = layers.Add(name="logit")([wide, layers.Dense(1, use_bias=False, name="deep")(deep)])
+
+    model = keras.Model({"numbers": numbers, "ids": ids}, logit, name="wide_deep")
+    model.compile(
+        optimizer=keras.optimizers.Adam(learning_rate),
+        loss=keras.losses.BinaryCrossentropy(from_logits=True),
+        metrics=[keras.metrics.AUC(from_logits=True, name="auc"), keras.metrics.BinaryAccuracy("accuracy", threshold=0.0)],
+    )
+    return model
+
+
+def build_data(split: str, *, data: Data = "clicks", num_examples: int = 50_000, seed: int = 0) -> Examples:
+    """Gives one split of the table: 80% to train on, 20% to test on.
+
+    Args:
+        split: "train" or "test".
+        data: "clicks" or "breast_cancer".
+        num_examples: Rows of the click log, both splits together.
+        seed: Of the click log, or of the order in which the breast-cancer rows are divided.
+
+    Returns:
+        The inputs, `{"numbers": [examples, number columns] float32, "ids": [examples, id columns] int32}`, ids counted
+        through over all columns; and the labels `[examples, 1]`, 0 or 1.
+
+    Raises:
+        ConfigError: If the split is unknown.
+    """
+    if split not in ("train", "test"):
+        raise ConfigError(f"There is no split {split!r}; choose train or test.")
+    if data == "clicks":
+        inputs, _, labels = make_clicks(num_examples, seed=seed)
+    else:
+        inputs, labels = _load_breast_cancer(seed=seed)
+    num_train = len(labels) * 4 // 5
+    part = slice(num_train) if split == "train" else slice(num_train, None)
+    return {name: column[part] for name, column in inputs.items()}, labels[part]
+
+
+def make_clicks(
+    num_examples: int, *, seed: int
+) -> tuple[dict[str, NDArray[Any]], NDArray[np.float64], NDArray[np.float32]]:
+    """Makes up a click log.
+
+    Few ids are frequent and most are rare, as in real logs (a Zipf law). Whether an example is a click is drawn from
+    a known probability: a weight per id, a weight per column of numbers, and how well the last two ids' tastes match.
+
+    Args:
+        num_examples: Rows.
+        seed: Of everything drawn.
+
+    Returns:
+        The inputs as in `build_data`, the true logits `[examples]`, and the labels `[examples, 1]`.
+    """
+    # Two streams, so that more rows are more draws from the same truth.
+    truth, draws = np.random.default_rng(seed).spawn(2)
+    columns = COLUMNS["clicks"]
+    numbers = draws.standard_normal((num_examples, columns.num_numbers)).astype(np.float32)
+    logits = numbers @ truth.normal(0, 0.4, columns.num_numbers) - 1.0
+    ids, tastes = [], []
+    for num_values in columns.num_values:
+        frequency = 1 / np.arange(1, num_values + 1)
+        column = draws.choice(num_values, num_examples, p=frequency / frequency.sum())
+        logits += truth.normal(0, 0.6, num_values)[column]
+        tastes.append(truth.standard_normal((num_values, 2))[column])
+        ids.append(column + sum(columns.num_values[: len(ids)]))
+    logits += (tastes[-2] * tastes[-1]).sum(axis=1)
+    clicked = draws.random(num_examples) < 1 / (1 + np.exp(-logits))
+    inputs = {"numbers": numbers, "ids": np.stack(ids, axis=1).astype(np.int32)}
+    return inputs, logits, clicked.astype(np.float32)[:, np.newaxis]
+
+
+def _load_breast_cancer(*, seed: int) -> tuple[dict[str, NDArray[Any]], NDArray[np.float32]]:
+    # Here, not at the top: the click log does without scikit-learn.
+    from sklearn.datasets import load_breast_cancer
+
+    table = load_breast_cancer()
+    order = np.random.default_rng(seed).permutation(len(table.target))
+    values, labels = table.data[order], table.target[order]
+    train = values[: len(values) * 4 // 5]  # the test rows must not have a say in the scaling
+    numbers = (values - train.mean(axis=0)) / train.std(axis=0)
+    edges = np.quantile(train, np.arange(1, NUM_BUCKETS) / NUM_BUCKETS, axis=0)
+    buckets = (values[:, np.newaxis] > edges).sum(axis=1)
+    ids = buckets + NUM_BUCKETS * np.arange(values.shape[1])
+    inputs = {"numbers": numbers.astype(np.float32), "ids": ids.astype(np.int32)}
+    return inputs, labels.astype(np.float32)[:, np.newaxis]
+
+
+RECIPE = Recipe(build_model=build_model, build_data=build_data, global_batch_size=256, epochs=6)

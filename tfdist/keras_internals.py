@@ -33,8 +33,11 @@ def build_model(model: keras.Model, batch: Any) -> None:
         batch: Nest `x`, `(x, y)` or `(x, y, sample_weight)` of tensors with a leading batch axis.
     """
     model._symbolic_build(data_batch=batch)
-    if model.optimizer is not None and not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
+    for optimizer in find_optimizers(model):
+        if not optimizer.built:
+            # One that `train_step` uses for some weights only gets slots for all: Keras would build it at its
+            # first step, when no variable can be made any more.
+            optimizer.build(model.trainable_variables)
 
 
 def set_optimizer(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> None:

@@ -1,9 +1,9 @@
 """`python -m tfdist.train`: trains, evaluates, predicts or exports a recipe under any strategy.
 
-    python -m tfdist.train                               # digits_cnn on this machine
-    python -m tfdist.train --strategy=ps --num_workers=2 # a local cluster is started
-    python -m tfdist.train --recipe=wide_deep --set data=breast_cancer --epochs=3
-    python -m tfdist.train --list_recipes
+python -m tfdist.train                               # digits_cnn on this machine
+python -m tfdist.train --strategy=ps --num_workers=2 # a local cluster is started
+python -m tfdist.train --recipe=wide_deep --set data=breast_cancer --epochs=3
+python -m tfdist.train --list_recipes
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -23,14 +24,13 @@ from tfdist.errors import TfdistError
 from tfdist.launcher import Job, build_python_command, render_dry_run_local, run_local
 from tfdist.optimizers import OPTIMIZERS, SCHEDULES
 from tfdist.recipe import list_recipes, load_recipe, resolve_recipe_name
-from tfdist.training.run_dir import RunDir
 
 FLAGS = flags.FlagValues()
 _ALIASES = {"batch_size": "global_batch_size", "model_dir": "run_dir", "np": "num_workers"}
 
 
 def _define_flags() -> None:
-    own = {"flag_values": FLAGS}
+    own: Any = {"flag_values": FLAGS}
     flags.DEFINE_string("recipe", "digits_cnn", "Recipe: a name, a dotted module or a file.", **own)
     flags.DEFINE_string("strategy", None, "one_device, mirrored, multiworker or ps (or an alias).", **own)
     flags.DEFINE_enum("mode", "train", MODES, "What to do in run_dir.", **own)
@@ -78,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TfdistError, flags.Error) as error:
         print(f"tfdist.train: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("tfdist.train: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -166,7 +169,7 @@ def _build_config(*, strategy: str, run_dir: str) -> RunConfig:
         export=FLAGS.export,
         resume=FLAGS.resume,
         overrides=tuple(FLAGS.set),
-        verbose=verbose if verbose == "auto" else int(verbose),
+        verbose=int(verbose) if verbose in ("0", "1", "2") else verbose,
     )
 
 

@@ -165,7 +165,8 @@ def dropout() -> keras.Model:
 CASES = {
     "sgd": Case(lambda: classifier(lambda: optimizers.SGD(0.1)), (X, Y)),
     "batch_norm": Case(
-        lambda: classifier(lambda: optimizers.SGD(0.1, momentum=0.9, global_clipnorm=0.5), batch_norm=True), (X, Y)
+        lambda: classifier(lambda: optimizers.SGD(0.1, momentum=0.9, global_clipnorm=0.5), batch_norm=True),
+        (X, Y),
     ),
     "adamw_ema": Case(
         lambda: classifier(
@@ -173,9 +174,13 @@ CASES = {
         ),
         (X, Y),
     ),
-    "accumulate": Case(lambda: classifier(lambda: optimizers.SGD(0.1, gradient_accumulation_steps=2)), (X, Y)),
+    "accumulate": Case(
+        lambda: classifier(lambda: optimizers.SGD(0.1, gradient_accumulation_steps=2)), (X, Y)
+    ),
     "schedule": Case(
-        lambda: classifier(lambda: optimizers.SGD(optimizers.schedules.CosineDecay(0.01, 4)), reduction="sum"),
+        lambda: classifier(
+            lambda: optimizers.SGD(optimizers.schedules.CosineDecay(0.01, 4)), reduction="sum"
+        ),
         (X, Y),
     ),
     "weights": Case(

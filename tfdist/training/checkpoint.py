@@ -30,7 +30,8 @@ def save_checkpoint(path: Path, *, model: keras.Model, epoch: int) -> None:
     arrays = {name: np.asarray(v.numpy()) for name, v in _named_variables(model).items()}
     buffer = io.BytesIO()
     meta = json.dumps({"epoch": epoch})
-    np.savez(buffer, __meta__=np.array(meta), **arrays)
+    stored: Any = {"__meta__": np.array(meta), **arrays}
+    np.savez(buffer, **stored)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, buffer.getvalue())
 

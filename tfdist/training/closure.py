@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.errors import ConfigError
-from tfdist.training.replica import scalar_logs
+from tfdist.training.replica import returned_names, scalar_logs
 
 
 class CapturingScope(keras.StatelessScope):
@@ -31,6 +31,11 @@ class CapturingScope(keras.StatelessScope):
         self.num_updates[key] = self.num_updates.get(key, 0) + 1
         super().add_update(update)
 
+    def get_current_value(self, variable: keras.Variable) -> Any:
+        """Returns the captured value, or the variable itself: regularizers ask for all of them here."""
+        value = super().get_current_value(variable)
+        return keras_internals.native(variable) if value is None else value
+
 
 class SharedStep:
     """A model's step as a function of (batch, step number) against variables that others update meanwhile."""
@@ -38,6 +43,7 @@ class SharedStep:
     def __init__(self, *, model: keras.Model, metric_names: set[str]) -> None:
         self._model = model
         self._metric_names = metric_names
+        self.returned: dict[str, list[str] | None] = {}
         self._optimizers = keras_internals.find_optimizers(model)
         self._metrics = list(model.metrics_variables)
         self._seeds = keras_internals.seed_states(model)
@@ -84,6 +90,7 @@ class SharedStep:
         with self._as_single_device(), scope:
             outputs = getattr(self._model, f"{kind}_step")(batch)
         self._write(scope, added)
+        self.returned[kind] = returned_names(outputs)
         state = [tf.identity(scope.get_current_value(v)) for v in self._metrics]
         return state, scalar_logs(outputs, self._metric_names)
 

@@ -22,7 +22,7 @@ from tfdist.data import (
 )
 from tfdist.errors import ConfigError
 from tfdist.training.closure import SharedStep
-from tfdist.training.metrics import add_states, metric_results, zero_state
+from tfdist.training.metrics import add_states, metric_results, select_logs, zero_state
 from tfdist.training.plan import BatchPlan
 
 # Closures in flight for each worker: enough that a slow one does not hold up the others.
@@ -60,8 +60,8 @@ class CoordinatorLoop:
         extra: dict[str, Any] = {}
         for step, (part, extra) in enumerate(self._results("train", source, plan)):
             state = add_states(state, part)
-            yield {**self._logs(state), **_numbers(extra)} if plan.wants_logs(step) else None
-        self.epoch_logs = {**self._logs(state), **_numbers(extra)}
+            yield self._logs("train", state, extra) if plan.wants_logs(step) else None
+        self.epoch_logs = self._logs("train", state, extra)
 
     def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
         """Returns the metrics over the plan's steps."""
@@ -69,15 +69,15 @@ class CoordinatorLoop:
         last: dict[str, Any] = {}
         for part, extra in self._results("test", source, plan):
             state, last = add_states(state, part), extra
-        return {**self._logs(state), **_numbers(last)}
+        return self._logs("test", state, last)
 
     def predict(self, source: Source, plan: BatchPlan) -> Any:
         """Returns the outputs as arrays in the data's order."""
         batches = list(self._results("predict", source, plan))
         return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *batches)
 
-    def _logs(self, state: list[Any]) -> dict[str, Any]:
-        return metric_results(self._model, state)
+    def _logs(self, kind: str, state: list[Any], extra: dict[str, Any]) -> dict[str, Any]:
+        return select_logs(metric_results(self._model, state), self._step.returned.get(kind), extra)
 
     def _results(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[Any]:
         """Schedules every batch once and yields the results in order."""
@@ -220,7 +220,3 @@ class _OwnFeed:
 
 
 _Feed = _ResidentFeed | _SentFeed | _OwnFeed
-
-
-def _numbers(logs: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in logs.items()}

@@ -36,6 +36,22 @@ def metric_results(model: keras.Model, state: Sequence[Any]) -> dict[str, float]
     return {name: _as_number(value) for name, value in results.items()}
 
 
+def select_logs(
+    metrics: dict[str, float], returned: Sequence[str] | None, extra: dict[str, Any]
+) -> dict[str, float]:
+    """Returns the logs that Keras would report: a step of the model's own decides on their names.
+
+    Args:
+        metrics: Metric results over all examples.
+        returned: Names that the step returned; None where it returned no dict.
+        extra: The last batch's value of those that are no metrics.
+    """
+    if returned is None or set(returned) == set(metrics):
+        return metrics
+    numbers = {name: float(value) for name, value in extra.items()}
+    return {name: (metrics | numbers)[name] for name in returned if name in metrics or name in numbers}
+
+
 def _results_function(model: keras.Model) -> Any:
     """Returns the model's results as one compiled function: op by op they would cost more than a small step."""
     variables = model.metrics_variables

@@ -136,6 +136,7 @@ class SoleReplica(tf.distribute.ReplicaContext):
             local = tf.reduce_sum(tf.cast(mask, tf.float32))
         else:
             return None
+        local *= tf.cast(self.share > 0, local.dtype)  # An example of padding is none.
         (total,) = self.exchange([local])
         return tf.math.divide_no_nan(local, total) * grow
 
@@ -155,6 +156,7 @@ class ReplicaStep:
         self._optimizers = list(optimizers)
         self._variables = keras_internals.all_variables(model, self._optimizers)
         self._metric_ids = {id(v) for v in model.metrics_variables}
+        self.returned: dict[str, list[str] | None] = {}
         self._num_local = len(strategy.extended.worker_devices)
         self._average_fn: Callable[[], Any] | None = None
         self._metric_state_fn: Callable[[], Any] | None = None
@@ -217,6 +219,7 @@ class ReplicaStep:
             variable.assign(tf.where(local_size > 0, variable, old))
         if kind == "predict":
             return tf.nest.map_structure(lambda t: outer.all_gather(t[:local_size], axis=0), outputs)
+        self.returned[kind] = returned_names(outputs)
         return self._weighted_logs(outputs, sole)
 
     def _weighted_logs(self, outputs: Any, sole: SoleReplica) -> dict[str, Any]:
@@ -296,6 +299,11 @@ def scalar_logs(logs: Any, metric_names: set[str]) -> dict[str, tf.Tensor]:
         for name, value in logs.items()
         if name not in metric_names and tf.is_tensor(value) and value.shape.rank == 0
     }
+
+
+def returned_names(logs: Any) -> list[str] | None:
+    """Returns the names of a step's logs, None where it returned no dict."""
+    return list(logs) if isinstance(logs, dict) else None
 
 
 def local_replica_index(context: tf.distribute.ReplicaContext, num_local: int) -> int:

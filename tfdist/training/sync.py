@@ -12,9 +12,9 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.data import Segment, SelfShardedSource, Source, local_batches
-from tfdist.training.metrics import metric_results, zero_state
+from tfdist.training.metrics import metric_results, select_logs, zero_state
 from tfdist.training.plan import BatchPlan
-from tfdist.training.replica import ReplicaStep, scalar_logs
+from tfdist.training.replica import ReplicaStep, returned_names, scalar_logs
 
 
 class SyncLoop:
@@ -48,24 +48,25 @@ class SyncLoop:
         self._model.reset_metrics()
         extra: dict[str, Any] = {}
         for step, extra in enumerate(self._each("train", source, plan)):
-            yield {**self._logs(), **_numbers(extra)} if plan.wants_logs(step) else None
+            yield self._logs("train", extra) if plan.wants_logs(step) else None
         self._step.average_statistics()
-        self.epoch_logs = {**self._logs(), **_numbers(extra)}
+        self.epoch_logs = self._logs("train", extra)
 
     def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
         """Returns the metrics over the plan's steps."""
         self._model.reset_metrics()
         # The last batch's, as in Keras: only metrics gather over batches.
         extra = collections.deque(self._each("test", source, plan), maxlen=1)
-        return {**self._logs(), **_numbers(extra[0] if extra else {})}
+        return self._logs("test", extra[0] if extra else {})
 
     def predict(self, source: Source, plan: BatchPlan) -> Any:
         """Returns the outputs as arrays in the data's order, on every process."""
         batches = list(self._each("predict", source, plan))
         return tf.nest.map_structure(lambda *parts: np.concatenate([p.numpy() for p in parts]), *batches)
 
-    def _logs(self) -> dict[str, Any]:
-        return metric_results(self._model, self._step.metric_state())
+    def _logs(self, kind: str, extra: dict[str, Any]) -> dict[str, Any]:
+        results = metric_results(self._model, self._step.metric_state())
+        return select_logs(results, self._step.returned.get(kind), extra)
 
     def _each(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[Any]:
         for segment in self._segments(source, plan):
@@ -116,19 +117,24 @@ class _SoleStep:
 
     def __init__(self, model: keras.Model) -> None:
         self._model = model
+        self.returned: dict[str, list[str] | None] = {}
         self._metric_names = set(metric_results(model, zero_state(model)))
 
     def train(self, parts: Any, global_size: Any) -> Any:
         del global_size
-        return scalar_logs(self._model.train_step(parts[0]), self._metric_names)
+        return self._logs("train", self._model.train_step(parts[0]))
 
     def test(self, parts: Any, global_size: Any) -> Any:
         del global_size
-        return scalar_logs(self._model.test_step(parts[0]), self._metric_names)
+        return self._logs("test", self._model.test_step(parts[0]))
 
     def predict(self, parts: Any, global_size: Any) -> Any:
         del global_size
         return self._model.predict_step(parts[0])
+
+    def _logs(self, kind: str, logs: Any) -> dict[str, Any]:
+        self.returned[kind] = returned_names(logs)
+        return scalar_logs(logs, self._metric_names)
 
     def spread_seeds(self) -> None:
         """One replica keeps the model's seeds."""
@@ -138,10 +144,6 @@ class _SoleStep:
 
     def metric_state(self) -> list[Any]:
         return [v.numpy() for v in self._model.metrics_variables]
-
-
-def _numbers(logs: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in logs.items()}
 
 
 def _worker_index(resolver: tf.distribute.cluster_resolver.ClusterResolver) -> int:

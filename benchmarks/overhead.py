@@ -113,7 +113,8 @@ def main() -> None:
     text = "\n".join(table)
     print(text)
     if options.write:
-        title = f"## Overhead\n\n`python benchmarks/overhead.py`, {os.cpu_count()} cores, median (spread) of {options.rounds}.\n"
+        how = f"{os.cpu_count()} cores, median (spread) of {options.rounds} rounds"
+        title = f"## Overhead\n\n`python benchmarks/overhead.py`, {how}.\n"
         options.write.parent.mkdir(exist_ok=True)
         options.write.write_text(f"# Benchmarks\n\n{title}\n{text}\n", encoding="utf-8")
 

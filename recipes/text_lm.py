@@ -21,7 +21,10 @@ from tfdist.recipe import Recipe
 # character outside.
 ALPHABET = "\n" + string.digits + string.ascii_letters + string.punctuation + " "
 VOCABULARY_SIZE = len(ALPHABET) + 1
-NUM_CHARACTERS = {"train": 400_000, "test": 40_000}  # of the 459,000 (Python 3.10) to 511,000 (3.13) there are
+NUM_CHARACTERS = {
+    "train": 400_000,
+    "test": 40_000,
+}  # of the 459,000 (Python 3.10) to 511,000 (3.13) there are
 
 
 def build_model(
@@ -116,7 +119,9 @@ def _encode_text() -> NDArray[np.int32]:
     text = "\n".join(topics[topic] for topic in sorted(topics))
     wanted = sum(NUM_CHARACTERS.values())
     if len(text) < wanted:
-        raise ConfigError(f"This Python's pydoc_data.topics has {len(text)} characters; text_lm needs {wanted}.")
+        raise ConfigError(
+            f"This Python's pydoc_data.topics has {len(text)} characters; text_lm needs {wanted}."
+        )
     table = np.zeros(0x110000, np.int32)
     table[[ord(character) for character in ALPHABET]] = np.arange(1, VOCABULARY_SIZE, dtype=np.int32)
     return table[np.frombuffer(text[:wanted].encode("utf-32-le"), np.uint32)]

@@ -1,7 +1,7 @@
 """A wide and deep network on a table: a click log made up from a known truth, or scikit-learn's breast-cancer data.
 
-    python -m tfdist.train --recipe=wide_deep --strategy=ps
-    python -m tfdist.train --recipe=wide_deep --set data=breast_cancer
+python -m tfdist.train --recipe=wide_deep --strategy=ps
+python -m tfdist.train --recipe=wide_deep --set data=breast_cancer
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def build_model(
     dropout: float = 0.2,
     learning_rate: float = 5e-3,
 ) -> keras.Model:
-    """Builds the compiled network: one weight per id and per column of numbers (wide), plus embeddings through layers (deep).
+    """Builds the compiled network: one weight per id and per number (wide), plus embeddings through layers (deep).
 
     Args:
         data: The table; the data takes the same.
@@ -59,8 +59,12 @@ def build_model(
     ids = keras.Input((len(columns.num_values),), dtype="int32", name="ids")
     num_rows = sum(columns.num_values)
 
-    wide = layers.Flatten()(layers.Embedding(num_rows, 1, embeddings_initializer="zeros", name="wide_ids")(ids))
-    wide = layers.Dense(1, name="wide")(layers.Concatenate()([keras.ops.sum(wide, axis=1, keepdims=True), numbers]))
+    wide = layers.Flatten()(
+        layers.Embedding(num_rows, 1, embeddings_initializer="zeros", name="wide_ids")(ids)
+    )
+    wide = layers.Dense(1, name="wide")(
+        layers.Concatenate()([keras.ops.sum(wide, axis=1, keepdims=True), numbers])
+    )
 
     # Well apart from the start: which pairs of ids match is a product, whose gradient vanishes near zero.
     spread = keras.initializers.RandomNormal(stddev=0.5)
@@ -75,7 +79,10 @@ def build_model(
     model.compile(
         optimizer=keras.optimizers.Adam(learning_rate),
         loss=keras.losses.BinaryCrossentropy(from_logits=True),
-        metrics=[keras.metrics.AUC(from_logits=True, name="auc"), keras.metrics.BinaryAccuracy("accuracy", threshold=0.0)],
+        metrics=[
+            keras.metrics.AUC(from_logits=True, name="auc"),
+            keras.metrics.BinaryAccuracy("accuracy", threshold=0.0),
+        ],
     )
     return model
 
@@ -127,13 +134,14 @@ def make_clicks(
     columns = COLUMNS["clicks"]
     numbers = draws.standard_normal((num_examples, columns.num_numbers)).astype(np.float32)
     logits = numbers @ truth.normal(0, 0.4, columns.num_numbers) - 1.0
-    ids, tastes = [], []
+    ids: list[NDArray[Any]] = []
+    tastes: list[NDArray[Any]] = []
     for num_values in columns.num_values:
         frequency = 1 / np.arange(1, num_values + 1)
         column = draws.choice(num_values, num_examples, p=frequency / frequency.sum())
         logits += truth.normal(0, 0.6, num_values)[column]
         tastes.append(truth.standard_normal((num_values, 2))[column])
-        ids.append(column + sum(columns.num_values[: len(ids)]))
+        ids.append(column + int(np.sum(columns.num_values[: len(ids)])))
     logits += (tastes[-2] * tastes[-1]).sum(axis=1)
     clicked = draws.random(num_examples) < 1 / (1 + np.exp(-logits))
     inputs = {"numbers": numbers, "ids": np.stack(ids, axis=1).astype(np.int32)}

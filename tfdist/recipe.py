@@ -198,8 +198,8 @@ def _import_dotted(name: str) -> types.ModuleType:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise
         raise ConfigError(
-            f"There is no module {error.name!r}, wanted for the recipe {name!r}; run from the folder that holds it, put "
-            "that folder on PYTHONPATH, or give the file's path (./my_recipe.py)."
+            f"There is no module {error.name!r}, wanted for the recipe {name!r}; run from the folder that holds it, "
+            "put that folder on PYTHONPATH, or give the file's path (./my_recipe.py)."
         ) from None
 
 
@@ -260,7 +260,7 @@ def _annotation(builder: Callable[..., Any], parameter: inspect.Parameter) -> An
     return typing.get_type_hints(stub, globalns=getattr(function, "__globals__", {}))[parameter.name]
 
 
-def _parse_value(text: str, annotation: Any, *, where: str) -> Any:
+def _parse_value(text: str, annotation: Any, *, where: str) -> Any:  # noqa: C901 - one branch a type
     origin, members = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return _parse_union(text, members, where=where)

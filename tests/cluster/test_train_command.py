@@ -112,7 +112,7 @@ def test_resume_equals_an_uninterrupted_run(tmp_path):
         (["--strategy=mirored"], "mirrored"),
         (["--global-batch-sizes=3"], "global_batch_size"),
         (["--epochs=many"], "many"),
-        (["--strategy=mirrored", "--num_replicas=4", "--batch-size=2"], "smaller than the 4 replicas"),
+        (["--strategy=mirrored", "--num_replicas=4", "--batch-size=2"], "fewer replicas"),
         (["--set", "filtres=3"], "filters"),
         (["--run_dir=/proc/nowhere/run"], "/proc/nowhere"),
         (["--mode=eval", "--run_dir=/tmp/no-such-run"], "holds no run"),

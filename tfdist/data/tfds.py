@@ -101,21 +101,27 @@ def load_split(split: TfdsSplit) -> tuple[tf.data.Dataset, Any | None]:
 
 
 def _prepare(split: TfdsSplit, tfds: Any) -> Any:
+    builder = _make_builder(split, tfds)
+    with _one_at_a_time(Path(builder.data_dir)):
+        if not isinstance(split.name, tfds.core.DatasetBuilder):
+            # Anew: another process may have prepared it since, and a builder reads what is there only when made.
+            builder = _make_builder(split, tfds)
+        builder.download_and_prepare()
+    return builder
+
+
+def _make_builder(split: TfdsSplit, tfds: Any) -> Any:
     if isinstance(split.name, tfds.core.DatasetBuilder):
-        builder = split.name
-    elif split.name == "digits":
+        return split.name
+    if split.name == "digits":
         # Here, since the class derives from TFDS's.
         from tfdist.data.digits import Digits
 
-        builder = Digits(data_dir=split.data_dir or os.environ.get("TFDS_DATA_DIR") or _cache_dir())
-    else:
-        try:
-            builder = tfds.builder(split.name, data_dir=split.data_dir)
-        except tfds.core.DatasetNotFoundError as error:
-            raise ConfigError(f"TFDS knows no dataset {split.name!r}: {str(error).splitlines()[0]}") from None
-    with _one_at_a_time(Path(builder.data_dir)):
-        builder.download_and_prepare()
-    return builder
+        return Digits(data_dir=split.data_dir or os.environ.get("TFDS_DATA_DIR") or _cache_dir())
+    try:
+        return tfds.builder(split.name, data_dir=split.data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        raise ConfigError(f"TFDS knows no dataset {split.name!r}: {str(error).splitlines()[0]}") from None
 
 
 class _one_at_a_time:  # noqa: N801 - reads as a context

@@ -2,7 +2,7 @@
 
     python -m tfdist.train --recipe=text_lm --strategy=multiworker
 
-400,000 characters of `pydoc_data.topics` to train on, the 40,000 after them to test on. No download.
+384,000 characters of `pydoc_data.topics` to train on, the 40,000 after them to test on. No download.
 """
 
 from __future__ import annotations

@@ -101,10 +101,14 @@ def build_data(split: str, *, data: Data = "clicks", num_examples: int = 50_000,
         through over all columns; and the labels `[examples, 1]`, 0 or 1.
 
     Raises:
-        ConfigError: If the split is unknown.
+        ConfigError: If the split is unknown, or the log too short to be divided.
     """
     if split not in ("train", "test"):
         raise ConfigError(f"There is no split {split!r}; choose train or test.")
+    if num_examples < 5:
+        raise ConfigError(
+            f"num_examples={num_examples}: it must be at least 5, four to train on and one to test on."
+        )
     if data == "clicks":
         inputs, _, labels = make_clicks(num_examples, seed=seed)
     else:

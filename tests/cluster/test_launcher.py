@@ -56,6 +56,8 @@ def run(*args, **options):
 
 @contextlib.contextmanager
 def started(*args, **options):
+    # Under nohup SIGHUP is ignored, and a process hands that on to those it starts.
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     process = subprocess.Popen(launch_args(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
     try:
         yield process

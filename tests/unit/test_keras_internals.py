@@ -1,0 +1,468 @@
+import concurrent.futures
+import multiprocessing
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfdist import keras_internals
+from tfdist.keras_internals import (
+    ReplicaBinding,
+    all_variables,
+    build_model,
+    creating_strategy,
+    find_optimizers,
+    is_compiled,
+    native,
+    seed_states,
+    set_optimizer,
+)
+
+X = np.linspace(-1, 1, 24, dtype="float32").reshape(8, 3)
+Y = X[:, :1] ** 2
+KINDS = ("plain", "loss scale")
+OPTIMIZER = keras.optimizers.Optimizer
+LOSS_SCALE_OPTIMIZER = keras.mixed_precision.LossScaleOptimizer
+
+
+class NoExchange(tf.distribute.ReplicaContext):
+    """A replica in which nothing may be summed over replicas."""
+
+    def __init__(self):
+        super().__init__(tf.distribute.get_strategy(), 0)
+
+    def all_reduce(self, reduce_op, value, options=None):
+        raise AssertionError("the optimizer summed gradients by itself")
+
+
+class OwnOptimizer(keras.Model):
+    """Trains one half with the compiled optimizer, the other with one that `compile` never sees."""
+
+    def __init__(self, optimizers):
+        super().__init__()
+        self.first = keras.layers.Dense(2)
+        self.second = keras.layers.Dense(1)
+        self.own = optimizers
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+
+class Nested(keras.layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.inner = keras.Sequential([keras.layers.Dropout(0.5), keras.layers.Dense(2)])
+        self.generator = keras.random.SeedGenerator(5)
+
+    def call(self, x):
+        return self.inner(x)
+
+
+def make_model(optimizer="adam", loss="mse", **kwargs):
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(1)]
+    )
+    model.compile(optimizer, loss, **kwargs)
+    build_model(model, (tf.constant(X), tf.constant(Y)))
+    return model
+
+
+def plain_apply(optimizer, apply):
+    return apply
+
+
+def bind(model, *, local=(), apply=plain_apply, loss_correction=lambda *args: None):
+    return ReplicaBinding(
+        variables=local,
+        optimizers=find_optimizers(model),
+        apply=apply,
+        loss_correction=loss_correction,
+    )
+
+
+def values_of(variables):
+    return [v.numpy() for v in variables]
+
+
+def assert_all_equal(got, expected):
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def make_optimizer(kind):
+    inner = keras.optimizers.Adam(0.01)
+    return inner if kind == "plain" else LOSS_SCALE_OPTIMIZER(inner, initial_scale=4.0)
+
+
+def bound_step(model, **kwargs):
+    binding = bind(model, **kwargs)
+    with NoExchange():
+        binding.install()
+        model.train_step((tf.constant(X), tf.constant(Y)))
+        binding.remove()
+
+
+def step_values(kind):
+    """The values of all variables after one ordinary step."""
+    model = make_model(make_optimizer(kind))
+    model.train_step((tf.constant(X), tf.constant(Y)))
+    return values_of(all_variables(model, find_optimizers(model)))
+
+
+def facts_under_mirrored():
+    """What tests ask about a mirrored model; MirroredStrategy is made once a process, so in one of its own."""
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    facts = {}
+    for kind in KINDS:
+        with strategy.scope():
+            model = make_model(make_optimizer(kind))
+        variables = all_variables(model, find_optimizers(model))
+        copies = [strategy.experimental_local_results(native(v)) for v in variables]
+        before = values_of(second for _, second in copies)
+        bound_step(model, local=[(v, first) for v, (first, _) in zip(variables, copies, strict=True)])
+        facts[kind] = {
+            "is creating strategy": creating_strategy(model) is strategy,
+            "before": before,
+            "bound replica": values_of(first for first, _ in copies),
+            "other replica": values_of(second for _, second in copies),
+        }
+    return facts
+
+
+@pytest.fixture(scope="module")
+def mirrored_facts():
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(facts_under_mirrored).result(timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (keras.Model, "_symbolic_build"),
+        (keras.Model, "_flatten_layers"),
+        (OPTIMIZER, "_all_reduce_sum_gradients"),
+        (LOSS_SCALE_OPTIMIZER, "apply"),
+        (keras_internals.keras_loss, "reduce_weighted_values"),
+        (keras_internals.keras_loss, "standardize_reduction"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_private_function_is_there(owner, name):
+    assert callable(getattr(owner, name, None))
+
+
+# In __dict__, since ReplicaBinding replaces them there.
+@pytest.mark.parametrize(
+    ("name", "of_model"),
+    [
+        ("_compile_config", lambda m: m),
+        ("_distribute_strategy", lambda m: m),
+        ("_seed_generators", lambda m: m),
+        ("_value", lambda m: m.trainable_variables[0]),
+        ("_distribution_strategy", lambda m: m.optimizer),
+        ("_distribution_strategy", lambda m: m.optimizer.inner_optimizer),
+    ],
+)
+def test_private_attribute_is_there(name, of_model):
+    owner = of_model(make_model(LOSS_SCALE_OPTIMIZER(keras.optimizers.SGD())))
+    assert name in vars(owner)
+
+
+@pytest.mark.parametrize("weights", [(), (np.ones(8, "float32"),)], ids=["x-y", "x-y-weight"])
+def test_symbolic_build_creates_every_variable(weights):
+    model = keras.Sequential(
+        [keras.layers.Dense(4), keras.layers.BatchNormalization(), keras.layers.Dense(1)]
+    )
+    model.compile("adam", "mse", metrics=["mae"], weighted_metrics=["mse"])
+    build_model(model, tuple(map(tf.constant, (X, Y, *weights))))
+    assert len(model.trainable_variables) == 6
+    assert len(model.optimizer.variables) == 2 + 2 * 6
+    assert {m.name for m in model.metrics} >= {"loss", "compile_metrics"}
+    made = {id(v) for v in all_variables(model, find_optimizers(model))}
+    assert len(model.metrics_variables) == 6
+
+    model.train_on_batch(X, Y, *weights)
+    assert {id(v) for v in all_variables(model, find_optimizers(model))} == made
+
+
+def test_symbolic_build_runs_nothing():
+    model = make_model(metrics=["mae"])
+    assert int(model.optimizer.iterations) == 0
+    assert all(not np.any(v.numpy()) for v in model.metrics_variables)
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_build_model_gives_slots_to_the_models_own_optimizers(kind):
+    own = keras.optimizers.SGD(0.1, momentum=0.9)
+    model = OwnOptimizer(kind([own]))
+    model.compile("sgd", "mse")
+    build_model(model, (tf.constant(X), tf.constant(Y)))
+    assert own.built
+    assert len(own.variables) == 2 + 4
+
+
+def test_compile_config_is_what_save_writes(tmp_path):
+    model = make_model("sgd")
+    set_optimizer(model, keras.optimizers.Adam(0.25))
+    build_model(model, (tf.constant(X), tf.constant(Y)))
+    model.train_on_batch(X, Y)
+    model.save(tmp_path / "model.keras")
+
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.optimizer) is keras.optimizers.Adam
+    assert float(loaded.optimizer.learning_rate) == 0.25
+    assert loaded.optimizer.built
+    assert_all_equal(values_of(loaded.optimizer.variables), values_of(model.optimizer.variables))
+
+
+def test_set_optimizer_changes_the_step():
+    model = make_model("adam")
+    before = values_of(model.trainable_variables)
+    set_optimizer(model, keras.optimizers.SGD(0.0))
+    model.train_on_batch(X, Y)
+    assert_all_equal(values_of(model.trainable_variables), before)
+
+
+def test_flatten_layers_and_seed_generators_find_nested_seeds():
+    nested, outer = Nested(), keras.layers.Dropout(0.1)
+    model = keras.Sequential([keras.Input((3,)), nested, outer, keras.Sequential([outer])])
+    expected = [nested.generator, nested.inner.layers[0].seed_generator, outer.seed_generator]
+    states = seed_states(model)
+    assert {id(s) for s in states} == {id(g.state) for g in expected}
+    assert len(states) == 3
+
+
+def test_seed_states_move_when_random_layers_draw():
+    model = keras.Sequential([keras.Input((3,)), Nested(), keras.layers.GaussianNoise(0.1)])
+    before = values_of(seed_states(model))
+    model(X, training=True)
+    moved = [not np.array_equal(a, b) for a, b in zip(before, values_of(seed_states(model)), strict=True)]
+    assert sum(moved) == 2
+
+
+def test_find_optimizers_looks_into_attributes_lists_and_nested_models():
+    first, second, third = (keras.optimizers.SGD() for _ in range(3))
+    inner = OwnOptimizer([first, second])
+    model = keras.Sequential([keras.Input((3,)), inner])
+    model.own = third
+    model.again = third
+    model.compile("adam", "mse")
+    found = find_optimizers(model)
+    assert {id(o) for o in found} == {id(o) for o in (first, second, third, model.optimizer)}
+    assert len(found) == 4
+
+
+def test_find_optimizers_of_an_uncompiled_model_is_empty():
+    assert find_optimizers(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])) == []
+
+
+def test_is_compiled_tells_whether_compile_was_called():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    assert not is_compiled(model)
+    model.compile("sgd", "mse")
+    assert is_compiled(model)
+
+
+def test_all_variables_names_each_once():
+    model = make_model(metrics=["mae"])
+    variables = all_variables(model, [model.optimizer, model.optimizer])
+    expected = [*model.variables, *model.metrics_variables, *model.optimizer.variables]
+    assert len({id(v) for v in variables}) == len(variables)
+    assert {id(v) for v in variables} == {id(v) for v in expected}
+
+
+def test_value_is_the_tensorflow_variable_free_of_autocast():
+    seen = {}
+
+    class Look(keras.layers.Dense):
+        def call(self, x):
+            seen["cast"] = keras.ops.dtype(keras.ops.convert_to_tensor(self.kernel))
+            seen["native"] = native(self.kernel).dtype
+            return super().call(x)
+
+    layer = Look(2, dtype="mixed_bfloat16")
+    layer(X)
+    assert isinstance(native(layer.kernel), tf.Variable)
+    assert seen == {"cast": "bfloat16", "native": tf.float32}
+
+
+def test_creating_strategy_is_none_outside_any_scope():
+    assert creating_strategy(make_model()) is None
+
+
+def test_distribute_strategy_is_the_strategy_in_whose_scope_the_model_was_made(mirrored_facts):
+    assert mirrored_facts["plain"]["is creating strategy"]
+
+
+def test_value_under_a_binding_is_the_local_variable():
+    model = make_model()
+    dense = model.layers[0]
+    own = values_of([dense.kernel, dense.bias])
+    kernel, bias = tf.Variable(tf.ones((3, 4))), tf.Variable(tf.zeros(4))
+    binding = bind(model, local=[(dense.kernel, kernel), (dense.bias, bias)])
+    binding.install()
+    kernel_seen = dense.kernel.numpy()
+    dense.bias.assign(tf.fill((4,), 7.0))
+    hidden = dense(X).numpy()
+    binding.remove()
+
+    np.testing.assert_array_equal(kernel_seen, np.ones((3, 4)))
+    np.testing.assert_array_equal(bias.numpy(), np.full(4, 7.0))
+    np.testing.assert_allclose(hidden, np.tanh(X.sum(1, keepdims=True) + np.full(4, 7.0)), rtol=1e-6)
+    assert_all_equal(values_of([dense.kernel, dense.bias]), own)
+
+
+def test_remove_restores_everything_exactly():
+    model = make_model(LOSS_SCALE_OPTIMIZER(keras.optimizers.SGD(momentum=0.9)), metrics=["mae"])
+    optimizers = [model.optimizer, model.optimizer.inner_optimizer]
+    owners = [*all_variables(model, optimizers), *optimizers, keras_internals.keras_loss]
+
+    def state():
+        return [{name: id(value) for name, value in vars(owner).items()} for owner in owners]
+
+    before = state()
+    local = [(v, tf.Variable(native(v))) for v in all_variables(model, optimizers)]
+    binding = bind(model, local=local, apply=lambda optimizer, apply: lambda *args: None)
+    for _ in range(2):
+        binding.install()
+        assert all(now != then for now, then in zip(state(), before, strict=True))
+        binding.remove()
+        assert state() == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_distribution_strategy_does_not_reach_a_bound_step(mirrored_facts, kind):
+    facts = mirrored_facts[kind]
+    assert_all_equal(facts["other replica"], facts["before"])
+    for got, expected in zip(facts["bound replica"], step_values(kind), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_reduce_sum_gradients_is_left_to_the_binding(kind):
+    model = make_model(make_optimizer(kind))
+    bound_step(model)
+    assert_all_equal(values_of(all_variables(model, find_optimizers(model))), step_values(kind))
+
+
+@pytest.mark.parametrize("method", ["apply", "apply_gradients"])
+def test_apply_goes_through_the_wrapper(method):
+    model = make_model(keras.optimizers.SGD(1.0))
+    calls = []
+
+    def halve(optimizer, apply):
+        def halved(grads, trainable_variables=None):
+            calls.append(optimizer)
+            return apply([g / 2 for g in grads], trainable_variables)
+
+        return halved
+
+    binding = bind(model, apply=halve)
+    before = values_of(model.trainable_variables)
+    grads = [tf.ones(v.shape) for v in model.trainable_variables]
+    binding.install()
+    if method == "apply":
+        model.optimizer.apply(grads, model.trainable_variables)
+    else:
+        model.optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
+    binding.remove()
+    assert calls == [model.optimizer]
+    for old, new in zip(before, values_of(model.trainable_variables), strict=True):
+        np.testing.assert_allclose(new, old - 0.5, rtol=1e-6)
+
+
+def test_inner_optimizer_is_bound_but_applies_only_once():
+    calls = []
+
+    def count(optimizer, apply):
+        def counted(*args, **kwargs):
+            calls.append(optimizer)
+            return apply(*args, **kwargs)
+
+        return counted
+
+    model = make_model(LOSS_SCALE_OPTIMIZER(keras.optimizers.SGD(0.1)))
+    bound_step(model, apply=count)
+    assert calls == [model.optimizer]
+
+
+LABELS = np.float32([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+OUTPUTS = np.float32([[0.3, 0.7], [0.6, 0.4], [0.9, 0.1]])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MeanSquaredError",
+        "MeanAbsoluteError",
+        "MeanAbsolutePercentageError",
+        "MeanSquaredLogarithmicError",
+        "Huber",
+        "LogCosh",
+        "CosineSimilarity",
+        "KLDivergence",
+        "Poisson",
+        "BinaryCrossentropy",
+        "BinaryFocalCrossentropy",
+        "CategoricalCrossentropy",
+        "CategoricalFocalCrossentropy",
+        "CategoricalHinge",
+        "Hinge",
+        "SquaredHinge",
+    ],
+)
+def test_reduce_weighted_values_is_where_every_loss_ends(name):
+    loss = getattr(keras.losses, name)()
+    plain = loss(LABELS, OUTPUTS).numpy()
+    binding = bind(make_model(), loss_correction=lambda *args: 3.0)
+    binding.install()
+    bound = loss(LABELS, OUTPUTS).numpy()
+    binding.remove()
+    assert plain != 0
+    np.testing.assert_allclose(bound, 3 * plain, rtol=1e-6)
+    assert loss(LABELS, OUTPUTS).numpy() == plain
+
+
+def test_loss_factor_reaches_the_compiled_loss_and_none_leaves_it():
+    model = make_model(loss="mse")
+    plain = model.compute_loss(X, Y, model(X)).numpy()
+    got = {}
+    for factor in (2.0, None):
+        binding = bind(model, loss_correction=lambda *args, factor=factor: factor)
+        binding.install()
+        got[factor] = model.compute_loss(X, Y, model(X)).numpy()
+        binding.remove()
+    np.testing.assert_allclose(got[2.0], 2 * plain, rtol=1e-6)
+    assert got[None] == plain
+
+
+@pytest.mark.parametrize(
+    "reduction", ["sum_over_batch_size", "sum", "mean", "mean_with_sample_weight", "none", None]
+)
+def test_standardize_reduction_leaves_the_names_that_a_loss_correction_knows(reduction):
+    seen = []
+    binding = bind(make_model(), loss_correction=lambda *args: seen.append(args))
+    weight = tf.constant([1.0, 2.0, 0.0])
+    binding.install()
+    keras.losses.MeanSquaredError(reduction=reduction)(LABELS, OUTPUTS, sample_weight=weight)
+    binding.remove()
+    ((values, sample_weight, mask, name),) = seen
+    np.testing.assert_allclose(values, np.mean((LABELS - OUTPUTS) ** 2, -1), rtol=1e-6)
+    np.testing.assert_array_equal(sample_weight, weight)
+    assert mask is None
+    assert name == reduction
+
+
+def test_loss_correction_is_given_the_outputs_mask():
+    seen = []
+    binding = bind(make_model(), loss_correction=lambda *args: seen.append(args))
+    outputs = keras.layers.Masking()(tf.constant([[[0.0], [1.0], [2.0]]]))
+    binding.install()
+    keras.losses.MeanSquaredError()(tf.zeros((1, 3, 1)), outputs)
+    binding.remove()
+    np.testing.assert_array_equal(seen[0][2], [[False, True, True]])

@@ -6,7 +6,8 @@ Nothing else in tfdist may name one. Each function says which private name it le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -178,6 +179,65 @@ class ReplicaBinding:
 
 def _inner_optimizers(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
     return [optimizer.inner_optimizer] if isinstance(optimizer, LossScaleOptimizer) else []
+
+
+def batch_counter(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
+    """Returns the variable that counts batches, those that were only accumulated too.
+
+    Leans on `Optimizer._iterations`; the public `iterations` is no variable where gradients are accumulated.
+    """
+    return optimizer._iterations
+
+
+def accumulators(optimizer: keras.optimizers.Optimizer) -> dict[int, Any]:
+    """Returns the TensorFlow variables in which an optimizer sums gradients, by the id of the Keras variable.
+
+    Leans on `Optimizer._accumulated_gradients` and `Optimizer._trainable_variables`.
+    """
+    pairs = zip(optimizer._trainable_variables, optimizer._accumulated_gradients, strict=True)
+    return {id(v): native(a) for v, a in pairs if a is not None}
+
+
+@contextlib.contextmanager
+def accumulating_with(
+    optimizer: keras.optimizers.Optimizer,
+    gather: Callable[[Sequence[Any], Sequence[keras.Variable]], Sequence[Any] | None],
+) -> Iterator[None]:
+    """Lets `gather` decide, instead of a shared counter, when an optimizer that accumulates updates its weights.
+
+    Leans on `Optimizer._backend_apply_gradients` and what it calls: `_clip_gradients`, `_apply_weight_decay`,
+    `_backend_update_step`, `_update_model_variables_moving_average`, `_overwrite_model_variables_with_average_value`.
+
+    Args:
+        optimizer: One with `gradient_accumulation_steps`.
+        gather: `(gradients, variables) → gradients to apply, or None: not yet`.
+
+    Yields:
+        While it is in force.
+    """
+
+    def apply(grads: Sequence[Any], variables: Sequence[keras.Variable]) -> None:
+        ready = gather(grads, variables)
+        if ready is not None:
+            ready = optimizer._clip_gradients(ready)
+            optimizer._apply_weight_decay(variables)
+            optimizer._backend_update_step(ready, variables, optimizer.learning_rate)
+        if optimizer.use_ema:
+            everything = optimizer._trainable_variables
+            optimizer._update_model_variables_moving_average(everything)
+            if optimizer.ema_overwrite_frequency:
+                keras.ops.cond(
+                    (optimizer.iterations + 1) % optimizer.ema_overwrite_frequency == 0,
+                    lambda: optimizer._overwrite_model_variables_with_average_value(everything),
+                    lambda: None,
+                )
+
+    # Straight into __dict__: Keras's __setattr__ would track the value.
+    optimizer.__dict__["_backend_apply_gradients"] = apply
+    try:
+        yield
+    finally:
+        del optimizer.__dict__["_backend_apply_gradients"]
 
 
 def creating_strategy(model: keras.Model) -> tf.distribute.Strategy | None:

@@ -8,6 +8,8 @@ through TensorFlow's atomic `assign_add`.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -15,6 +17,7 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.errors import ConfigError
+from tfdist.training.accumulation import Accumulation
 from tfdist.training.replica import returned_names, scalar_logs
 
 
@@ -49,7 +52,7 @@ class SharedStep:
         self._seeds = keras_internals.seed_states(model)
         self._draws: list[int] | None = None
         local = {id(v) for v in [*self._metrics, *self._seeds]}
-        counters = [o.iterations for o in self._optimizers]
+        counters = [keras_internals.batch_counter(o) for o in self._optimizers]
         statistics = [v for v in model.non_trainable_variables if id(v) not in local]
         self._added = list({id(v): v for v in [*counters, *statistics]}.values())
         self._assigned = [
@@ -58,25 +61,37 @@ class SharedStep:
             if id(v) not in local | {id(a) for a in self._added}
         ]
         for optimizer in self._optimizers:
-            _check_supported(optimizer)
+            _check_supported(optimizer, len(self._optimizers))
+        accumulating = [o for o in self._optimizers if o.gradient_accumulation_steps]
+        self._accumulating = accumulating[0] if accumulating else None
+        self.accumulation_steps = self._accumulating.gradient_accumulation_steps if self._accumulating else 1
 
-    def train(self, batch: Any, step: Any) -> tuple[list[Any], dict[str, Any]]:
-        """Runs one optimizer step.
+    def train(
+        self, batches: Sequence[Any], step: Any, *, phase: int = 0
+    ) -> list[tuple[list[Any], dict[str, Any]]]:
+        """Runs a step for each batch: one, or those whose gradients are accumulated.
 
         Args:
-            batch: Nest as `keras.Model.train_step` takes it.
-            step: Steps before this one, int64 scalar: fixes the random streams.
+            batches: Nests as `keras.Model.train_step` takes them.
+            step: Steps before the first of them, int64 scalar: fixes the random streams.
+            phase: How many batches of the accumulation came before the first one.
 
         Returns:
-            The metric state of this batch alone, and the logs that are no metrics.
+            For each batch its own metric state, and the logs that are no metrics.
         """
         if self._draws is None:
-            self._draws = self._count_draws(batch)
-        return self._run("train", batch, step)
+            self._draws = self._count_draws(batches[0])
+        if self._accumulating is None:
+            return [self._run("train", batch, step + i) for i, batch in enumerate(batches)]
+        accumulation = Accumulation(self._accumulating, phase=phase)
+        with keras_internals.accumulating_with(self._accumulating, accumulation.gather):
+            results = [self._run("train", batch, step + i) for i, batch in enumerate(batches)]
+        accumulation.keep()
+        return results
 
-    def test(self, batch: Any, step: Any) -> tuple[list[Any], dict[str, Any]]:
-        """Returns the metric state of this batch alone, and the logs that are no metrics."""
-        return self._run("test", batch, step)
+    def test(self, batches: Sequence[Any], step: Any) -> list[tuple[list[Any], dict[str, Any]]]:
+        """Returns for each batch its own metric state, and the logs that are no metrics."""
+        return [self._run("test", batch, step) for batch in batches]
 
     def predict(self, batch: Any) -> Any:
         """Returns the model's outputs for a batch."""
@@ -85,8 +100,7 @@ class SharedStep:
 
     def _run(self, kind: str, batch: Any, step: Any) -> tuple[list[Any], dict[str, Any]]:
         added = [(v, tf.identity(keras_internals.native(v))) for v in self._added]
-        mapping = [*added, *self._local_state(step)]
-        scope = CapturingScope(mapping)
+        scope = CapturingScope([*added, *self._local_state(step)])
         with self._as_single_device(), scope:
             outputs = getattr(self._model, f"{kind}_step")(batch)
         self._write(scope, added)
@@ -115,7 +129,12 @@ class SharedStep:
         scope = CapturingScope([])
 
         def throw_away(batch: Any) -> None:
-            with self._as_single_device(), scope:
+            with contextlib.ExitStack() as stack:
+                if self._accumulating is not None:
+                    never = keras_internals.accumulating_with(self._accumulating, lambda *_: None)
+                    stack.enter_context(never)
+                stack.enter_context(self._as_single_device())
+                stack.enter_context(scope)
                 self._model.train_step(batch)
 
         specs = tf.nest.map_structure(tf.TensorSpec.from_tensor, batch)
@@ -150,11 +169,11 @@ class _SingleDevice:
 _DEFAULT_STRATEGY = tf.distribute.get_strategy()
 
 
-def _check_supported(optimizer: keras.optimizers.Optimizer) -> None:
-    if getattr(optimizer, "gradient_accumulation_steps", None):
+def _check_supported(optimizer: keras.optimizers.Optimizer, num_optimizers: int) -> None:
+    if optimizer.gradient_accumulation_steps and num_optimizers > 1:
         raise ConfigError(
-            f"gradient_accumulation_steps={optimizer.gradient_accumulation_steps} has no meaning under ps, where "
-            "each worker applies on its own; raise global_batch_size by that factor instead."
+            f"gradient_accumulation_steps={optimizer.gradient_accumulation_steps} with {num_optimizers} optimizers: "
+            "under ps only a single optimizer may accumulate; raise global_batch_size by that factor instead."
         )
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         raise ConfigError(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from tfdist import keras_internals
 from tfdist.data import (
     ArraySource,
     SelfShardedSource,
@@ -52,7 +54,9 @@ class CoordinatorLoop:
         self._num_scheduled = 0
 
     def start(self) -> None:
-        """Nothing to prepare: variables are shared, and random streams follow the step's number."""
+        """Goes on counting where the model stands: random streams and accumulation follow the step's number."""
+        if self._model.optimizer is not None:
+            self._num_scheduled = int(keras_internals.batch_counter(self._model.optimizer).numpy())
 
     def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[dict[str, Any] | None]:
         """Trains over the plan's steps, yielding once a finished step: the logs where wanted, else None."""
@@ -85,27 +89,36 @@ class CoordinatorLoop:
         for function, args in self._calls(kind, source, plan):
             pending.append(self._coordinator.schedule(function, args=args))
             while len(pending) >= _WINDOW_PER_WORKER * self._num_workers:
-                yield self._coordinator.fetch(pending.popleft())
+                yield from self._coordinator.fetch(pending.popleft())
         while pending:
-            yield self._coordinator.fetch(pending.popleft())
+            yield from self._coordinator.fetch(pending.popleft())
 
     def _calls(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[tuple[Any, tuple[Any, ...]]]:
         feed = self._feed(source)
-        for size, args in feed.batches(plan):
-            key = (kind, size, plan.shuffle, plan.seed)
+        batches = feed.batches(plan)
+        while True:
+            period = self._step.accumulation_steps if kind == "train" else 1
+            phase = self._num_scheduled % period
+            group = list(itertools.islice(batches, period - phase))
+            if not group:
+                return
+            sizes, addresses = zip(*group, strict=True)
+            key = (kind, sizes, phase, plan.shuffle, plan.seed)
             if key not in feed.functions:
-                feed.functions[key] = self._build_function(kind, feed.read(size, plan))
-            yield feed.functions[key], (*args, tf.constant(self._num_scheduled, tf.int64))
+                reads = [feed.read(size, plan) for size in sizes]
+                feed.functions[key] = self._build_function(kind, reads, phase)
+            yield feed.functions[key], (addresses, tf.constant(self._num_scheduled, tf.int64))
             if kind == "train":
-                self._num_scheduled += 1
+                self._num_scheduled += len(group)
 
-    def _build_function(self, kind: str, read: Callable[..., Any]) -> Any:
-        def closure(*args: Any) -> Any:
-            *address, step = args
-            batch = read(*address)
+    def _build_function(self, kind: str, reads: Sequence[Callable[..., Any]], phase: int) -> Any:
+        def closure(addresses: Any, step: Any) -> Any:
+            batches = [read(*address) for read, address in zip(reads, addresses, strict=True)]
             if kind == "predict":
-                return self._step.predict(batch)
-            return getattr(self._step, kind)(batch, step)
+                return [self._step.predict(batch) for batch in batches]
+            if kind == "test":
+                return self._step.test(batches, step)
+            return self._step.train(batches, step, phase=phase)
 
         return tf.function(closure, autograph=False)
 

@@ -1,0 +1,63 @@
+"""Gradient accumulation in one closure: a worker sums the gradients of its own batches and applies their mean once.
+
+Keras keeps the sum in shared variables, where the batches of two workers would mix and be lost. Here those variables
+are touched only where a run of batches ends in the middle (an epoch's last steps), and read when it goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfdist import keras_internals
+
+
+class Accumulation:
+    """The gradients of consecutive batches on one worker.
+
+    Args:
+        optimizer: One with `gradient_accumulation_steps`.
+        phase: How many batches of the running sum came before these; they lie in the optimizer's accumulators.
+    """
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer, *, phase: int) -> None:
+        self._num_steps = optimizer.gradient_accumulation_steps
+        self._accumulators = keras_internals.accumulators(optimizer)
+        self._num_carried = phase
+        self._num_summed = phase
+        self._sums: dict[int, tf.Tensor] = {}
+
+    def gather(self, grads: Sequence[Any], variables: Sequence[keras.Variable]) -> list[tf.Tensor] | None:
+        """Adds one batch's gradients.
+
+        Args:
+            grads: Gradients, one for each variable.
+            variables: Keras variables.
+
+        Returns:
+            The mean over `gradient_accumulation_steps` batches if this was the last of them, else None.
+        """
+        for grad, variable in zip(grads, variables, strict=True):
+            dense = tf.convert_to_tensor(grad)
+            key = id(variable)
+            self._sums[key] = self._sums[key] + dense if key in self._sums else dense
+        self._num_summed += 1
+        if self._num_summed < self._num_steps:
+            return None
+        total = [self._sums[id(v)] + self._carried(v) for v in variables]
+        self._sums.clear()
+        return [t / self._num_steps for t in total]
+
+    def keep(self) -> None:
+        """Leaves what was not applied to the closure that goes on; call it once, at the end."""
+        if self._num_carried and self._num_summed == self._num_steps:
+            for accumulator in self._accumulators.values():
+                accumulator.assign(tf.zeros_like(accumulator))
+        for key, value in self._sums.items():
+            self._accumulators[key].assign_add(value)
+
+    def _carried(self, variable: keras.Variable) -> Any:
+        return self._accumulators[id(variable)] if self._num_carried else 0.0

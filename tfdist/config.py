@@ -85,9 +85,18 @@ class RunConfig:
         self._check_sizes()
         self._check_text()
 
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """Returns the names of all settings."""
+        return [field.name for field in dataclasses.fields(cls)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings by name."""
+        return dataclasses.asdict(self)
+
     def to_json(self) -> str:
         """Renders the config as indented JSON, every field spelled out; `from_json` undoes it."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "RunConfig":
@@ -200,11 +209,12 @@ class RunConfig:
             if not (equals and name.strip().isidentifier()):
                 raise ConfigError(f"override {override!r}: write it as name=value, such as filters=64.")
         if self.optimizer is None:
-            for name in ("schedule", "warmup_steps", "weight_decay"):
+            for name in ("learning_rate", "schedule", "warmup_steps", "weight_decay"):
                 if getattr(self, name):
                     raise ConfigError(
                         f"{name}={getattr(self, name)!r} without an optimizer: the recipe has compiled its own in; "
-                        "name one too, such as optimizer='adam'."
+                        "name one too, such as --optimizer=adam, or use the recipe's own setting, such as "
+                        "--set learning_rate=0.01."
                     )
 
 

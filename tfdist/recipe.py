@@ -103,6 +103,27 @@ def resolve_recipe_name(name: str) -> str:
     return str(Path(name).expanduser().absolute()) if _is_path(name) else name
 
 
+def check_recipe_exists(name: str) -> None:
+    """Checks what can be checked without importing the recipe, and so without TensorFlow.
+
+    Args:
+        name: As for `load_recipe`; a dotted module is not looked at.
+
+    Raises:
+        ConfigError: If there is no such recipe, or its file defines no RECIPE.
+    """
+    if _is_path(name):
+        path = _existing_file(name)
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            return  # The import will show where.
+        if not any(_may_define(node) for node in ast.walk(tree)):
+            raise ConfigError(_no_recipe_message(name, "has no RECIPE"))
+    elif "." not in name:
+        _shipped_stem(name)
+
+
 def load_recipe(name: str) -> Recipe:
     """Finds a recipe's module, imports it and hands out its `RECIPE`.
 
@@ -127,10 +148,7 @@ def load_recipe(name: str) -> Recipe:
     recipe = getattr(module, "RECIPE", None)
     if not isinstance(recipe, Recipe):
         found = "has no RECIPE" if recipe is None else f"has a RECIPE of type {type(recipe).__name__}"
-        raise ConfigError(
-            f"The recipe {name!r} {found}; end the module with: RECIPE = tfdist.Recipe(build_model=build_model, "
-            "build_data=build_data, global_batch_size=64, epochs=5)"
-        )
+        raise ConfigError(_no_recipe_message(name, found))
     return recipe
 
 
@@ -178,7 +196,21 @@ def _is_path(name: str) -> bool:
     return name.endswith(".py") or "/" in name or "\\" in name
 
 
-def _import_shipped(name: str) -> types.ModuleType:
+def _may_define(node: ast.AST) -> bool:
+    """Whether a statement may bring a RECIPE: an assignment, or an import of it or of everything."""
+    if isinstance(node, ast.alias):
+        return node.asname == "RECIPE" or node.name in ("RECIPE", "*")
+    return isinstance(node, ast.Name) and node.id == "RECIPE"
+
+
+def _no_recipe_message(name: str, found: str) -> str:
+    return (
+        f"The recipe {name!r} {found}; end the module with: RECIPE = tfdist.Recipe(build_model=build_model, "
+        "build_data=build_data, global_batch_size=64, epochs=5)"
+    )
+
+
+def _shipped_stem(name: str) -> str:
     known = [known for known, _ in list_recipes()]
     stem = name.replace("-", "_")
     if stem not in known:
@@ -187,6 +219,11 @@ def _import_shipped(name: str) -> types.ModuleType:
             f"There is no recipe {name!r}.{_nearest(stem, known)}{own_file} Choose one of {', '.join(known)}, a dotted "
             "module (mypkg.my_recipe) or a file (./my_recipe.py)."
         )
+    return stem
+
+
+def _import_shipped(name: str) -> types.ModuleType:
+    stem = _shipped_stem(name)
     return _import_file(RECIPES_DIR / f"{stem}.py", module_name=f"tfdist_recipe_{stem}")
 
 
@@ -203,12 +240,17 @@ def _import_dotted(name: str) -> types.ModuleType:
         ) from None
 
 
-def _import_path(name: str) -> types.ModuleType:
+def _existing_file(name: str) -> Path:
     path = Path(resolve_recipe_name(name))
     if not path.is_file():
         raise ConfigError(
             f"There is no recipe file {str(path)!r}; give the path of a Python file with a RECIPE."
         )
+    return path
+
+
+def _import_path(name: str) -> types.ModuleType:
+    path = _existing_file(name)
     # Last, so that a file beside the recipe never hides an installed module; it stays, for imports made later on.
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))

@@ -135,6 +135,7 @@ class Display:
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self.broken = False
+        self.last_shown: bytes | None = None
         plain = bool(env.get("NO_COLOR")) or env.get("TERM") == "dumb"
         self._coloured = {
             name: not plain and stream.isatty()
@@ -152,6 +153,7 @@ class Display:
         """
         if not lines or self.broken:
             return
+        self.last_shown = lines[-1]
         colour = self._colours.setdefault(task, _COLOURS[len(self._colours) % len(_COLOURS)])
         prefix = render_prefix(task, colour=colour if self._coloured[stream] else None)
         try:

@@ -219,7 +219,8 @@ class Supervisor:
             return 128 + self._told_by if self._told_by else 0
         if self._num_hidden and self._job.run_dir:
             self._say(f"{self._num_hidden} later lines of the other tasks are in {self._job.run_dir}/logs")
-        if cause.output.tail:
+        # One that was the last to speak need not be quoted.
+        if cause.output.tail and cause.output.tail[-1] != self._display.last_shown:
             self._say(f"the last lines of {cause.task}, the first task to fail:")
             self._display.show(cause.task, "stderr", list(cause.output.tail))
         log = f"; whole output: {log_path(self._job.run_dir, cause.task)}" if self._job.run_dir else ""

@@ -1,0 +1,249 @@
+import os
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfdist import keras_internals
+from tfdist.errors import ConfigError
+from tfdist.training.checkpoint import load_checkpoint, save_checkpoint
+
+X = np.linspace(-1, 1, 96, dtype="float32").reshape(32, 3)
+Y = np.sin(3 * X[:, :1])
+
+
+class Noisy(keras.layers.Layer):
+    """Draws from a seed generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = keras.random.SeedGenerator(11)
+
+    def call(self, x, training=False):
+        if not training:
+            return x
+        return x + keras.random.normal(keras.ops.shape(x), stddev=0.1, seed=self.generator)
+
+
+class TwoOptimizers(keras.Model):
+    """Trains its last layer with an optimizer that `compile` never sees."""
+
+    def __init__(self, units=4):
+        super().__init__()
+        self.hidden = keras.layers.Dense(units, activation="tanh")
+        self.head = keras.layers.Dense(1)
+        self.own = [keras.optimizers.Adam(0.02)]
+
+    def call(self, x):
+        return self.head(self.hidden(x))
+
+    def train_step(self, data):
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        first, last = self.hidden.trainable_variables, self.head.trainable_variables
+        grads = tape.gradient(loss, [v.value for v in first + last])
+        self.optimizer.apply(grads[: len(first)], first)
+        self.own[0].apply(grads[len(first) :], last)
+        return {"loss": loss}
+
+
+def random_layers(units=4):
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((3,)),
+            layers.Dense(units, activation="tanh"),
+            layers.BatchNormalization(),
+            layers.Dropout(0.5),
+            keras.Sequential([Noisy(), layers.Dropout(0.25)]),
+            layers.Dense(1),
+        ]
+    )
+
+
+def adam():
+    return keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.05, 20))
+
+
+def loss_scaled():
+    return keras.mixed_precision.LossScaleOptimizer(
+        keras.optimizers.Adam(0.05), initial_scale=8.0, dynamic_growth_steps=2
+    )
+
+
+def accumulating_with_average():
+    return keras.optimizers.SGD(0.05, momentum=0.9, gradient_accumulation_steps=2, use_ema=True)
+
+
+# Five steps stop in the middle of an accumulation.
+KINDS = {
+    "adam": (random_layers, adam),
+    "loss-scale": (random_layers, loss_scaled),
+    "accumulation-ema": (random_layers, accumulating_with_average),
+    "two-optimizers": (TwoOptimizers, lambda: keras.optimizers.SGD(0.05, momentum=0.9)),
+}
+
+
+def make_model(kind="adam", *, seed=0, units=4, optimizer=None):
+    keras.utils.set_random_seed(seed)
+    build, make_optimizer = KINDS[kind]
+    model = build(units)
+    model.compile(optimizer or make_optimizer(), "mse", metrics=["mae"])
+    keras_internals.build_model(model, (tf.constant(X), tf.constant(Y)))
+    return model
+
+
+def train(model, steps):
+    for step in steps:
+        rows = slice(4 * step % 32, 4 * step % 32 + 4)
+        model.train_on_batch(X[rows], Y[rows])
+
+
+def state(model):
+    """Everything that training goes on from; metrics start anew with each epoch."""
+    optimizers = keras_internals.find_optimizers(model)
+    metrics = {id(v) for v in model.metrics_variables}
+    variables = [v for v in keras_internals.all_variables(model, optimizers) if id(v) not in metrics]
+    return [v.numpy() for v in [*variables, *keras_internals.seed_states(model)]]
+
+
+def assert_equal(one, other):
+    for mine, theirs in zip(one, other, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def differ(one, other):
+    return any(not np.array_equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_into_a_fresh_model_gives_weights_slots_iterations_and_seeds(kind, tmp_path):
+    model = make_model(kind)
+    train(model, range(5))
+    save_checkpoint(tmp_path / "c.npz", model=model, epoch=3)
+
+    fresh = make_model(kind, seed=77)
+    assert differ(state(fresh), state(model))
+    assert load_checkpoint(tmp_path / "c.npz", model=fresh) == 3
+    assert_equal(fresh.get_weights(), model.get_weights())
+    for mine, theirs in zip(
+        keras_internals.find_optimizers(fresh), keras_internals.find_optimizers(model), strict=True
+    ):
+        assert int(mine.iterations) == int(theirs.iterations) > 0
+        assert_equal([v.numpy() for v in mine.variables], [v.numpy() for v in theirs.variables])
+    seeds, expected = ([v.numpy() for v in keras_internals.seed_states(m)] for m in (fresh, model))
+    assert len(seeds) == (0 if kind == "two-optimizers" else 3)
+    assert_equal(seeds, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_goes_on_as_if_it_had_never_stopped(kind, tmp_path):
+    model = make_model(kind)
+    train(model, range(5))
+    save_checkpoint(tmp_path / "c.npz", model=model, epoch=1)
+    stopped = state(model)
+    train(model, range(5, 9))
+
+    fresh = make_model(kind, seed=77)
+    load_checkpoint(tmp_path / "c.npz", model=fresh)
+    train(fresh, range(5, 9))
+    assert_equal(state(fresh), state(model))
+    assert differ(state(fresh), stopped)
+
+
+def test_load_into_a_model_that_has_trained_on_replaces_all_of_it(tmp_path):
+    model = make_model()
+    train(model, range(3))
+    expected = state(model)
+    save_checkpoint(tmp_path / "c.npz", model=model, epoch=1)
+    train(model, range(3, 6))
+    load_checkpoint(tmp_path / "c.npz", model=model)
+    assert_equal(state(model), expected)
+
+
+def test_saving_changes_nothing(tmp_path):
+    model = make_model()
+    train(model, range(3))
+    before = state(model)
+    save_checkpoint(tmp_path / "c.npz", model=model, epoch=1)
+    assert_equal(state(model), before)
+
+
+def test_metrics_are_left_out(tmp_path):
+    model, fresh = make_model(), make_model(seed=77)
+    train(model, range(3))
+    train(fresh, range(1))
+    save_checkpoint(tmp_path / "c.npz", model=model, epoch=1)
+    before = [v.numpy() for v in fresh.metrics_variables]
+    load_checkpoint(tmp_path / "c.npz", model=fresh)
+    assert_equal([v.numpy() for v in fresh.metrics_variables], before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"units": 5}, r"'0*0' has shape \(3, 4\) there, \(3, 5\) here"),
+        ({"momentum": 0.0}, "is only in the checkpoint"),
+        ({"use_ema": True}, "is only in the model"),
+        ({"kind": "two-optimizers"}, "is only in the model"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_model_is_refused_and_nothing_assigned(changes, message, tmp_path):
+    def make(*, seed, kind="adam", units=4, momentum=0.9, **kwargs):
+        optimizer = keras.optimizers.SGD(momentum=momentum, **kwargs)
+        return make_model(kind, seed=seed, units=units, optimizer=optimizer)
+
+    model, other = make(seed=0), make(seed=77, **changes)
+    train(model, range(3))
+    save_checkpoint(tmp_path / "c.npz", model=model, epoch=1)
+    before = state(other)
+    with pytest.raises(ConfigError, match=f"is of another model: .*{message}"):
+        load_checkpoint(tmp_path / "c.npz", model=other)
+    assert_equal(state(other), before)
+
+
+def test_a_late_difference_is_found_before_anything_is_assigned(tmp_path):
+    def make(outputs, seed):
+        keras.utils.set_random_seed(seed)
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(outputs)])
+        model.compile("sgd", "mse")
+        keras_internals.build_model(model, (tf.constant(X), tf.constant(Y)))
+        return model
+
+    save_checkpoint(tmp_path / "c.npz", model=make(1, seed=0), epoch=1)
+    other = make(2, seed=77)
+    before = state(other)
+    with pytest.raises(ConfigError, match="another model"):
+        load_checkpoint(tmp_path / "c.npz", model=other)
+    assert_equal(state(other), before)
+
+
+def test_file_is_replaced_atomically(tmp_path):
+    path = tmp_path / "checkpoints" / "latest.npz"
+    model = make_model()
+    save_checkpoint(path, model=model, epoch=1)
+    first = path.read_bytes()
+    os.link(path, tmp_path / "first")
+    train(model, range(1))
+    save_checkpoint(path, model=model, epoch=2)
+    # Written over in place, the file would change under its other name too.
+    assert (tmp_path / "first").read_bytes() == first != path.read_bytes()
+    assert load_checkpoint(path, model=model) == 2
+    assert os.listdir(path.parent) == ["latest.npz"]
+
+
+def test_a_write_that_fails_leaves_no_temporary(tmp_path):
+    in_the_way = tmp_path / "latest.npz"
+    in_the_way.mkdir()
+    with pytest.raises(OSError):
+        save_checkpoint(in_the_way, model=make_model(), epoch=1)
+    assert os.listdir(tmp_path) == ["latest.npz"]
+
+
+def test_file_holds_plain_arrays(tmp_path):
+    save_checkpoint(tmp_path / "c.npz", model=make_model(), epoch=1)
+    with np.load(tmp_path / "c.npz", allow_pickle=False) as stored:
+        assert all(stored[name].dtype != object for name in stored.files)

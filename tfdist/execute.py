@@ -15,7 +15,7 @@ from tfdist.config import RunConfig
 from tfdist.data import TfdsSplit, build_source
 from tfdist.errors import ConfigError
 from tfdist.optimizers import build_optimizer
-from tfdist.recipe import load_recipe, parse_overrides
+from tfdist.recipe import Recipe, load_recipe, parse_overrides
 from tfdist.runtime import Run, initialize
 from tfdist.training.callbacks import MetricsFile, TensorBoardScalars
 from tfdist.training.checkpoint import load_checkpoint, save_checkpoint
@@ -40,14 +40,26 @@ def execute(config: RunConfig, *, say: Callable[[str], None] = print) -> dict[st
         ConfigError: If a setting cannot be honoured.
     """
     recipe = load_recipe(config.recipe)
-    model_kwargs, data_kwargs = parse_overrides(recipe, config.overrides)
+    overrides = parse_overrides(recipe, config.overrides)
     run = initialize(
         strategy=config.strategy,
         num_replicas=config.num_replicas,
         seed=config.seed,
         mixed_precision=config.mixed_precision,
     )
-    say = say if run.is_chief else _say_nothing
+    results = _carry_out(run, recipe, overrides, config, say if run.is_chief else _say_nothing)
+    run.wait_for_others()
+    return results
+
+
+def _carry_out(
+    run: Run,
+    recipe: Recipe,
+    overrides: tuple[dict[str, Any], dict[str, Any]],
+    config: RunConfig,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    model_kwargs, data_kwargs = overrides
     run_dir = RunDir(Path(config.run_dir))
     if run.is_chief:
         run_dir.create(config)

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.cluster import Cluster, Task, canonical_strategy, check_strategy, split_address
-from tfdist.data import Source, build_source
+from tfdist.data import Source, build_source, hold_out
 from tfdist.door import close_when_listening, is_loopback
 from tfdist.environments import detect_cluster
 from tfdist.errors import ConfigError
@@ -134,6 +134,7 @@ class Run:
         global_batch_size: int,
         epochs: int = 1,
         validation_data: Any = None,
+        validation_split: float = 0.0,
         validation_batch_size: int | None = None,
         validation_steps: int | None = None,
         validation_freq: int | Sequence[int] = 1,
@@ -154,6 +155,7 @@ class Run:
             global_batch_size: Examples per optimizer step over all replicas.
             epochs: Epoch to stop at.
             validation_data: As `train`.
+            validation_split: Share of the arrays in `train`, from their end, to validate on instead.
             validation_batch_size: Default: `global_batch_size`.
             validation_steps: Batches to validate on; None: all.
             validation_freq: Validate every so many epochs, or at the 1-based epochs of a sequence.
@@ -171,7 +173,13 @@ class Run:
         Raises:
             ConfigError: If something asked for cannot be honoured.
         """
-        source = build_source(train, class_weight=class_weight, sample_weight=sample_weight)
+        if validation_split and validation_data is None:
+            rest, validation_data = hold_out(
+                build_source(train, sample_weight=sample_weight), validation_split
+            )
+            source = build_source(rest, class_weight=class_weight)
+        else:
+            source = build_source(train, class_weight=class_weight, sample_weight=sample_weight)
         validation = None if validation_data is None else build_source(validation_data)
         loop = self._loop(model, source)
         _check_batch(global_batch_size, loop.num_replicas)
@@ -269,6 +277,19 @@ class Run:
         """
         if self.is_chief:
             model.save(path)
+
+    def wait_for_others(self) -> None:
+        """Returns once every process that runs the program has called it, so that none leaves while another writes."""
+        if self.strategy_name != "multiworker":
+            return
+
+        def meet() -> Any:
+            context = tf.distribute.get_replica_context()
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.ones([]))
+
+        met = tf.function(lambda: self.strategy.run(meet), autograph=False)()
+        for count in self.strategy.experimental_local_results(met):
+            count.numpy()
 
     def _loop(self, model: keras.Model, source: Source) -> Loop:
         if not keras_internals.is_compiled(model):

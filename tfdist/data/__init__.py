@@ -2,7 +2,15 @@
 
 from tfdist.data.batches import Segment, local_batches
 from tfdist.data.order import epoch_indices, num_steps, part_slice, step_size, step_start
-from tfdist.data.source import ArraySource, SelfShardedSource, Source, StreamSource, build_source, take
+from tfdist.data.source import (
+    ArraySource,
+    SelfShardedSource,
+    Source,
+    StreamSource,
+    build_source,
+    hold_out,
+    take,
+)
 from tfdist.data.tfds import TfdsSplit, tfds_split
 
 __all__ = [
@@ -14,6 +22,7 @@ __all__ = [
     "TfdsSplit",
     "build_source",
     "epoch_indices",
+    "hold_out",
     "local_batches",
     "num_steps",
     "part_slice",

@@ -109,6 +109,33 @@ def build_source(
     return _weigh(source, class_weight, sample_weight)
 
 
+def hold_out(source: Source, fraction: float) -> tuple[ArraySource, ArraySource]:
+    """Divides arrays, in their own order.
+
+    Args:
+        source: Arrays.
+        fraction: Share of the examples, from the end, that goes into the second part; as Keras's `validation_split`.
+
+    Returns:
+        The rest, and the part held out.
+
+    Raises:
+        ConfigError: If the source is no arrays, or a part would be empty.
+    """
+    if not isinstance(source, ArraySource):
+        raise ConfigError("validation_split needs arrays; pass validation_data for any other data.")
+    at = int(source.num_examples * (1.0 - fraction))
+    if not 0 < at < source.num_examples:
+        raise ConfigError(
+            f"validation_split={fraction} of {source.num_examples} examples leaves one part empty; "
+            "choose a share between 0 and 1 that leaves some on both sides."
+        )
+    first = tf.nest.map_structure(lambda t: t[:at], source.tensors)
+    return ArraySource(tensors=first), ArraySource(
+        tensors=tf.nest.map_structure(lambda t: t[at:], source.tensors)
+    )
+
+
 def _from_split(split: TfdsSplit) -> Source:
     dataset, arrays = load_split(split)
     if arrays is not None:

@@ -9,7 +9,10 @@ import tensorflow as tf
 from tfdist import keras_internals
 from tfdist.keras_internals import (
     ReplicaBinding,
+    accumulating_with,
+    accumulators,
     all_variables,
+    batch_counter,
     build_model,
     creating_strategy,
     find_optimizers,
@@ -146,6 +149,12 @@ def mirrored_facts():
         (keras.Model, "_symbolic_build"),
         (keras.Model, "_flatten_layers"),
         (OPTIMIZER, "_all_reduce_sum_gradients"),
+        (OPTIMIZER, "_backend_apply_gradients"),
+        (OPTIMIZER, "_clip_gradients"),
+        (OPTIMIZER, "_apply_weight_decay"),
+        (OPTIMIZER, "_backend_update_step"),
+        (OPTIMIZER, "_update_model_variables_moving_average"),
+        (OPTIMIZER, "_overwrite_model_variables_with_average_value"),
         (LOSS_SCALE_OPTIMIZER, "apply"),
         (keras_internals.keras_loss, "reduce_weighted_values"),
         (keras_internals.keras_loss, "standardize_reduction"),
@@ -156,7 +165,7 @@ def test_private_function_is_there(owner, name):
     assert callable(getattr(owner, name, None))
 
 
-# In __dict__, since ReplicaBinding replaces them there.
+# In __dict__, since ReplicaBinding replaces some of them there.
 @pytest.mark.parametrize(
     ("name", "of_model"),
     [
@@ -164,6 +173,8 @@ def test_private_function_is_there(owner, name):
         ("_distribute_strategy", lambda m: m),
         ("_seed_generators", lambda m: m),
         ("_value", lambda m: m.trainable_variables[0]),
+        ("_iterations", lambda m: m.optimizer),
+        ("_trainable_variables", lambda m: m.optimizer),
         ("_distribution_strategy", lambda m: m.optimizer),
         ("_distribution_strategy", lambda m: m.optimizer.inner_optimizer),
     ],
@@ -466,3 +477,88 @@ def test_loss_correction_is_given_the_outputs_mask():
     keras.losses.MeanSquaredError()(tf.zeros((1, 3, 1)), outputs)
     binding.remove()
     np.testing.assert_array_equal(seen[0][2], [[False, True, True]])
+
+
+def accumulating(**kwargs):
+    """An accumulating optimizer and its variables."""
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=3, **kwargs)
+    variables = [keras.Variable(np.float32([1.0, -2.0])), keras.Variable(np.float32([[3.0]]))]
+    optimizer.build(variables)
+    return optimizer, variables
+
+
+def gradients(batch):
+    return [tf.constant([batch + 1.0, 2.0]), tf.constant([[-2.0 * batch]])]
+
+
+def test_iterations_count_the_batches_that_were_only_accumulated():
+    optimizer, variables = accumulating()
+    seen = []
+    for batch in range(4):
+        optimizer.apply(gradients(batch), variables)
+        seen.append((int(batch_counter(optimizer).numpy()), int(optimizer.iterations)))
+    assert seen == [(1, 0), (2, 0), (3, 1), (4, 1)]
+    assert isinstance(batch_counter(optimizer), keras.Variable)
+
+
+def test_accumulated_gradients_are_found_by_variable():
+    optimizer, variables = accumulating()
+    for batch in range(2):
+        optimizer.apply(gradients(batch), variables)
+    sums = accumulators(optimizer)
+    assert set(sums) == {id(v) for v in variables}
+    for variable, first, second in zip(variables, gradients(0), gradients(1), strict=True):
+        assert isinstance(sums[id(variable)], tf.Variable)
+        np.testing.assert_allclose(sums[id(variable)].numpy(), first + second)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"momentum": 0.9, "nesterov": True},
+        {"clipnorm": 0.5},
+        {"global_clipnorm": 0.5},
+        {"clipvalue": 0.25},
+        {"weight_decay": 0.1},
+        {"use_ema": True, "ema_momentum": 0.5},
+        {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2},
+    ],
+    ids=lambda settings: "-".join(settings) or "plain",
+)
+def test_backend_apply_gradients_can_be_told_when_to_update(settings):
+    (optimizer, variables), (twin, expected) = accumulating(**settings), accumulating(**settings)
+    held = []
+
+    def gather(grads, given):
+        held.append(grads)
+        if len(held) < 3:
+            return None
+        mean = [sum(parts) / 3 for parts in zip(*held, strict=True)]
+        held.clear()
+        return mean
+
+    for batch in range(7):
+        twin.apply(gradients(batch), expected)
+        with accumulating_with(optimizer, gather):
+            optimizer.apply(gradients(batch), variables)
+        for own, theirs in zip(variables, expected, strict=True):
+            np.testing.assert_allclose(own.numpy(), theirs.numpy(), rtol=1e-6)
+    assert int(batch_counter(optimizer).numpy()) == 7
+    optimizer.finalize_variable_values(variables)
+    twin.finalize_variable_values(expected)
+    for own, theirs in zip(variables, expected, strict=True):
+        np.testing.assert_allclose(own.numpy(), theirs.numpy(), rtol=1e-6)
+
+
+def test_accumulating_with_is_lifted_also_after_an_error():
+    optimizer, variables = accumulating()
+    before = set(vars(optimizer))
+
+    def fail(grads, given):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), accumulating_with(optimizer, fail):
+        optimizer.apply(gradients(0), variables)
+    assert set(vars(optimizer)) == before
+    optimizer.apply(gradients(0), variables)

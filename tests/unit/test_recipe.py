@@ -11,6 +11,7 @@ from tfdist.errors import ConfigError
 from tfdist.recipe import (
     RECIPES_DIR,
     Recipe,
+    check_recipe_exists,
     list_recipes,
     load_recipe,
     parse_overrides,
@@ -212,11 +213,11 @@ def test_load_recipe_by_path_expands_the_home_folder(tmp_path, monkeypatch):
 
 def test_load_recipe_by_path_finds_modules_beside_it_but_after_installed_ones(tmp_path):
     (tmp_path / "recipe_of_mine_parts.py").write_text("EPOCHS = 7")
-    (tmp_path / "json.py").write_text("raise RuntimeError('hides an installed module')")
+    (tmp_path / "colorsys.py").write_text("raise RuntimeError('hides an installed module')")
     path = tmp_path / "recipe_of_mine.py"
     path.write_text(
         SOURCE.replace("epochs=2", "epochs=EPOCHS").replace(
-            "import dataclasses", "import dataclasses, json\nfrom recipe_of_mine_parts import EPOCHS"
+            "import dataclasses", "import dataclasses, colorsys\nfrom recipe_of_mine_parts import EPOCHS"
         )
     )
     assert load_recipe(str(path)).epochs == 7
@@ -252,6 +253,41 @@ def test_load_recipe_refuses_a_module_without_recipe(ending, message, tmp_path):
 def test_load_recipe_unknown(name, message):
     with pytest.raises(ConfigError, match=message):
         load_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("digit_cnn", "Did you mean 'digits_cnn'"), ("./nothing.py", "no recipe file '/.*/nothing.py'")],
+)
+def test_check_recipe_exists_refuses_an_unknown_one(name, message):
+    with pytest.raises(ConfigError, match=message):
+        check_recipe_exists(name)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        SOURCE,
+        "if True:\n    RECIPE = 3",
+        "RECIPE: int = 3",
+        "from elsewhere import RECIPE",
+        "from elsewhere import other as RECIPE",
+        "from elsewhere import *",
+        "a b",
+    ],
+)
+def test_check_recipe_exists_imports_nothing(source, tmp_path):
+    (tmp_path / "recipe_of_mine.py").write_text(source)
+    check_recipe_exists(str(tmp_path / "recipe_of_mine.py"))
+    check_recipe_exists("digits-cnn")
+    check_recipe_exists("package_of_mine.not_looked_at")
+    assert not any(name.startswith(("tfdist_recipe_file", "package_of_mine")) for name in sys.modules)
+
+
+def test_check_recipe_exists_refuses_a_file_without_recipe(tmp_path):
+    (tmp_path / "recipe_of_mine.py").write_text("recipe = 'RECIPE'")
+    with pytest.raises(ConfigError, match="has no RECIPE; end the module with"):
+        check_recipe_exists(str(tmp_path / "recipe_of_mine.py"))
 
 
 def test_load_recipe_unknown_points_at_the_file_here(tmp_path, monkeypatch):

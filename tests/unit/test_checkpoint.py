@@ -189,7 +189,7 @@ def test_metrics_are_left_out(tmp_path):
         ({"use_ema": True}, "is only in the model"),
         ({"kind": "two-optimizers"}, "is only in the model"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=["layer", "fewer-slots", "more-slots", "more-optimizers"],
 )
 def test_another_model_is_refused_and_nothing_assigned(changes, message, tmp_path):
     def make(*, seed, kind="adam", units=4, momentum=0.9, **kwargs):

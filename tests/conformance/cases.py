@@ -199,6 +199,9 @@ CASES = {
     "class_weight": Case(
         lambda: classifier(lambda: optimizers.SGD(0.1)), (X, Y), {"class_weight": {0: 1.0, 1: 3.0, 2: 0.5}}
     ),
+    "validation_split": Case(
+        lambda: classifier(lambda: optimizers.SGD(0.1)), (X, Y), {"validation_split": 0.25}
+    ),
     "embedding": Case(embedding, (IDS, BINARY)),
     "two_outputs": Case(
         two_outputs, ({"a": X, "b": IDS.astype(np.float32)}, {"kind": Y, "size": X[:, :1] * 2})

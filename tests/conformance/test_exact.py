@@ -1,33 +1,14 @@
 """The distributed answer equals the single-device answer: every case under every strategy, in real processes."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import cases
 import numpy as np
 import pytest
+from worlds import run_world
 
-PROGRAM = str(Path(__file__).with_name("cases.py"))
-WORLDS = {
-    "one_device": ["one_device"],
-    "mirrored-2": ["mirrored", "2"],
-    "mirrored-4": ["mirrored", "4"],
-    "multiworker-2": ["multiworker"],
-    "ps-1": ["ps"],
-}
+WORLDS = ["one_device", "mirrored-2", "mirrored-4", "multiworker-2", "ps-1"]
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster]
-
-
-def run_program(out, words, launch):
-    command = [sys.executable, *launch, PROGRAM, str(out), *words]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    with np.load(out) as stored:
-        return dict(stored)
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +31,10 @@ def results(tmp_path_factory):
         return found
 
     def start(world):
-        if world == "keras":
-            return run_program(folder / "keras.npz", ["keras"], [])
-        words = WORLDS[world]
-        launch = {
-            "multiworker": ["-m", "tfdist.launch", "--strategy=multiworker", "--num_workers=2"],
-            "ps": ["-m", "tfdist.launch", "--strategy=ps", "--num_workers=1", "--num_ps=1"],
-        }.get(words[0], [])
-        return run_program(folder / f"{world}.npz", words, launch)
+        out = folder / f"{world}.npz"
+        run_world(cases.__file__, out, world)
+        with np.load(out) as stored:
+            return dict(stored)
 
     return get
 
@@ -67,7 +44,7 @@ def results(tmp_path_factory):
 def test_case_equals_keras(results, world, case):
     """Weights, history, evaluation, predictions and iterations agree to float32 rounding."""
     if case == "dropout" and world in ("mirrored-2", "mirrored-4", "multiworker-2"):
-        pytest.skip("replicas draw their own masks by design, as test_replicas.py holds")
+        pytest.skip("replicas draw their own masks by design, as test_promises.py holds")
     wanted = {k: v for k, v in results("keras").items() if k.startswith(case + "/")}
     found = {k: v for k, v in results(world).items() if k.startswith(case + "/")}
     assert sorted(found) == sorted(wanted)

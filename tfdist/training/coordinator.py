@@ -136,7 +136,7 @@ class CoordinatorLoop:
         if isinstance(source, ArraySource):
             return _ResidentFeed(source, self._coordinator)
         if isinstance(source, SelfShardedSource):
-            return _OwnFeed(source, self._coordinator)
+            return _OwnFeed(source, self._coordinator, self._num_workers)
         return _SentFeed(source)
 
 
@@ -207,16 +207,33 @@ class _SentFeed:
 
 
 class _OwnFeed:
-    """A pipeline that shards itself: each worker reads its own."""
+    """A pipeline that shards itself: each worker reads its own part, one batch a step."""
 
     def __init__(
         self,
         source: SelfShardedSource,
         coordinator: tf.distribute.coordinator.ClusterCoordinator,
+        num_workers: int,
     ) -> None:
         self._source = source
+        self._num_workers = num_workers
         self.functions: dict[Any, Any] = {}
-        self._iterator = iter(coordinator.create_per_worker_dataset(source.local_dataset))
+        with coordinator.strategy.scope():
+            self._num_started = tf.Variable(0, dtype=tf.int32, trainable=False)
+        self._iterator = iter(coordinator.create_per_worker_dataset(self._open))
+
+    def _open(self) -> tf.data.Dataset:
+        """Runs on each worker: the order in which they come says which part each of them reads."""
+        part = self._num_started.assign_add(1, read_value=True) - 1
+        parts = [self._source.local_dataset(self._context(i)) for i in range(self._num_workers)]
+        variants = [lambda p=p: tf.data.experimental.to_variant(p) for p in parts]
+        chosen = tf.switch_case(part % self._num_workers, variants)
+        return tf.data.experimental.from_variant(chosen, parts[0].element_spec)
+
+    def _context(self, index: int) -> tf.distribute.InputContext:
+        return tf.distribute.InputContext(
+            num_input_pipelines=self._num_workers, input_pipeline_id=index, num_replicas_in_sync=1
+        )
 
     def batches(self, plan: BatchPlan) -> Iterator[tuple[int | None, tuple[Any, ...]]]:
         if plan.num_steps is None:

@@ -1,0 +1,111 @@
+"""What every strategy promises beside equal numbers: counts, masks, equal copies, callbacks, forms of data."""
+
+import numpy as np
+import promises
+import pytest
+from worlds import run_world
+
+WORLDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1", "ps-2"]
+SYNC = ["mirrored-2", "multiworker-2"]
+pytestmark = [pytest.mark.conformance, pytest.mark.cluster]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What each process of a world saw, the chief first."""
+    known = {}
+
+    def get(world):
+        if world not in known:
+            folder = tmp_path_factory.mktemp(world)
+            run_world(promises.__file__, folder, world)
+            found = {}
+            for path in sorted(folder.glob("*.npz")):
+                with np.load(path) as stored:
+                    found[path.stem] = dict(stored)
+            known[world] = folder, list(found.values())
+        return known[world]
+
+    return get
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_no_step_and_no_example_is_lost(seen, world):
+    """Each of 81 steps of a constant gradient moves the weight once, and is counted once."""
+    for process in seen(world)[1]:
+        assert process["iterations"] == 2 * promises.STEPS + 1
+        np.testing.assert_allclose(process["moved"], 0.5 * 2 * promises.STEPS, rtol=1e-6)
+        np.testing.assert_array_equal(process["counts"], [2 * promises.STEPS] * 2)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_auc_counts_every_example_once(seen, world):
+    """An average of the workers' AUCs would be another number."""
+    wanted = seen("keras")[1][0]
+    for process in seen(world)[1]:
+        assert process["auc_count"] == wanted["auc_count"] == promises.cases.COUNT
+        np.testing.assert_allclose(process["auc"], wanted["auc"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_masks_differ_between_replicas_and_steps(seen, world):
+    """Half of the mean of two masks is one half where only one of them keeps a feature."""
+    for process in seen(world)[1]:
+        assert set(np.unique(process["masks"])) == {0.0, 1.0, 2.0}
+        assert (process["masks"][0] != process["masks"][1]).any()
+
+
+@pytest.mark.parametrize("world", [w for w in WORLDS if w != "ps-2"])
+def test_a_seed_repeats_a_run(seen, world):
+    """Bit for bit; several ps workers take turns as it happens."""
+    for process in seen(world)[1]:
+        np.testing.assert_array_equal(*process["repeated"])
+
+
+@pytest.mark.parametrize("world", SYNC)
+def test_copies_stay_equal(seen, world):
+    """Weights bit for bit, and BatchNormalization's statistics, which are averaged, on every replica."""
+    copies = np.concatenate([process["copies"] for process in seen(world)[1]])
+    assert len(copies) == 2
+    np.testing.assert_array_equal(copies[0], copies[1])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_nothing_is_nan(seen, world):
+    """Statistics that several workers change at once too."""
+    assert all(process["finite"] for process in seen(world)[1])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_callbacks_run_as_in_keras(seen, world):
+    """EarlyStopping ends all processes after the same epoch; each batch is seen in turn."""
+    wanted = seen("keras")[1][0]
+    for process in seen(world)[1]:
+        assert process["epochs"] == wanted["epochs"] < 6
+        np.testing.assert_array_equal(process["batches"], wanted["batches"])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_only_the_chief_writes(seen, world):
+    """One log and one model, whatever the number of processes."""
+    folder, processes = seen(world)
+    assert len(processes) == (2 if world == "multiworker-2" else 1)
+    assert len(list(folder.glob("*.csv"))) == len(list(folder.glob("*.keras"))) == 1
+
+
+@pytest.mark.parametrize("form", ["stream", "unknown_length", "own"])
+@pytest.mark.parametrize("world", [w for w in WORLDS if w != "ps-2"])
+def test_every_form_of_data_trains_alike(seen, world, form):
+    """A dataset of examples, one that does not know its length, and a pipeline that shards itself."""
+    wanted = seen("keras")[1][0]["form_arrays"]
+    for process in seen(world)[1]:
+        np.testing.assert_allclose(process[f"form_{form}"], wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_bfloat16_computes_in_it_and_keeps_float32(seen, world):
+    """Losses are Keras's to bfloat16's three digits."""
+    wanted = seen("keras")[1][0]["bfloat16"]
+    for process in seen(world)[1]:
+        assert list(process["bfloat16_dtypes"]) == ["bfloat16", "float32"]
+        np.testing.assert_allclose(process["bfloat16"], wanted, rtol=0.05)

@@ -58,7 +58,7 @@ def build_strategy(
         return tf.distribute.MirroredStrategy(_mirrored_devices(num_replicas))
     resolver = build_resolver(cluster)
     if strategy == "multiworker":
-        return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
+        return _build_multiworker(resolver)
     return tf.distribute.ParameterServerStrategy(resolver)
 
 
@@ -69,6 +69,18 @@ def build_resolver(cluster: Cluster | None) -> tf.distribute.cluster_resolver.Si
     return tf.distribute.cluster_resolver.SimpleClusterResolver(
         spec, task_type=cluster.task.type, task_id=cluster.task.index, rpc_layer="grpc"
     )
+
+
+def _build_multiworker(resolver: tf.distribute.cluster_resolver.ClusterResolver) -> tf.distribute.Strategy:
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
+    except RuntimeError as error:
+        if "program startup" not in str(error):
+            raise
+        raise ConfigError(
+            "TensorFlow has already started, and multiworker must be set up before that; call tfdist.initialize "
+            "first, before any dataset, tensor or model is made."
+        ) from None
 
 
 def _mirrored_devices(num_replicas: int | None) -> list[str]:

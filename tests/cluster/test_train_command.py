@@ -76,9 +76,9 @@ def test_model_loads_in_plain_keras(finished, tmp_path):
 
 
 def test_modes_on_a_finished_run(finished):
-    """Evaluation gives what training reported; predictions are one row an example."""
-    strategy, run_dir, output = finished
-    flags = [f"--strategy={strategy}", f"--run_dir={run_dir}"]
+    """The folder alone says enough: strategy and recipe come from its config."""
+    _, run_dir, output = finished
+    flags = [f"--run_dir={run_dir}"]
     evaluated = run_train(run_dir.parent, "--mode=eval", *flags)
     assert evaluated.returncode == 0, evaluated.stderr
     last = re.findall(r"test .*", output)[-1]
@@ -87,6 +87,22 @@ def test_modes_on_a_finished_run(finished):
     assert predicted.returncode == 0, predicted.stderr
     with np.load(run_dir / "predictions.npz") as stored:
         assert stored["predictions"].shape == (360, 10)
+    exported = run_train(run_dir.parent, "--mode=export", *flags)
+    assert exported.returncode == 0, exported.stderr
+
+
+def test_finished_run_looks_the_same_to_another_strategy(finished):
+    """A model is not bound to what trained it."""
+    _, run_dir, output = finished
+    evaluated = run_train(run_dir.parent, "--mode=eval", f"--run_dir={run_dir}", "--strategy=mirrored")
+    assert re.findall(r"test .*", output)[-1] in evaluated.stdout, evaluated.stderr
+
+
+def test_tensorflow_says_nothing(finished):
+    """Its notes on how it was built, four processes of them, would bury ours."""
+    _, run_dir, output = finished
+    logs = "".join(path.read_text() for path in run_dir.glob("logs/*.log"))
+    assert "oneDNN" not in output + logs
 
 
 def test_resume_equals_an_uninterrupted_run(tmp_path):
@@ -119,6 +135,13 @@ def test_resume_equals_an_uninterrupted_run(tmp_path):
         (["--recipe=./empty.py"], "RECIPE"),
         (["--recipe=./uncompiled.py"], "not compiled"),
         (["--optimizer=adamm"], "adam"),
+        (["--learning_rate=0.1"], "--set learning_rate"),
+        (["--mode=eval"], "--run_dir"),
+        (["--strategy=ps", "--recipe=digit_cnn"], "digits_cnn"),
+        (["--strategy=ps", "--run_dir=/proc/nowhere/run"], "/proc/nowhere"),
+        (["--strategy=multiworker", "--batch_size=1"], "2 replicas"),
+        (["--strategy=ps", "--recipe=./empty.py"], "RECIPE"),
+        (["--strategy=ps", "--num_replicas=0"], "num_replicas"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, flags, words):
@@ -135,6 +158,29 @@ def test_mistakes_are_one_line(tmp_path, flags, words):
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("tfdist.train:")]
     assert words in line
+
+
+@pytest.mark.parametrize("strategy", ["ps", "multiworker"])
+def test_mistake_that_only_the_tasks_see_is_said_once(tmp_path, strategy):
+    """The chief speaks for all; the launcher adds who ended and where the log is."""
+    done = run_train(tmp_path, f"--strategy={strategy}", "--set", "filtres=3", "--run_dir=r")
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if "filters" in line]
+    assert len(said) == 1, done.stderr
+    assert "r/logs/" in done.stderr.splitlines()[-1]
+
+
+def test_resume_needs_no_other_flag(tmp_path):
+    """What the run was comes from its folder; the total of epochs is given anew."""
+    small = ["--strategy=ps", "--set", "filters=4", "--steps_per_epoch=3"]
+    first = run_train(tmp_path, *small, "--epochs=1", "--run_dir=r")
+    assert first.returncode == 0, first.stderr
+    resumed = run_train(tmp_path, "--resume", "--epochs=2", "--run_dir=r")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed after epoch 1" in resumed.stdout
+    lines = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6]
+    assert json.loads((tmp_path / "r/config.json").read_text())["overrides"] == ["filters=4"]
 
 
 def test_strategy_that_does_not_fit_the_cluster(tmp_path):

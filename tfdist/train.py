@@ -91,8 +91,8 @@ def _launch(words: Sequence[str], fields: Mapping[str, Any], *, dry_run: bool) -
 
 def _execute(fields: Mapping[str, Any]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Here: TensorFlow takes seconds to import, and a mistake above should not wait for it.
     with _quiet_start():
+        # Here: TensorFlow takes seconds to import, and a mistake above should not wait for it.
         from tfdist.execute import execute
     config = build_config(fields, load_recipe(fields["recipe"]))
     execute(config, say=lambda line: print(line, flush=True))

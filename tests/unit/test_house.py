@@ -28,6 +28,7 @@ FLOORS = {
     "keras_internals": 2,
     "training": 2,
     "runtime": 3,
+    "flags": 3,
     "execute": 4,
     "train": 4,
     "launch": 4,

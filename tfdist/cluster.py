@@ -13,6 +13,7 @@ from typing import Any
 
 from tfdist.errors import ClusterError, ConfigError
 
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ROLES = ("chief", "worker", "ps")
 EVALUATOR = "evaluator"
 
@@ -140,6 +141,12 @@ class Cluster:
     def is_local(self) -> bool:
         """Whether there is no cluster at all, just this process."""
         return not self.addresses
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether every task has an address that only this machine can reach."""
+        hosts = [split_address(address)[0] for tasks in self.addresses.values() for address in tasks]
+        return bool(hosts) and all(host in _LOOPBACK for host in hosts)
 
     @property
     def is_single(self) -> bool:

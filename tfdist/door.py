@@ -12,16 +12,7 @@ import socket
 import threading
 import time
 
-from tfdist.cluster import Cluster, split_address
-
 _DESCRIPTORS = "/proc/self/fd"
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
-
-def is_loopback(cluster: Cluster) -> bool:
-    """Tells whether every task of the cluster has a loopback address."""
-    hosts = [split_address(address)[0] for tasks in cluster.addresses.values() for address in tasks]
-    return bool(hosts) and all(host.strip("[]") in _LOOPBACK for host in hosts)
 
 
 def close_when_listening(port: int, *, timeout_secs: float = 60.0) -> threading.Thread:

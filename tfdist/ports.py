@@ -83,8 +83,8 @@ def check_port_free(cluster: Cluster) -> None:
 def check_reachable(cluster: Cluster, *, timeout_secs: float, tasks: Iterable[Task] | None = None) -> None:
     """Waits until other tasks accept connections.
 
-    Only for tasks that serve before this one starts, as a ps cluster's workers and ps do for the chief; peers
-    that wait for each other like this would wait for ever.
+    Only for tasks that serve before this one starts, as a ps cluster's workers and ps do for the chief; for peers
+    that wait for each other there is `meet_peers`.
 
     Args:
         cluster: The cluster.
@@ -111,6 +111,32 @@ def check_reachable(cluster: Cluster, *, timeout_secs: float, tasks: Iterable[Ta
                 f"no answer within {timeout_secs:g} s from {missing}: start the task, or correct its address"
             )
         time.sleep(min(_RETRY_SECS, max(0.0, deadline - time.monotonic())))
+
+
+def meet_peers(cluster: Cluster, *, timeout_secs: float) -> None:
+    """Waits until all tasks of the cluster have come to this point, or beyond it.
+
+    Each listens on its own port meanwhile, so that the others find it, and leaves the port to TensorFlow's server.
+    That server's own wait lasts an hour, holds Python's lock and says nothing.
+
+    Args:
+        cluster: The cluster, with this process's task.
+        timeout_secs: Longest wait, in seconds.
+
+    Raises:
+        ClusterError: If some do not come in time, or this task's own port is taken.
+    """
+    assert cluster.task is not None
+    host, port = split_address(cluster.address(cluster.task))
+    check_port_free(cluster)
+    if cluster.is_loopback:  # closed to other machines, as TensorFlow's server will be
+        family = socket.AF_INET6 if host == "::1" else socket.AF_INET
+        listener = _bind_family(family, host, port)
+    else:
+        listener = _bind("", port)
+    with listener:
+        listener.listen()
+        check_reachable(cluster, timeout_secs=timeout_secs)
 
 
 def _try_to_connect(address: str, timeout_secs: float) -> str | None:

@@ -14,10 +14,10 @@ import tensorflow as tf
 from tfdist import keras_internals
 from tfdist.cluster import Cluster, Task, canonical_strategy, check_strategy, split_address
 from tfdist.data import Source, build_source, hold_out
-from tfdist.door import close_when_listening, is_loopback
+from tfdist.door import close_when_listening
 from tfdist.environments import detect_cluster
 from tfdist.errors import ConfigError
-from tfdist.ports import check_port_free, check_reachable
+from tfdist.ports import check_port_free, check_reachable, meet_peers
 from tfdist.strategies import build_resolver, build_strategy, configure_devices
 from tfdist.training.callbacks import split_callbacks
 from tfdist.training.coordinator import CoordinatorLoop
@@ -25,7 +25,6 @@ from tfdist.training.loop import FitOptions, Loop, plan_steps, run_fit
 from tfdist.training.plan import BatchPlan
 from tfdist.training.sync import SyncLoop
 
-_START_TIMEOUT_SECS = 120.0
 _log = logging.getLogger("tfdist")
 
 
@@ -36,6 +35,7 @@ def initialize(
     seed: int = 0,
     cluster: Cluster | None = None,
     mixed_precision: str | None = None,
+    start_timeout_secs: float = 300.0,
 ) -> Run:
     """Joins the cluster and builds the strategy. Worker and ps tasks of a `ps` run serve here and never return.
 
@@ -46,12 +46,14 @@ def initialize(
         seed: Seeds Python, NumPy, TensorFlow and Keras alike on every task.
         cluster: None reads it from the environment.
         mixed_precision: `bfloat16` or `float16` computes in it, with float32 variables.
+        start_timeout_secs: Longest wait for the other tasks, in seconds; TensorFlow itself would wait for an hour.
 
     Returns:
         The run, on tasks that run the program.
 
     Raises:
-        ConfigError: If the strategy does not fit the cluster, or its port is taken.
+        ConfigError: If the strategy does not fit the cluster.
+        ClusterError: If this task's port is taken, or other tasks do not answer in time.
     """
     cluster = cluster or detect_cluster(os.environ) or Cluster()
     name = canonical_strategy(strategy or os.environ.get("TFDIST_STRATEGY") or _default_strategy(cluster))
@@ -67,13 +69,15 @@ def initialize(
     keras.utils.set_random_seed(seed)
     if mixed_precision:
         keras.mixed_precision.set_dtype_policy(f"mixed_{mixed_precision}")
-    if not cluster.is_local and cluster.task is not None and is_loopback(cluster):
+    if name == "multiworker":
+        meet_peers(cluster, timeout_secs=start_timeout_secs)
+    if cluster.task is not None and cluster.is_loopback:
         close_when_listening(split_address(cluster.address(cluster.task))[1])
     if name == "ps" and cluster.task is not None and cluster.task.type != "chief":
         _serve(cluster)
     if name == "ps":
         servers = [t for t in cluster.tasks if t.type != "chief"]
-        check_reachable(cluster, timeout_secs=_START_TIMEOUT_SECS, tasks=servers)
+        check_reachable(cluster, timeout_secs=start_timeout_secs, tasks=servers)
     built = build_strategy(strategy=name, cluster=cluster, num_replicas=num_replicas)
     return Run(strategy=built, strategy_name=name, cluster=cluster, seed=seed)
 

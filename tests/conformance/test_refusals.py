@@ -1,10 +1,16 @@
 """What a strategy cannot honour it refuses by name, with the remedy, before anything is trained."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import refusals
-from worlds import run_world
+from worlds import REPOSITORY, run_world
+
+from tfdist.ports import PortReservation
 
 ALL = ("one_device", "mirrored-2", "multiworker-2", "ps-1")
 SYNC = ("mirrored-2", "multiworker-2")
@@ -37,6 +43,29 @@ def test_multiworker_after_tensorflow_has_started_names_the_remedy(tmp_path):
         AssertionError, match=r"ConfigError: TensorFlow has already started.*tfdist.initialize"
     ):
         run_world(script, tmp_path / "unused", "multiworker-2")
+
+
+@pytest.mark.parametrize("strategy", ["multiworker", "ps"])
+def test_missing_task_is_named_in_time(tmp_path, strategy):
+    """TensorFlow would wait for it for an hour."""
+    with PortReservation(3) as free:
+        addresses = [f"127.0.0.1:{port}" for port in free.ports]
+    roles = {"worker": addresses[:2]} if strategy == "multiworker" else {}
+    roles = roles or {"chief": addresses[:1], "worker": addresses[1:2], "ps": addresses[2:]}
+    first = next(iter(roles))
+    env = os.environ | {
+        "TF_CONFIG": json.dumps({"cluster": roles, "task": {"type": first, "index": 0}}),
+        "PYTHONPATH": REPOSITORY,
+    }
+    program = f"import tfdist; tfdist.initialize(strategy={strategy!r}, start_timeout_secs=2)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(rf"no answer within 2 s from worker:\d at {addresses[1]}.*start the task", last), (
+        done.stderr
+    )
 
 
 @pytest.fixture(scope="module", params=ALL)

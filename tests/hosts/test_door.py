@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tfdist.cluster import Cluster
-from tfdist.door import close_to_other_machines, is_loopback
+from tfdist.door import close_to_other_machines
 
 pytestmark = pytest.mark.cluster
 
@@ -247,4 +247,4 @@ def test_only_a_listening_socket_of_that_port_is_closed():
     ],
 )
 def test_is_loopback_wants_it_of_every_task(addresses, expected):
-    assert is_loopback(Cluster(addresses=addresses)) is expected
+    assert Cluster(addresses=addresses).is_loopback is expected

@@ -220,6 +220,7 @@ def test_step_has_a_long_warmup_in_equal_stairs(warmup_steps):
 @pytest.mark.parametrize(
     ("total_steps", "warmup_steps", "shares"),
     [
+        (1, 0, [1]),
         (2, 0, [1, 0.01]),
         (3, 0, [1, 0.1, 0.01]),
         (4, 0, [1, 1, 0.1, 0.01]),
@@ -283,6 +284,7 @@ def test_schedule_without_its_total_steps(name):
         ({"learning_rate": 0}, "learning_rate=0: it must be greater than 0"),
         ({"learning_rate": -0.1}, "greater than 0"),
         ({"learning_rate": math.nan}, "learning_rate=nan"),
+        ({"learning_rate": math.inf}, "learning_rate=inf: .* finite"),
         ({"warmup_steps": -1}, "warmup_steps=-1: it must be 0"),
         ({"schedule": "cosine", "total_steps": 5, "warmup_steps": 5}, "longer than its warm-up"),
         ({"schedule": "step", "total_steps": 0}, "total_steps=0 with warmup_steps=0"),
@@ -291,8 +293,11 @@ def test_schedule_without_its_total_steps(name):
         ({"name": "adam", "momentum": 0.9}, "adam has no momentum; .* choose sgd, momentum, rmsprop"),
         ({"clipnorm": 0}, "clipnorm=0: it must be greater than 0"),
         ({"global_clipnorm": -1.0}, "global_clipnorm=-1.0: it must be greater than 0"),
+        ({"global_clipnorm": math.inf}, "global_clipnorm=inf: .* leave it out"),
         ({"clipnorm": 1.0, "global_clipnorm": 1.0}, "clipnorm=1.0 with global_clipnorm=1.0: choose one"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1: it must be 0 or more"),
+        ({"weight_decay": math.nan}, "weight_decay=nan"),
+        ({"weight_decay": math.inf}, "weight_decay=inf: .* finite"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0: it must be 1"),
         ({"use_ema": True, "ema_momentum": 1.0}, "ema_momentum=1.0"),
     ],

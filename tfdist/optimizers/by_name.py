@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from tfdist.errors import ConfigError
@@ -106,12 +107,12 @@ def _check_ranges(kwargs: dict[str, Any]) -> None:
         if not 0 <= kwargs.get(key, 0) < 1:
             raise ConfigError(f"{key}={kwargs[key]!r}: it must be at least 0 and less than 1.")
     for key in ("clipnorm", "global_clipnorm"):
-        if not kwargs.get(key, 1) > 0:
+        if not 0 < kwargs.get(key, 1) < math.inf:
             raise ConfigError(
-                f"{key}={kwargs[key]!r}: it must be greater than 0; leave it out to clip nothing."
+                f"{key}={kwargs[key]!r}: it must be greater than 0 and finite; leave it out to clip nothing."
             )
-    if kwargs.get("weight_decay", 0) < 0:
-        raise ConfigError(f"weight_decay={kwargs['weight_decay']!r}: it must be 0 or more.")
+    if not 0 <= kwargs.get("weight_decay", 0) < math.inf:
+        raise ConfigError(f"weight_decay={kwargs['weight_decay']!r}: it must be 0 or more, and finite.")
     if kwargs.get("gradient_accumulation_steps", 2) < 1:
         raise ConfigError(
             f"gradient_accumulation_steps={kwargs['gradient_accumulation_steps']!r}: it must be 1 (every batch is an "

@@ -7,6 +7,7 @@ cosine are one `CosineDecay`; the step schedule, and a warm-up in front of it, a
 from __future__ import annotations
 
 import difflib
+import math
 from typing import TYPE_CHECKING
 
 from tfdist.errors import ConfigError
@@ -61,6 +62,8 @@ def build_schedule(
 
     if name == "step":
         assert total_steps is not None  # checked above
+        if total_steps == 1:
+            return learning_rate  # no second step at which to drop, and Keras wants a boundary
         boundaries, values = _stairs(learning_rate, total_steps=total_steps, warmup_steps=warmup_steps)
         return keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, values)
     decay_steps = 1 if name == "constant" else (total_steps or 0) - warmup_steps
@@ -99,8 +102,8 @@ def parse_choice(name: str, choices: tuple[str, ...], *, what: str) -> str:
 
 
 def _check_steps(name: str, *, learning_rate: float, total_steps: int | None, warmup_steps: int) -> None:
-    if not learning_rate > 0:
-        raise ConfigError(f"learning_rate={learning_rate!r}: it must be greater than 0.")
+    if not 0 < learning_rate < math.inf:
+        raise ConfigError(f"learning_rate={learning_rate!r}: it must be greater than 0 and finite.")
     if warmup_steps < 0:
         raise ConfigError(f"warmup_steps={warmup_steps!r}: it must be 0 (no warm-up) or more.")
     if name == "constant":

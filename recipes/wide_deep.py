@@ -2,6 +2,9 @@
 
 python -m tfdist.train --recipe=wide_deep --strategy=ps
 python -m tfdist.train --recipe=wide_deep --set data=breast_cancer
+
+Two CPU cores, one process: under 10 seconds. Test AUC: at least 0.81 on the 50,000 clicks, which follow a law of chance
+that no model can beat by much; at least 0.95 on the 569 breast-cancer rows. No download.
 """
 
 from __future__ import annotations

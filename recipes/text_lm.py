@@ -3,7 +3,7 @@
     python -m tfdist.train --recipe=text_lm --strategy=multiworker
 
 400,000 characters of `pydoc_data.topics` to train on, the 40,000 after them to test on. No download.
-Two CPU cores, one process: 4 epochs in about a minute. Test accuracy, of the next character: at least 0.52, mostly 0.55.
+Two CPU cores, one process: 4 epochs in a minute. Accuracy on the next test character: at least 0.52, mostly 0.55.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
+import io
 import os
+from itertools import pairwise
 
 import keras
 import numpy as np
@@ -24,6 +26,20 @@ class Noisy(keras.layers.Layer):
         if not training:
             return x
         return x + keras.random.normal(keras.ops.shape(x), stddev=0.1, seed=self.generator)
+
+
+class RandomParts(keras.Model):
+    """Holds its dropouts as attribute, in a list, in a dict, in a nested model and shared."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = keras.layers.Dropout(0.5)
+        self.parts = [keras.layers.Dense(1), {"shared": self.drop, "own": keras.layers.GaussianNoise(0.1)}]
+        self.nested = random_layers()
+
+    def call(self, x, training=False):
+        x = self.drop(self.nested(x, training=training), training=training)
+        return self.parts[0](self.parts[1]["own"](x, training=training))
 
 
 class TwoOptimizers(keras.Model):
@@ -138,6 +154,18 @@ def test_load_into_a_fresh_model_gives_weights_slots_iterations_and_seeds(kind, 
     assert_equal(seeds, expected)
 
 
+def test_a_checkpoint_is_bound_to_no_strategy(tmp_path):
+    scopes = [tf.distribute.get_strategy(), tf.distribute.MirroredStrategy(["CPU:0"])]
+    models = []
+    for seed, strategy in enumerate([*scopes, scopes[0]]):
+        with strategy.scope():
+            models.append(make_model(seed=seed))
+    for wrote, reads in pairwise(models):
+        save_checkpoint(tmp_path / "c.npz", model=wrote, epoch=1)
+        load_checkpoint(tmp_path / "c.npz", model=reads)
+        assert_equal(state(reads), state(models[0]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_goes_on_as_if_it_had_never_stopped(kind, tmp_path):
     model = make_model(kind)
@@ -184,12 +212,12 @@ def test_metrics_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"units": 5}, r"'0*0' has shape \(3, 4\) there, \(3, 5\) here"),
+        ({"units": 5}, r"'00000 sequential/dense/kernel' has shape \(3, 4\) there, \(3, 5\) here"),
         ({"momentum": 0.0}, "is only in the checkpoint"),
         ({"use_ema": True}, "is only in the model"),
-        ({"kind": "two-optimizers"}, "is only in the model"),
+        ({"kind": "two-optimizers"}, "'00000 sequential/dense/kernel' is only in the checkpoint"),
     ],
-    ids=["layer", "fewer-slots", "more-slots", "more-optimizers"],
+    ids=["layer", "fewer-slots", "more-slots", "other-layers"],
 )
 def test_another_model_is_refused_and_nothing_assigned(changes, message, tmp_path):
     def make(*, seed, kind="adam", units=4, momentum=0.9, **kwargs):
@@ -219,6 +247,95 @@ def test_a_late_difference_is_found_before_anything_is_assigned(tmp_path):
     with pytest.raises(ConfigError, match="another model"):
         load_checkpoint(tmp_path / "c.npz", model=other)
     assert_equal(state(other), before)
+
+
+def test_another_optimizer_with_equal_shapes_is_refused_by_name(tmp_path):
+    model = make_model(optimizer=keras.optimizers.SGD(momentum=0.9))
+    other = make_model(seed=77, optimizer=keras.optimizers.RMSprop())
+    assert [v.shape for v in model.optimizer.variables] == [v.shape for v in other.optimizer.variables]
+    save_checkpoint(tmp_path / "c.npz", model=model, epoch=1)
+    before = state(other)
+    with pytest.raises(ConfigError, match="'00011 rm_sprop/iteration' is only in the model; resume with"):
+        load_checkpoint(tmp_path / "c.npz", model=other)
+    assert_equal(state(other), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_hold_the_path_without_the_numbers_of_the_process(kind, tmp_path):
+    names = []
+    for _ in range(2):
+        save_checkpoint(tmp_path / "c.npz", model=make_model(kind), epoch=1)
+        with np.load(tmp_path / "c.npz") as stored:
+            names.append(sorted(stored.files))
+    assert names[0] == names[1]
+    if kind == "adam":
+        assert names[0][:2] == ["00000 sequential/dense/kernel", "00001 sequential/dense/bias"]
+        assert "00022 adam/sequential_dense_bias_momentum" in names[0]
+
+
+def test_a_model_of_random_parts_goes_on_with_all_its_seeds(tmp_path):
+    models = []
+    for seed in (0, 77):
+        keras.utils.set_random_seed(seed)
+        models.append(RandomParts())
+        models[-1].compile("rmsprop", "mse")
+        keras_internals.build_model(models[-1], (tf.constant(X), tf.constant(Y)))
+    model, fresh = models
+    train(model, range(3))
+    save_checkpoint(tmp_path / "c.npz", model=model, epoch=1)
+    load_checkpoint(tmp_path / "c.npz", model=fresh)
+    seeds, expected = ([v.numpy() for v in keras_internals.seed_states(m)] for m in (fresh, model))
+    assert len(seeds) == 5
+    assert_equal(seeds, expected)
+    train(model, range(3, 5))
+    train(fresh, range(3, 5))
+    assert_equal(state(fresh), state(model))
+
+
+def test_bfloat16_comes_back_bit_for_bit(tmp_path):
+    models = []
+    for seed in (0, 77):
+        keras.utils.set_random_seed(seed)
+        layers = [keras.Input((3,)), keras.layers.Dense(4, dtype="bfloat16"), keras.layers.Dense(1)]
+        models.append(keras.Sequential(layers))
+        models[-1].compile(keras.optimizers.Adam(0.05), "mse")
+        keras_internals.build_model(models[-1], (tf.constant(X), tf.constant(Y)))
+    model, fresh = models
+    train(model, range(3))
+    model.layers[0].bias.assign([np.nan, -np.inf, 1e-40, 3e38])
+    save_checkpoint(tmp_path / "c.npz", model=model, epoch=1)
+    load_checkpoint(tmp_path / "c.npz", model=fresh)
+    assert {v.dtype.name for v in state(fresh)} >= {"bfloat16", "float32"}
+    assert [v.tobytes() for v in state(fresh)] == [v.tobytes() for v in state(model)]
+
+
+def truncated(whole):
+    return whole[: len(whole) // 2]
+
+
+def foreign(whole):
+    file = io.BytesIO()
+    np.savez(file, x=np.zeros(3))
+    return file.getvalue()
+
+
+def damaged(whole):
+    middle = len(whole) // 2
+    return whole[:middle] + bytes(255 - byte for byte in whole[middle : middle + 8]) + whole[middle + 8 :]
+
+
+@pytest.mark.parametrize("spoil", [truncated, foreign, damaged, lambda whole: b"", lambda whole: b"text"])
+def test_a_file_that_cannot_be_read_is_refused_by_its_name(spoil, tmp_path):
+    model = make_model()
+    save_checkpoint(tmp_path / "c.npz", model=model, epoch=1)
+    (tmp_path / "c.npz").write_bytes(spoil((tmp_path / "c.npz").read_bytes()))
+    before = state(model)
+    with pytest.raises(
+        ConfigError, match=r"checkpoint '/.*/c\.npz' cannot be read \(.*put back a copy of it"
+    ) as error:
+        load_checkpoint(tmp_path / "c.npz", model=model)
+    assert "\n" not in str(error.value)
+    assert_equal(state(model), before)
 
 
 def test_file_is_replaced_atomically(tmp_path):

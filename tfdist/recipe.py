@@ -35,9 +35,9 @@ class Recipe:
 
     Attributes:
         build_model: Called with keyword arguments alone, inside the strategy's scope; gives a compiled `keras.Model`.
-            Every parameter needs a default; `--set` overrides them.
+            Every parameter needs a default and a name to give it by; `--set` overrides them.
         build_data: Called with a split, "train" or "test", and keyword arguments; gives the examples of that split in
-            any form that `fit` takes. Every parameter but the first needs a default.
+            any form that `fit` takes. Every parameter but the first needs a default and a name to give it by.
         global_batch_size: Examples per optimizer step over all replicas.
         epochs: Passes over the training examples.
 
@@ -62,11 +62,22 @@ class Recipe:
                 raise ConfigError(
                     f"Recipe({field}={builder!r}): it must be a function; pass it without calling it."
                 )
+            try:
+                inspect.signature(builder)
+            except ValueError:
+                raise ConfigError(
+                    f"Recipe({field}={builder!r}): Python does not know its parameters; pass a function that calls it."
+                ) from None
             if field == "build_data" and not _takes_positional(builder):
                 raise ConfigError(
                     'Recipe(build_data=…): it must take the split, "train" or "test", first, by position.'
                 )
             for parameter in _overridable(builder, skip_first=field == "build_data").values():
+                if parameter.kind is parameter.POSITIONAL_ONLY:
+                    raise ConfigError(
+                        f"Recipe({field}=…): its parameter {parameter.name!r} cannot be given by name; move the '/' "
+                        "in front of it or leave it out."
+                    )
                 if parameter.default is parameter.empty:
                     raise ConfigError(
                         f"Recipe({field}=…): its parameter {parameter.name!r} has no default; give it one, so that "
@@ -228,6 +239,11 @@ def _import_shipped(name: str) -> types.ModuleType:
 
 
 def _import_dotted(name: str) -> types.ModuleType:
+    if name.startswith("."):
+        raise ConfigError(
+            f"The recipe {name!r} starts with a dot, but there is no package to start from; write the whole module "
+            "(mypkg.my_recipe) or a file (./my_recipe.py)."
+        )
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -289,21 +305,28 @@ def _overridable(builder: Callable[..., Any], *, skip_first: bool) -> dict[str, 
 
 
 def _annotation(builder: Callable[..., Any], parameter: inspect.Parameter) -> Any:
-    """The type that a value must have: the annotation, else the default's type, else str."""
-    annotation = parameter.annotation
+    """The type that a value must have: the annotation, else the default's and its first item's type, else str."""
+    annotation, default = parameter.annotation, parameter.default
     if annotation is parameter.empty:
-        return str if parameter.default is None else type(parameter.default)
+        if type(default) in (tuple, list) and default:
+            item = type(default[0])
+            return list[item] if isinstance(default, list) else tuple[item, ...]  # type: ignore[valid-type]
+        return str if default is None else type(default)
     if not isinstance(annotation, str):
         return annotation
     # Under `from __future__ import annotations` they are strings. Only this one is resolved: another may name a type
     # that exists for the type checker alone.
     function = inspect.unwrap(getattr(builder, "func", builder))
+    if not hasattr(function, "__globals__"):  # an object with __call__
+        function = inspect.unwrap(type(function).__call__)
     stub = types.SimpleNamespace(__annotations__={parameter.name: annotation})
     return typing.get_type_hints(stub, globalns=getattr(function, "__globals__", {}))[parameter.name]
 
 
 def _parse_value(text: str, annotation: Any, *, where: str) -> Any:  # noqa: C901 - one branch a type
     origin, members = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _parse_value(text, members[0], where=where)
     if origin in (typing.Union, types.UnionType):
         return _parse_union(text, members, where=where)
     if origin is typing.Literal:

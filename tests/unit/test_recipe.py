@@ -3,7 +3,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import pytest
 
@@ -37,6 +37,24 @@ def build_data(split, *, units: int = 4, noise: float | None = None):
     return split, units, noise
 
 RECIPE = Recipe(build_model=build_model, build_data=build_data, global_batch_size=8, epochs=2)
+"""
+
+OBJECT_SOURCE = """\
+from __future__ import annotations
+import functools
+from typing import Literal, Optional
+from tfdist import Recipe
+
+class Model:
+    def __call__(self, *, kind: Literal["a", "b"] = "a"):
+        return kind
+
+class Data:
+    def __call__(self, split, *, scale=1, noise: Optional[float] = None):
+        return split, noise
+
+build_data = functools.partial(Data(), scale=2)
+RECIPE = Recipe(build_model=Model(), build_data=build_data, global_batch_size=8, epochs=2)
 """
 
 
@@ -113,6 +131,24 @@ def test_recipe_refuses_a_parameter_without_default(field, builder):
         build_recipe(**{field: builder})
 
 
+@pytest.mark.parametrize(
+    ("field", "builder"),
+    [
+        ("build_model", lambda units=4, /: units),
+        ("build_data", lambda split, units=4, /: units),
+    ],
+)
+def test_recipe_refuses_a_parameter_without_a_name_to_give_it_by(field, builder):
+    with pytest.raises(ConfigError, match=rf"{field}=.*'units' cannot be given by name; move the '/'"):
+        build_recipe(**{field: builder})
+
+
+@pytest.mark.parametrize("field", ["build_model", "build_data"])
+def test_recipe_refuses_a_builder_of_unknown_parameters(field):
+    with pytest.raises(ConfigError, match=f"{field}=<class 'dict'>.*pass a function that calls it"):
+        build_recipe(**{field: dict})
+
+
 @pytest.mark.parametrize("builder", [lambda: None, lambda *, split="train": None, lambda **kwargs: None])
 def test_recipe_refuses_data_that_takes_no_split(builder):
     with pytest.raises(ConfigError, match=r"build_data=.*must take the split"):
@@ -127,6 +163,7 @@ def test_recipe_refuses_data_that_takes_no_split(builder):
         {"build_model": lambda *args, **kwargs: None},
         {"build_model": functools.partial(model_of_nothing, units=2)},
         {"build_data": lambda split: None},
+        {"build_data": lambda split, /: None},
         {"build_data": lambda *args: None},
         {"build_data": lambda split="train", /, *, noise=0.1, **kwargs: None},
     ],
@@ -248,6 +285,8 @@ def test_load_recipe_refuses_a_module_without_recipe(ending, message, tmp_path):
         ("./nothing.py", "no recipe file '/.*/nothing.py'"),
         ("package_of_mine.zzz", "no module 'package_of_mine'"),
         ("json.zzz", "no module 'json.zzz'"),
+        (".foo", "'.foo' starts with a dot, .*; write the whole module"),
+        ("..", "'..' starts with a dot"),
     ],
 )
 def test_load_recipe_unknown(name, message):
@@ -348,6 +387,8 @@ def test_load_recipe_passes_on_the_modules_own_error(source, error, tmp_path, mo
         (tuple[int, ...] | None, "1,2", (1, 2)),
         (list[float], "[0.5, 1]", [0.5, 1.0]),
         (Sequence[str], "a, b", ("a", "b")),
+        (Annotated[int, "at least 1"], "3", 3),
+        (Annotated[int, "at least 1"] | None, "3", 3),
     ],
 )
 def test_parse_overrides_types_by_annotation(annotation, text, value):
@@ -357,7 +398,18 @@ def test_parse_overrides_types_by_annotation(annotation, text, value):
 
 
 @pytest.mark.parametrize(
-    ("default", "text", "value"), [(4, "5", 5), (0.5, "1", 1.0), (True, "no", False), (None, "x", "x")]
+    ("default", "text", "value"),
+    [
+        (4, "5", 5),
+        (0.5, "1", 1.0),
+        (True, "no", False),
+        (None, "x", "x"),
+        ((128, 64), "3,4", (3, 4)),
+        ((128, 64), "3", (3,)),
+        ([0.5], "1, 2", [1.0, 2.0]),
+        (("a",), "1,2", ("1", "2")),
+        ((), "1,2", ("1", "2")),
+    ],
 )
 def test_parse_overrides_types_by_default_without_annotation(default, text, value):
     parsed = parse_one(None, text, default)
@@ -387,6 +439,12 @@ def test_parse_overrides_refuses_what_does_not_fit(annotation, text, message):
 
 def test_parse_overrides_resolves_annotations_that_are_strings(tmp_path):
     (tmp_path / "recipe_of_mine.py").write_text(SOURCE)
+    recipe = load_recipe(str(tmp_path / "recipe_of_mine.py"))
+    assert parse_overrides(recipe, ["kind=b", "noise=0.5"]) == ({"kind": "b"}, {"noise": 0.5})
+
+
+def test_parse_overrides_of_an_object_with_call(tmp_path):
+    (tmp_path / "recipe_of_mine.py").write_text(OBJECT_SOURCE)
     recipe = load_recipe(str(tmp_path / "recipe_of_mine.py"))
     assert parse_overrides(recipe, ["kind=b", "noise=0.5"]) == ({"kind": "b"}, {"noise": 0.5})
 

@@ -1,0 +1,190 @@
+"""Every command that the README gives works as it stands there, and so does the program that it shows."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.cluster
+REPOSITORY = Path(__file__).parents[2]
+README = (REPOSITORY / "README.md").read_text()
+
+SHORT = ["--epochs=1", "--steps_per_epoch=2"]
+# Each training command, and what it must say it trains.
+TRAINS = {
+    "python -m tfdist.train --strategy=ps": "training digits_cnn under ps",
+    "python -m tfdist.train --recipe=wide_deep --strategy=multiworker --num_workers=2": (
+        "training wide_deep under multiworker"
+    ),
+}
+# Each command that answers at once, and a word of its answer.
+ANSWERS = {
+    "python -m tfdist.train --list_recipes": "wide_deep",
+    "python -m tfdist.train --help": "--strategy",
+}
+EVALUATES = "python -m tfdist.train --mode=eval --run_dir=runs/my_run"
+LAUNCHES = "python -m tfdist.launch --num_workers=2 --num_ps=1 --strategy=ps my_script.py --its --flags"
+INSTALLS = "pip install ."
+CI_RUNS = ["pip install '.[test]'", "python -m pytest"]
+
+# What the README's program leaves to its reader.
+BEFORE_PROGRAM = """
+import sys
+import keras
+import numpy as np
+
+def build_model():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile(optimizer=keras.optimizers.SGD(0.05), loss="mse")
+    return model
+
+rng = np.random.default_rng(0)
+x, x_test = rng.normal(size=(600, 3)).astype("float32"), rng.normal(size=(100, 3)).astype("float32")
+y, y_test = x.sum(axis=1, keepdims=True), x_test.sum(axis=1, keepdims=True)
+"""
+AFTER_PROGRAM = """
+print("flags", *sys.argv[1:])
+print("predicted", *run.predict(model, (x_test,)).shape)
+"""
+
+
+def find_commands(text):
+    """Each command on a line that begins with python or pip, without the remark behind it."""
+    commands = []
+    for line in re.findall(r"^[ \t$]*((?:python|pip)[\d.]* .*)$", text, re.MULTILINE):
+        commands += [part.strip() for part in re.split(r"\s#\s", line)[0].split("&&")]
+    return commands
+
+
+def run(command, cwd, *flags, python_path=REPOSITORY):
+    """Runs a command of the README, with more flags, by the Python that runs the tests."""
+    program, *words = shlex.split(command)
+    assert program == "python"
+    return subprocess.run(
+        [sys.executable, *words, *flags],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(python_path)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def explain(done):
+    return done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_commands_are_all_known():
+    """A new command in the README needs a test here; one that has gone needs none."""
+    assert sorted(find_commands(README)) == sorted(
+        [*TRAINS, *ANSWERS, EVALUATES, LAUNCHES, INSTALLS, *CI_RUNS]
+    )
+
+
+@pytest.mark.parametrize("command", TRAINS)
+def test_training_command_runs(tmp_path, command):
+    done = run(command, tmp_path, *SHORT)
+    assert done.returncode == 0, explain(done)
+    assert TRAINS[command] in done.stdout
+    (run_dir,) = re.findall(r"the run is in (.+)", done.stdout)
+    assert (tmp_path / run_dir / "model.keras").exists()
+
+
+@pytest.mark.parametrize("command", ANSWERS)
+def test_command_answers(tmp_path, command):
+    done = run(command, tmp_path)
+    assert done.returncode == 0, explain(done)
+    assert ANSWERS[command] in done.stdout
+
+
+def test_finished_run_is_evaluated(tmp_path):
+    trained = run("python -m tfdist.train --run_dir=runs/my_run", tmp_path, *SHORT)
+    assert trained.returncode == 0, explain(trained)
+    evaluated = run(EVALUATES, tmp_path)
+    assert evaluated.returncode == 0, explain(evaluated)
+    (test_line,) = re.findall(r"test .+", trained.stdout)
+    assert test_line in evaluated.stdout
+
+
+@pytest.mark.parametrize("command", ["python my_script.py --its --flags", LAUNCHES])
+def test_own_program_runs(tmp_path, command):
+    """Alone, and as a cluster: the same text."""
+    (program,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (tmp_path / "my_script.py").write_text(BEFORE_PROGRAM + program + AFTER_PROGRAM)
+    done = run(command, tmp_path)
+    assert done.returncode == 0, explain(done)
+    # Once: the workers and the ps serve inside `initialize`, and go no further.
+    assert len(re.findall(r"flags --its --flags$", done.stdout, re.MULTILINE)) == 1, explain(done)
+    assert re.search(r"predicted 100 1$", done.stdout, re.MULTILINE)
+    assert (tmp_path / "model.keras").exists()
+
+
+def test_ci_installs_and_tests_as_the_readme_does():
+    ci = (REPOSITORY / ".ci/run").read_text()
+    assert re.search(r"pip install (--quiet )?'\.\[test\]'$", ci, re.MULTILINE)
+    assert re.search(r"^python -m pytest( |$)", ci, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """What `pip install .` would install, built beside the repository, which stays as it is."""
+    folder = tmp_path_factory.mktemp("wheel")
+    copy = folder / "tfdist"
+    copy.mkdir()
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, copy)
+    for name in ("tfdist", "recipes", "tests"):
+        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    # With the setuptools that TensorFlow has brought along: needs no network.
+    run_pip("wheel", "--no-deps", "--no-build-isolation", f"--wheel-dir={folder}", str(copy))
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def run_pip(*words):
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", *words, "--no-index"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, explain(done)
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    """Modules, the texts beside them, the digits; no tests."""
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    here = {
+        str(path.relative_to(REPOSITORY))
+        for package in ("tfdist", "recipes")
+        for path in (REPOSITORY / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert packed == here
+    assert "tfdist/data/digits.py" in packed
+
+
+def test_installed_wheel_runs_the_main_job(wheel, tmp_path):
+    """From a folder that knows nothing of the repository, on digits prepared anew, into a path with a space."""
+    site, cwd = tmp_path / "site", tmp_path / "elsewhere"
+    cwd.mkdir()
+    run_pip("install", "--no-deps", f"--target={site}", str(wheel))
+    where = "import importlib.util as u; print(u.find_spec('tfdist').origin)"
+    found = run(f'python -c "{where}"', cwd, python_path=site)
+    assert found.stdout.strip() == str(site / "tfdist/__init__.py"), explain(found)
+
+    flags = ["--epochs=2", "--run_dir=my runs/first run", f"--data_dir={tmp_path / 'data'}"]
+    done = run("python -m tfdist.train --strategy=ps", cwd, *flags, python_path=site)
+    assert done.returncode == 0, explain(done)
+    (accuracy,) = re.findall(r"test .*accuracy (\d\.\d+)", done.stdout)
+    assert float(accuracy) > 0.8
+    assert re.search(r"the run is in my runs/first run$", done.stdout, re.MULTILINE)
+    (promised,) = re.findall(r"^## A run leaves\n\n +(.+)", README, re.MULTILINE)
+    assert not [name for name in promised.split() if not (cwd / "my runs/first run" / name).exists()]

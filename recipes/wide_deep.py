@@ -1,10 +1,11 @@
 """A wide and deep network on a table: a click log made up from a known truth, or scikit-learn's breast-cancer data.
 
-python -m tfdist.train --recipe=wide_deep --strategy=ps
-python -m tfdist.train --recipe=wide_deep --set data=breast_cancer
+    python -m tfdist.train --recipe=wide_deep --strategy=ps
+    python -m tfdist.train --recipe=wide_deep --set data=breast_cancer
 
-Two CPU cores, one process: under 10 seconds. Test AUC: at least 0.81 on the 50,000 clicks, which follow a law of chance
-that no model can beat by much; at least 0.95 on the 569 breast-cancer rows. No download.
+50,000 clicks or 569 patients' measurements, four fifths to train on. No download.
+Two CPU cores: 6 epochs in 10 seconds as one process, in half a minute as a cluster. Test AUC: at least 0.81 on the
+clicks, which follow a law of chance that no model can beat by much; at least 0.95 on breast cancer.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tfdist.errors import ClusterError, ConfigError, LaunchError, TfdistError
     from tfdist.recipe import Recipe
     from tfdist.runtime import Run, initialize
+    from tfdist.training.checkpoint_dir import Checkpoints
 
 __version__ = "0.1.0"
 
@@ -29,10 +30,12 @@ _HOMES = {
     "TfdistError": "errors",
     "Recipe": "recipe",
     "Run": "runtime",
+    "Checkpoints": "training.checkpoint_dir",
     "initialize": "runtime",
 }
 
 __all__ = [
+    "Checkpoints",
     "Cluster",
     "ClusterError",
     "ConfigError",

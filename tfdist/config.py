@@ -47,6 +47,9 @@ class RunConfig:
         weight_decay: Decoupled decay per step; None is the optimizer's own.
         mixed_precision: One of `PRECISIONS`; None computes in float32.
         export: One of `EXPORTS`, besides the `.keras` file; None is none.
+        checkpoint_every_steps: Steps between checkpoints; None: at each epoch's end alone.
+        checkpoint_every_secs: Seconds between checkpoints; None: at each epoch's end alone.
+        keep_checkpoints: How many of the newest checkpoints are kept.
         resume: Whether to go on from the checkpoints in `run_dir`.
         overrides: The recipe's own settings, each as "name=value".
         verbose: 0 silent, 1 progress, 2 a line per epoch, "auto" as Keras.
@@ -74,6 +77,9 @@ class RunConfig:
     weight_decay: float | None = None
     mixed_precision: str | None = None
     export: str | None = None
+    checkpoint_every_steps: int | None = None
+    checkpoint_every_secs: float | None = None
+    keep_checkpoints: int = 3
     resume: bool = False
     overrides: tuple[str, ...] = ()
     verbose: int | str = "auto"
@@ -158,11 +164,19 @@ class RunConfig:
                 raise ConfigError(f"{name}={value!r}: choose one of {', '.join(known)}.{hint}")
 
     def _check_numbers(self) -> None:
-        for name in ("global_batch_size", "epochs", "num_workers", "num_replicas", "steps_per_epoch"):
+        for name in (
+            "global_batch_size",
+            "epochs",
+            "num_workers",
+            "num_replicas",
+            "steps_per_epoch",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}: it must be 1 or more.")
-        for name in ("num_ps", "warmup_steps", "weight_decay"):
+        for name in ("num_ps", "warmup_steps", "weight_decay", "checkpoint_every_secs"):
             value = getattr(self, name)
             # `not >=` instead of `<`: NaN breaks the rule too.
             if value is not None and not (value >= 0 and math.isfinite(value)):

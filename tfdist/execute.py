@@ -18,12 +18,10 @@ from tfdist.optimizers import build_optimizer
 from tfdist.recipe import Recipe, load_recipe, parse_overrides
 from tfdist.runtime import Run, initialize
 from tfdist.training.callbacks import MetricsFile, TensorBoardScalars
-from tfdist.training.checkpoint import load_checkpoint, save_checkpoint
+from tfdist.training.checkpoint_dir import Checkpoints
 from tfdist.training.loop import plan_steps
 from tfdist.training.progress import ProgressBar
 from tfdist.training.run_dir import RunDir
-
-_CHECKPOINT = "latest.npz"
 
 
 def execute(config: RunConfig, *, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -107,7 +105,14 @@ def _train(
             )
             keras_internals.set_optimizer(model, optimizer)
     run.build(model, source)
-    first_epoch = _resume(run_dir, model, config, say)
+    checkpoints = Checkpoints(
+        directory=run_dir.checkpoints_dir,
+        every_steps=config.checkpoint_every_steps,
+        every_secs=config.checkpoint_every_secs,
+        keep=config.keep_checkpoints,
+    )
+    if config.resume and run.is_chief and not checkpoints.files():
+        say(f"nothing to resume: {run_dir.path} holds no checkpoint yet; starting at the first epoch")
     say(
         f"training {config.recipe} under {run.strategy_name}: {source.num_examples or 'streamed'} examples, "
         f"global batch {config.global_batch_size}, {config.epochs} epochs, {model.count_params():,} parameters"
@@ -118,16 +123,15 @@ def _train(
         source,
         global_batch_size=config.global_batch_size,
         epochs=config.epochs,
-        initial_epoch=first_epoch,
         steps_per_epoch=config.steps_per_epoch,
         validation_data=test,
         callbacks=[
             ProgressBar(),
             MetricsFile(run_dir=run_dir),
             TensorBoardScalars(run_dir=run_dir),
-            EpochCheckpoint(run_dir=run_dir),
         ],
         verbose=config.verbose,
+        checkpoints=checkpoints,
     )
     results = _report(run.evaluate(model, test, global_batch_size=config.global_batch_size), say)
     run.save(model, run_dir.model_file)
@@ -135,37 +139,6 @@ def _train(
         _export(run, run_dir, model, say)
     say(f"trained in {time.monotonic() - start:.1f} s; the run is in {run_dir.path}")
     return results
-
-
-class EpochCheckpoint(keras.callbacks.Callback):
-    """Writes a checkpoint at the end of every epoch.
-
-    Args:
-        run_dir: Where to.
-    """
-
-    writes = True
-
-    def __init__(self, *, run_dir: RunDir) -> None:
-        super().__init__()
-        self._path = run_dir.checkpoints_dir / _CHECKPOINT
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Writes it."""
-        del logs
-        save_checkpoint(self._path, model=self.model, epoch=epoch + 1)
-
-
-def _resume(run_dir: RunDir, model: keras.Model, config: RunConfig, say: Callable[[str], None]) -> int:
-    path = run_dir.checkpoints_dir / _CHECKPOINT
-    if not config.resume:
-        return 0
-    if not path.exists():
-        say(f"nothing to resume: {run_dir.path} holds no checkpoint yet; starting at the first epoch")
-        return 0
-    epoch = load_checkpoint(path, model=model)
-    say(f"resumed after epoch {epoch} from {path}")
-    return epoch
 
 
 def _predict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -20,9 +21,11 @@ from tfdist.errors import ConfigError
 from tfdist.ports import check_port_free, check_reachable, meet_peers
 from tfdist.strategies import build_resolver, build_strategy, configure_devices
 from tfdist.training.callbacks import split_callbacks
+from tfdist.training.checkpoint_dir import Checkpoints
 from tfdist.training.coordinator import CoordinatorLoop
 from tfdist.training.loop import FitOptions, Loop, plan_steps, run_fit
 from tfdist.training.plan import BatchPlan
+from tfdist.training.saver import Saver
 from tfdist.training.sync import SyncLoop
 
 _log = logging.getLogger("tfdist")
@@ -149,6 +152,7 @@ class Run:
         class_weight: dict[int, float] | None = None,
         sample_weight: Any = None,
         verbose: int | str = "auto",
+        checkpoints: Checkpoints | None = None,
     ) -> keras.callbacks.History:
         """Trains as `keras.Model.fit` does, over the whole cluster.
 
@@ -170,6 +174,8 @@ class Run:
             class_weight: Class → weight.
             sample_weight: One weight per example.
             verbose: 0, 1, 2 or "auto".
+            checkpoints: Where to keep the state. If a checkpoint lies there already, training goes on from it,
+                inside an epoch too, as if it had never stopped; `epochs` is the total.
 
         Returns:
             The history, equal on every task that runs the program.
@@ -215,6 +221,14 @@ class Run:
             validation=validation,
             options=options,
             callbacks=callback_list,
+            saver=Saver(
+                checkpoints=checkpoints,
+                loop=loop,
+                model=model,
+                callbacks=callback_list,
+                is_chief=self.is_chief,
+                say=_log.info if verbose == 0 else functools.partial(print, flush=True),
+            ),
         )
         return model.history
 
@@ -324,8 +338,8 @@ class Run:
             isinstance(c, keras.callbacks.BackupAndRestore) for c in everyone
         ):
             raise ConfigError(
-                "BackupAndRestore would restore the chief's weights alone; leave it out, and go on with "
-                "'python -m tfdist.train --resume' or from a checkpoint that every worker loads."
+                "BackupAndRestore would restore the chief's weights alone, and only whole epochs; leave it out, and "
+                "pass checkpoints=tfdist.Checkpoints(directory=…) to fit (--resume on the command line)."
             )
 
     def _check_scope(self, model: keras.Model) -> None:

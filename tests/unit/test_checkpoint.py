@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.errors import ConfigError
-from tfdist.training.checkpoint import load_checkpoint, save_checkpoint
+from tfdist.training.checkpoint import apply_snapshot, parse_checkpoint, take_snapshot, write_checkpoint
 
 X = np.linspace(-1, 1, 96, dtype="float32").reshape(32, 3)
 Y = np.sin(3 * X[:, :1])
@@ -109,6 +109,16 @@ def make_model(kind="adam", *, seed=0, units=4, optimizer=None):
     model.compile(optimizer or make_optimizer(), "mse", metrics=["mae"])
     keras_internals.build_model(model, (tf.constant(X), tf.constant(Y)))
     return model
+
+
+def save_checkpoint(path, *, model, epoch):
+    write_checkpoint(path, take_snapshot(model, epoch=epoch, step=0, metrics=[], extra={}))
+
+
+def load_checkpoint(path, *, model):
+    snapshot = parse_checkpoint(path.read_bytes(), name=str(path))
+    apply_snapshot(snapshot, model)
+    return snapshot.epoch
 
 
 def train(model, steps):
@@ -358,6 +368,16 @@ def test_a_write_that_fails_leaves_no_temporary(tmp_path):
     with pytest.raises(OSError):
         save_checkpoint(in_the_way, model=make_model(), epoch=1)
     assert os.listdir(tmp_path) == ["latest.npz"]
+
+
+def test_position_metrics_and_extra_come_back(tmp_path):
+    metrics = [np.float32(3.5), np.arange(4)]
+    extra = {"callbacks": {"EarlyStopping 0": {"best": 0.5, "wait": 1}}}
+    wrote = take_snapshot(make_model(), epoch=2, step=7, metrics=metrics, extra=extra)
+    write_checkpoint(tmp_path / wrote.file_name, wrote)
+    read = parse_checkpoint((tmp_path / "epoch-00002-step-00000007.npz").read_bytes(), name="c")
+    assert (read.epoch, read.step, read.extra) == (2, 7, extra)
+    assert_equal(read.metrics, metrics)
 
 
 def test_file_holds_plain_arrays(tmp_path):

@@ -62,7 +62,7 @@ def local_batches(
         Runs of batches with static shapes where the number of examples is known.
     """
     if isinstance(source, SelfShardedSource):
-        return [_own(source, global_batch_size, num_replicas, replica_ids, num_steps)]
+        return [_own(source, num_replicas, replica_ids, first_step, num_steps)]
     if isinstance(source, StreamSource):
         return [
             _streamed(
@@ -170,9 +170,9 @@ def _streamed(
 
 def _own(
     source: SelfShardedSource,
-    batch: int,
     num_replicas: int,
     replica_ids: Sequence[int],
+    first_step: int,
     steps: int | None,
 ) -> Segment:
     if steps is None and num_replicas > 1:
@@ -186,12 +186,11 @@ def _own(
         input_pipeline_id=replica_ids[0] // num_local,
         num_replicas_in_sync=num_replicas,
     )
-    del batch
     dataset = source.local_dataset(context)
-    rows = tf.data.Dataset.zip(tuple(dataset.shard(num_local, i) for i in range(num_local)))
+    rows = tf.data.Dataset.zip(tuple(dataset.shard(num_local, i) for i in range(num_local))).skip(first_step)
     return Segment(
         dataset=rows.map(lambda *parts: (tuple(_as_tuple(p) for p in parts), -1)).prefetch(tf.data.AUTOTUNE),
-        num_steps=steps,
+        num_steps=None if steps is None else steps - first_step,
     )
 
 

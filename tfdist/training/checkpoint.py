@@ -6,6 +6,7 @@ arrays in the model's own order do neither.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -20,63 +21,124 @@ from tfdist import keras_internals
 from tfdist.errors import ConfigError
 from tfdist.training.run_dir import write_atomically
 
+_META, _METRIC = "__meta__", "__metric__"
 
-def save_checkpoint(path: Path, *, model: keras.Model, epoch: int) -> None:
-    """Writes weights, optimizer slots, iterations and seed generators.
 
-    Args:
-        path: The file; replaced atomically.
-        model: A built model. Reading it is no collective, so the chief may do it alone.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What a run needs to go on as if it had never stopped.
+
+    Attributes:
         epoch: Epochs finished.
+        step: Steps finished of the epoch after them.
+        variables: Weights, optimizer slots, counters and seed generators by name.
+        metrics: State of the metrics over those steps, in the order of `model.metrics_variables`.
+        extra: What else is to be known, as JSON holds it: callbacks, history.
     """
-    arrays = {name: _plain(np.asarray(v.numpy())) for name, v in _named_variables(model).items()}
-    buffer = io.BytesIO()
-    meta = json.dumps({"epoch": epoch})
-    stored: Any = {"__meta__": np.array(meta), **arrays}
-    np.savez(buffer, **stored)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, buffer.getvalue())
+
+    epoch: int
+    step: int
+    variables: dict[str, np.ndarray]
+    metrics: list[np.ndarray]
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def file_name(self) -> str:
+        """Where it belongs in a folder of checkpoints; names sort by position."""
+        return f"epoch-{self.epoch:05d}-step-{self.step:08d}.npz"
 
 
-def load_checkpoint(path: Path, *, model: keras.Model) -> int:
-    """Assigns what `save_checkpoint` wrote to a built model, whatever strategy holds it.
+def take_snapshot(
+    model: keras.Model, *, epoch: int, step: int, metrics: list[Any], extra: dict[str, Any]
+) -> Snapshot:
+    """Copies a built model's state. Reading it is no collective, so the chief may do it alone."""
+    variables = {name: _plain(np.array(v.numpy())) for name, v in _named_variables(model).items()}
+    return Snapshot(
+        epoch=epoch, step=step, variables=variables, metrics=[np.array(m) for m in metrics], extra=extra
+    )
+
+
+def apply_snapshot(snapshot: Snapshot, model: keras.Model) -> None:
+    """Assigns a snapshot's variables to a built model, whatever strategy holds it.
 
     Args:
-        path: The file.
+        snapshot: What `take_snapshot` took.
         model: A built model of the same architecture and optimizer.
 
-    Returns:
-        Epochs finished when it was written.
-
     Raises:
-        ConfigError: If the file cannot be read or is of another model; nothing is assigned then.
+        ConfigError: If the snapshot is of another model; nothing is assigned then.
     """
-    variables = _named_variables(model)
-    try:
-        # Opened here: np.load leaves a file that is no archive open.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files if name != "__meta__"}
-            epoch = int(json.loads(str(stored["__meta__"]))["epoch"])
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"checkpoint {str(path)!r} cannot be read ({type(error).__name__}): it must be a whole file that a run "
-            "wrote; put back a copy of it, or start anew in another run_dir."
-        ) from error
+    variables, arrays = _named_variables(model), snapshot.variables
     for name in sorted(set(arrays) ^ set(variables)):
         where = "the checkpoint" if name in arrays else "the model"
         raise ConfigError(
-            f"checkpoint {str(path)!r} is of another model: {name!r} is only in {where}; "
+            f"the checkpoint is of another model: {name!r} is only in {where}; "
             "resume with the recipe and settings that wrote it, or start anew in another run_dir."
         )
     for name, variable in variables.items():
         if tuple(variable.shape) != arrays[name].shape:
             raise ConfigError(
-                f"checkpoint {str(path)!r} is of another model: {name!r} has shape {arrays[name].shape} there, "
+                f"the checkpoint is of another model: {name!r} has shape {arrays[name].shape} there, "
                 f"{tuple(variable.shape)} here; resume with the settings that wrote it."
             )
     for name, variable in variables.items():
         variable.assign(arrays[name])
-    return epoch
+
+
+def write_checkpoint(path: Path, snapshot: Snapshot) -> None:
+    """Writes a snapshot.
+
+    Args:
+        path: The file; replaced atomically.
+        snapshot: What to write.
+
+    Raises:
+        OSError: If the disk or the folder refuses; `path` is then as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, render_checkpoint(snapshot))
+
+
+def render_checkpoint(snapshot: Snapshot) -> bytes:
+    """Renders a snapshot as the bytes of an `.npz` file; `parse_checkpoint` undoes it."""
+    meta = json.dumps({"epoch": snapshot.epoch, "step": snapshot.step, "extra": snapshot.extra})
+    metrics = {f"{_METRIC}{i:05d}": value for i, value in enumerate(snapshot.metrics)}
+    stored: Any = {_META: np.array(meta), **metrics, **snapshot.variables}
+    buffer = io.BytesIO()
+    np.savez(buffer, **stored)
+    return buffer.getvalue()
+
+
+def parse_checkpoint(content: bytes, *, name: str) -> Snapshot:
+    """Parses what `render_checkpoint` rendered; every array's checksum is compared.
+
+    Args:
+        content: The file's bytes.
+        name: The file's name, for messages.
+
+    Returns:
+        The snapshot.
+
+    Raises:
+        ConfigError: If the content is no whole checkpoint.
+    """
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+            meta = json.loads(str(stored[_META]))
+            metrics = [stored[key] for key in sorted(stored.files) if key.startswith(_METRIC)]
+            variables = {key: stored[key] for key in stored.files if not key.startswith((_META, _METRIC))}
+            return Snapshot(
+                epoch=int(meta["epoch"]),
+                step=int(meta["step"]),
+                variables=variables,
+                metrics=metrics,
+                extra=dict(meta["extra"]),
+            )
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"checkpoint {name!r} cannot be read ({type(error).__name__}): it must be a whole file that a run "
+            "wrote; put back a copy of it, or start anew in another run_dir."
+        ) from error
 
 
 def _plain(array: np.ndarray) -> np.ndarray:

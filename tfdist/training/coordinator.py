@@ -25,7 +25,7 @@ from tfdist.data import (
 from tfdist.errors import ConfigError
 from tfdist.training.closure import SharedStep
 from tfdist.training.metrics import add_states, metric_results, select_logs, zero_state
-from tfdist.training.plan import BatchPlan
+from tfdist.training.plan import BatchPlan, FinishedStep
 
 # Closures in flight for each worker: enough that a slow one does not hold up the others.
 _WINDOW_PER_WORKER = 16
@@ -58,42 +58,65 @@ class CoordinatorLoop:
         if self._model.optimizer is not None:
             self._num_scheduled = int(keras_internals.batch_counter(self._model.optimizer).numpy())
 
-    def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[dict[str, Any] | None]:
-        """Trains over the plan's steps, yielding once a finished step: the logs where wanted, else None."""
-        state = zero_state(self._model)
+    def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
+        """Trains over the plan's steps, yielding once a finished step, with the logs where `plan.wants_logs`."""
+        self._state = plan.metrics or zero_state(self._model)
         extra: dict[str, Any] = {}
-        for step, (part, extra) in enumerate(self._results("train", source, plan)):
-            state = add_states(state, part)
-            yield self._logs("train", state, extra) if plan.wants_logs(step) else None
-        self.epoch_logs = self._logs("train", state, extra)
+        results = self._results("train", source, plan)
+        for step, ((part, extra), is_boundary) in enumerate(results, start=plan.first_step):
+            self._state = add_states(self._state, part)
+            logs = self._logs("train", self._state, extra) if plan.wants_logs(step) else None
+            yield FinishedStep(step=step, logs=logs, is_boundary=is_boundary)
+        self.epoch_logs = self._logs("train", self._state, extra)
+
+    def snapshot_metrics(self) -> list[Any]:
+        """Returns the metrics' state so far."""
+        return self._state
+
+    def broadcast(self, content: bytes) -> bytes:
+        """Returns the bytes: only the chief runs the program."""
+        return content
+
+    def vote(self, values: list[float]) -> list[float]:
+        """Returns the values: only the chief runs the program."""
+        return values
 
     def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
         """Returns the metrics over the plan's steps."""
         state = zero_state(self._model)
         last: dict[str, Any] = {}
-        for part, extra in self._results("test", source, plan):
+        for (part, extra), _ in self._results("test", source, plan):
             state, last = add_states(state, part), extra
         return self._logs("test", state, last)
 
     def predict(self, source: Source, plan: BatchPlan) -> Any:
         """Returns the outputs as arrays in the data's order."""
-        batches = list(self._results("predict", source, plan))
+        batches = [outputs for outputs, _ in self._results("predict", source, plan)]
         return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *batches)
 
     def _logs(self, kind: str, state: list[Any], extra: dict[str, Any]) -> dict[str, Any]:
         return select_logs(metric_results(self._model, state), self._step.returned.get(kind), extra)
 
-    def _results(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[Any]:
-        """Schedules every batch once and yields the results in order."""
+    def _results(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[tuple[Any, bool]]:
+        """Schedules every batch once, and yields the results in order and whether they end at a boundary."""
         pending: collections.deque[Any] = collections.deque()
-        for function, args in self._calls(kind, source, plan):
+        step = plan.first_step
+        for function, args, size in self._calls(kind, source, plan):
             pending.append(self._coordinator.schedule(function, args=args))
-            while len(pending) >= _WINDOW_PER_WORKER * self._num_workers:
-                yield from self._coordinator.fetch(pending.popleft())
+            is_boundary = kind == "train" and any([plan.is_boundary(step + i) for i in range(size)])
+            step += size
+            room = 0 if is_boundary else _WINDOW_PER_WORKER * self._num_workers - 1
+            while len(pending) > room:
+                results = self._coordinator.fetch(pending.popleft())
+                for i, result in enumerate(results):
+                    yield result, is_boundary and not pending and i == len(results) - 1
         while pending:
-            yield from self._coordinator.fetch(pending.popleft())
+            for result in self._coordinator.fetch(pending.popleft()):
+                yield result, False
 
-    def _calls(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    def _calls(
+        self, kind: str, source: Source, plan: BatchPlan
+    ) -> Iterator[tuple[Any, tuple[Any, ...], int]]:
         feed = self._feed(source)
         batches = feed.batches(plan)
         while True:
@@ -107,7 +130,7 @@ class CoordinatorLoop:
             if key not in feed.functions:
                 reads = [feed.read(size, plan) for size in sizes]
                 feed.functions[key] = self._build_function(kind, reads, phase)
-            yield feed.functions[key], (addresses, tf.constant(self._num_scheduled, tf.int64))
+            yield feed.functions[key], (addresses, tf.constant(self._num_scheduled, tf.int64)), len(group)
             if kind == "train":
                 self._num_scheduled += len(group)
 
@@ -157,7 +180,7 @@ class _ResidentFeed:
     def batches(self, plan: BatchPlan) -> Iterator[tuple[int, tuple[Any, ...]]]:
         size = plan.global_batch_size
         num_examples = self._source.num_examples
-        for step in range(plan.num_steps or 0):
+        for step in range(plan.first_step, plan.num_steps or 0):
             here = step_size(step=step, num_examples=num_examples, global_batch_size=size)
             start = step_start(step=step, num_examples=num_examples, global_batch_size=size)
             address = tf.constant([plan.epoch, start], tf.int64)
@@ -196,6 +219,7 @@ class _SentFeed:
             global_batch_size=plan.global_batch_size,
             num_replicas=1,
             replica_ids=[0],
+            first_step=plan.first_step,
             num_steps=plan.num_steps,
         ):
             for parts, _ in segment.dataset:
@@ -241,7 +265,7 @@ class _OwnFeed:
                 "a pipeline that shards itself has no known length under ps; pass steps_per_epoch "
                 "(or validation_steps), and let the dataset repeat."
             )
-        for _ in range(plan.num_steps):
+        for _ in range(plan.first_step, plan.num_steps):
             yield None, (self._iterator,)
 
     def read(self, size: int | None, plan: BatchPlan) -> Callable[..., Any]:

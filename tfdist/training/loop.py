@@ -9,10 +9,12 @@ from typing import Any, Protocol
 import keras
 
 from tfdist.data import Source, num_steps
-from tfdist.training.plan import BatchPlan
+from tfdist.training.plan import BatchPlan, FinishedStep
+from tfdist.training.saver import Loop as SavedLoop
+from tfdist.training.saver import Saver
 
 
-class Loop(Protocol):
+class Loop(SavedLoop, Protocol):
     """What a strategy's loop offers."""
 
     epoch_logs: dict[str, Any]
@@ -21,7 +23,7 @@ class Loop(Protocol):
     def start(self) -> None:
         """Prepares for training."""
 
-    def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[dict[str, Any] | None]:
+    def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
         """Yields once a step."""
 
     def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
@@ -55,6 +57,7 @@ def run_fit(
     validation: Source | None,
     options: FitOptions,
     callbacks: keras.callbacks.CallbackList,
+    saver: Saver,
 ) -> None:
     """Trains; the history is in the callback list's own `History`.
 
@@ -65,13 +68,16 @@ def run_fit(
         validation: Validation examples, or None.
         options: How long and in what order.
         callbacks: Those that run on this task.
+        saver: Says where to go on, and keeps the state.
     """
-    loop.start()
     model.stop_training = False
     callbacks.on_train_begin()
+    resumed = saver.restore()
+    loop.start()
     logs: dict[str, Any] = {}
     steps = plan_steps(source, options.global_batch_size, options.steps_per_epoch)
-    for epoch in range(options.initial_epoch, options.epochs):
+    first_epoch = options.initial_epoch if resumed is None else resumed.epoch
+    for epoch in range(first_epoch, options.epochs):
         callbacks.on_epoch_begin(epoch)
         plan = BatchPlan(
             epoch=epoch,
@@ -79,15 +85,20 @@ def run_fit(
             shuffle=options.shuffle,
             global_batch_size=options.global_batch_size,
             num_steps=steps,
+            first_step=resumed.step if resumed is not None and epoch == first_epoch else 0,
+            metrics=resumed.metrics if resumed is not None and epoch == first_epoch else None,
+            is_boundary=saver.is_boundary,
             log_every_steps=_log_every(callbacks, steps, shown=options.shown),
         )
-        _train(loop, model, source, plan, callbacks)
+        _train(loop, model, source, plan, callbacks, saver)
         logs = dict(loop.epoch_logs)
         if validation is not None and _is_due(epoch, options.validation_freq):
             logs |= {f"val_{k}": v for k, v in _validate(loop, validation, options, callbacks).items()}
         callbacks.on_epoch_end(epoch, logs)
+        saver.save(epoch=epoch + 1, step=0, at_epoch_end=True)
         if model.stop_training:
             break
+    saver.finish()
     if model.optimizer is not None and options.epochs > options.initial_epoch:
         # Puts the averaged weights in place where the optimizer keeps some (EMA), as Keras does.
         model.optimizer.finalize_variable_values(model.trainable_weights)
@@ -102,21 +113,28 @@ def plan_steps(source: Source, global_batch_size: int, steps: int | None) -> int
 
 
 def _train(
-    loop: Loop, model: keras.Model, source: Source, plan: BatchPlan, callbacks: keras.callbacks.CallbackList
+    loop: Loop,
+    model: keras.Model,
+    source: Source,
+    plan: BatchPlan,
+    callbacks: keras.callbacks.CallbackList,
+    saver: Saver,
 ) -> None:
     steps = loop.train_epoch(source, plan)
-    step = 0
+    step = plan.first_step
     while True:
         callbacks.on_train_batch_begin(step)
         try:
-            logs = next(steps)
+            finished = next(steps)
         except StopIteration:
             return
-        callbacks.on_train_batch_end(step, logs)
+        callbacks.on_train_batch_end(step, finished.logs)
         step += 1
+        if finished.is_boundary:
+            saver.save(epoch=plan.epoch, step=step)
         if model.stop_training and plan.wants_logs(0):
             # Callbacks that look at each batch see the same logs everywhere, so all workers stop here together.
-            loop.epoch_logs = dict(logs or {})
+            loop.epoch_logs = dict(finished.logs or {})
             return
 
 

@@ -283,6 +283,42 @@ class ReplicaStep:
         state = self._metric_state_fn()
         return [self._strategy.experimental_local_results(v)[0].numpy() for v in state]
 
+    def set_metric_state(self, state: Sequence[Any]) -> None:
+        """Gives the first replica a state, and the others zeros, so that the sum is that state."""
+
+        def share_out(values: Sequence[Any]) -> None:
+            context = tf.distribute.get_replica_context()
+            index = local_replica_index(context, self._num_local)
+            is_first = context.replica_id_in_sync_group == 0
+            for variable, value in zip(self._model.metrics_variables, values, strict=True):
+                self._local(variable, index).assign(tf.where(is_first, value, tf.zeros_like(value)))
+
+        tf.function(lambda values: self._strategy.run(share_out, args=(values,)), autograph=False)(
+            [tf.convert_to_tensor(value) for value in state]
+        )
+
+    def sum_first(self, values: Sequence[tf.Tensor], *, everyone: bool = False) -> list[Any]:
+        """Sums tensors over processes, of each its first replica's; every process must call it.
+
+        Args:
+            values: int32 or float32, of one shape everywhere.
+            everyone: False counts the first process alone: a broadcast.
+
+        Returns:
+            Arrays.
+        """
+
+        def total(values: Sequence[tf.Tensor]) -> list[Any]:
+            context = tf.distribute.get_replica_context()
+            place = context.replica_id_in_sync_group
+            counts = (place % self._num_local == 0) if everyone else (place == 0)
+            counted = [tf.where(counts, v, tf.zeros_like(v)) for v in values]
+            return list(context.all_reduce(tf.distribute.ReduceOp.SUM, counted))
+
+        function = tf.function(lambda v: self._strategy.run(total, args=(v,)), autograph=False)
+        sums = function(list(values))
+        return [self._strategy.experimental_local_results(v)[0].numpy() for v in sums]
+
     def _local(self, variable: keras.Variable, index: int) -> tf.Variable:
         return self._strategy.experimental_local_results(keras_internals.native(variable))[index]
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tfdist import keras_internals
 from tfdist.data import Segment, SelfShardedSource, Source, local_batches
 from tfdist.training.metrics import metric_results, select_logs, zero_state
-from tfdist.training.plan import BatchPlan
+from tfdist.training.plan import BatchPlan, FinishedStep
 from tfdist.training.replica import ReplicaStep, returned_names, scalar_logs
 
 
@@ -43,12 +43,15 @@ class SyncLoop:
         """Prepares the replicas for training: equal weights are TensorFlow's, different random streams ours."""
         self._step.spread_seeds()
 
-    def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[dict[str, Any] | None]:
-        """Trains over the plan's steps, yielding once a step: the logs where `plan.wants_logs`, else None."""
+    def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
+        """Trains over the plan's steps, yielding once a step, with the logs where `plan.wants_logs`."""
         self._model.reset_metrics()
+        if plan.metrics:
+            self._step.set_metric_state(plan.metrics)
         extra: dict[str, Any] = {}
-        for step, extra in enumerate(self._each("train", source, plan)):
-            yield self._logs("train", extra) if plan.wants_logs(step) else None
+        for step, extra in enumerate(self._each("train", source, plan), start=plan.first_step):
+            logs = self._logs("train", extra) if plan.wants_logs(step) else None
+            yield FinishedStep(step=step, logs=logs, is_boundary=plan.is_boundary(step))
         self._step.average_statistics()
         self.epoch_logs = self._logs("train", extra)
 
@@ -58,6 +61,30 @@ class SyncLoop:
         # The last batch's, as in Keras: only metrics gather over batches.
         extra = collections.deque(self._each("test", source, plan), maxlen=1)
         return self._logs("test", extra[0] if extra else {})
+
+    def snapshot_metrics(self) -> list[Any]:
+        """Averages what replicas keep for themselves, and returns the metrics' state; every process must call it."""
+        self._step.average_statistics()
+        return self._step.metric_state()
+
+    def broadcast(self, content: bytes) -> bytes:
+        """Returns the first process's bytes on every process."""
+        if isinstance(self._step, _SoleStep) or self.num_replicas == len(self.replica_ids):
+            return content
+        size = int(self._step.sum_first([tf.constant([len(content)])])[0][0])
+        if size == 0:
+            return b""
+        words = np.zeros(-(-size // 4), np.int32)
+        words.view(np.uint8)[: len(content)] = np.frombuffer(content, np.uint8)
+        (shared,) = self._step.sum_first([tf.constant(words)])
+        return shared.view(np.uint8)[:size].tobytes()
+
+    def vote(self, values: list[float]) -> list[float]:
+        """Returns the sums over all processes."""
+        if isinstance(self._step, _SoleStep) or self.num_replicas == len(self.replica_ids):
+            return values
+        (total,) = self._step.sum_first([tf.constant(values)], everyone=True)
+        return [float(v) for v in total]
 
     def predict(self, source: Source, plan: BatchPlan) -> Any:
         """Returns the outputs as arrays in the data's order, on every process."""
@@ -90,6 +117,7 @@ class SyncLoop:
             global_batch_size=plan.global_batch_size,
             num_replicas=self.num_replicas,
             replica_ids=self.replica_ids,
+            first_step=plan.first_step,
             num_steps=plan.num_steps,
         )
 
@@ -144,6 +172,10 @@ class _SoleStep:
 
     def metric_state(self) -> list[Any]:
         return [v.numpy() for v in self._model.metrics_variables]
+
+    def set_metric_state(self, state: Sequence[Any]) -> None:
+        for variable, value in zip(self._model.metrics_variables, state, strict=True):
+            variable.assign(value)
 
 
 def _worker_index(resolver: tf.distribute.cluster_resolver.ClusterResolver) -> int:

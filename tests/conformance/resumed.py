@@ -1,0 +1,72 @@
+"""A fit that can be killed after any step, and started again.
+
+Run by Python: `resumed.py OUT STRATEGY [REPLICAS]`. In the environment: RESUMED_CHECKPOINTS, the folder;
+RESUMED_DIE_AT, the step after which the chief kills itself (0: never); RESUMED_EVERY_SECS instead of every 4 steps.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import cases
+import keras
+import numpy as np
+
+import tfdist
+
+EPOCHS, EXAMPLES, BATCH = 4, 205, 10
+rng = np.random.default_rng(0)
+X = rng.normal(size=(EXAMPLES, 6)).astype(np.float32)
+Y = rng.integers(0, 3, EXAMPLES)
+
+
+class DieAt(keras.callbacks.Callback):
+    """Kills this process, as a machine that fails does."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._left = step
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Counts down."""
+        self._left -= 1
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(out: str, strategy: str, replicas: str | None = None) -> None:
+    """Trains to the end, or to death."""
+    run = tfdist.initialize(strategy=strategy, num_replicas=replicas and int(replicas), seed=1)
+    with run.strategy.scope():
+        model = cases.dropout()
+        model.compile(keras.optimizers.Adam(0.01), model.loss, metrics=["accuracy"])
+    die_at = int(os.environ["RESUMED_DIE_AT"]) if run.is_chief else 0
+    secs = os.environ.get("RESUMED_EVERY_SECS")
+    stopping = keras.callbacks.EarlyStopping("loss", patience=10)
+    history = run.fit(
+        model,
+        (X, Y),
+        global_batch_size=BATCH,
+        epochs=EPOCHS,
+        validation_data=(X[:50], Y[:50]),
+        verbose=2,
+        callbacks=[DieAt(die_at), stopping],
+        checkpoints=tfdist.Checkpoints(
+            directory=os.environ["RESUMED_CHECKPOINTS"],
+            every_steps=None if secs else 4,
+            every_secs=float(secs) if secs else None,
+        ),
+    )
+    if run.is_chief:
+        found = {f"weight_{i}": v.numpy() for i, v in enumerate([*model.weights, *model.optimizer.variables])}
+        found |= {f"history_{name}": values for name, values in history.history.items()}
+        np.savez(out, **found, epochs=history.epoch, best=stopping.best, wait=stopping.wait)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

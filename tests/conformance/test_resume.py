@@ -1,0 +1,73 @@
+"""Killed after any step and started again, a run ends as if nothing had happened."""
+
+import os
+import re
+
+import numpy as np
+import pytest
+import resumed
+from worlds import run_world
+
+WORLDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1"]
+pytestmark = [pytest.mark.conformance, pytest.mark.cluster]
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Starts the program in a world; returns what it left, and says whether it died."""
+
+    def run(world, *, name="run", die_at=0, every_secs=None):
+        monkeypatch.setenv("RESUMED_CHECKPOINTS", str(tmp_path / name / "checkpoints"))
+        monkeypatch.setenv("RESUMED_DIE_AT", str(die_at))
+        if every_secs is not None:
+            monkeypatch.setenv("RESUMED_EVERY_SECS", str(every_secs))
+        (tmp_path / name).mkdir(exist_ok=True)
+        out = tmp_path / name / "out.npz"
+        if die_at:
+            with pytest.raises(AssertionError, match="SIGKILL|exit code -9"):
+                run_world(resumed.__file__, out, world)
+            return None
+        run_world(resumed.__file__, out, world)
+        with np.load(out) as stored:
+            return dict(stored)
+
+    return run
+
+
+def assert_same(found, wanted, *, rtol=0.0):
+    assert sorted(found) == sorted(wanted)
+    for name, value in wanted.items():
+        # The metrics' sums are brought together at a checkpoint: another order of adding up.
+        exact = rtol == 0.0 and not name.startswith(("history", "best"))
+        np.testing.assert_allclose(
+            found[name], value, rtol=0.0 if exact else max(rtol, 1e-6), atol=rtol, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_killed_run_ends_bit_for_bit_as_the_uninterrupted(start, world):
+    """Inside the third epoch, for one device inside the first too; dropout, slots, history and callbacks included."""
+    wanted = start(world, name="whole")
+    if world == "one_device":
+        start(world, die_at=11)
+    start(world, die_at=45)
+    assert_same(start(world), wanted)
+
+
+@pytest.mark.parametrize("world", ["one_device", "multiworker-2", "ps-2"])
+def test_clock_says_when_too(start, tmp_path, world):
+    """The chief's clock, on which all workers act; far more often than an epoch's end."""
+    start(world, die_at=18, every_secs=0.001)
+    names = os.listdir(tmp_path / "run/checkpoints")
+    assert all(re.fullmatch(r"epoch-00000-step-000000(0[1-9]|1\d).npz", name) for name in names), names
+    assert names
+    assert list(start(world, every_secs=60)["epochs"]) == [0, 1, 2, 3]
+
+
+def test_run_moves_to_another_strategy(start):
+    """One replica's dropout is not two replicas': only what must agree is compared, the steps and the epochs."""
+    start("multiworker-2", die_at=30)
+    found = start("ps-1")
+    assert list(found["epochs"]) == [0, 1, 2, 3]
+    steps = resumed.EPOCHS * -(-resumed.EXAMPLES // resumed.BATCH)
+    assert steps in [int(value) for name, value in found.items() if np.ndim(value) == 0]

@@ -1,0 +1,116 @@
+"""A folder of checkpoints: when one is due, which are kept, and a writer that training does not wait for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import threading
+from pathlib import Path
+
+from tfdist.errors import ConfigError
+from tfdist.training.checkpoint import Snapshot, parse_checkpoint, write_checkpoint
+
+_log = logging.getLogger("tfdist")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """Where `fit` keeps its state, and how often it does so besides each epoch's end.
+
+    Attributes:
+        directory: The folder, which the chief alone reads and writes.
+        every_steps: Optimizer steps between two checkpoints; None: only at an epoch's end.
+        every_secs: Seconds between two checkpoints; None: only at an epoch's end.
+        keep: How many of the newest are kept.
+
+    Raises:
+        ConfigError: If a number is not positive.
+    """
+
+    directory: str | Path
+    every_steps: int | None = None
+    every_secs: float | None = None
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+            ConfigError: If one is not positive.
+        """
+        for name in ("every_steps", "every_secs", "keep"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"checkpoints: {name}={value}: it must be more than 0.")
+
+    def files(self) -> list[Path]:
+        """Returns the checkpoints that lie there, the newest first."""
+        return sorted(Path(self.directory).glob("epoch-*-step-*.npz"), reverse=True)
+
+    def read_newest(self) -> tuple[bytes, Path] | None:
+        """Returns the newest checkpoint that is whole, and its file; None if there is none.
+
+        One that is not whole is passed over with a warning.
+        """
+        for path in self.files():
+            try:
+                content = path.read_bytes()
+                parse_checkpoint(content, name=str(path))
+            except (ConfigError, OSError) as error:
+                _log.warning("%s Going on from the one before.", error)
+            else:
+                return content, path
+        return None
+
+
+class CheckpointWriter:
+    """Writes snapshots in a thread, one at a time, and removes the oldest once a newer one is whole.
+
+    A disk that is full or gone is warned of, each time; training goes on, and nothing that was whole is removed.
+
+    Args:
+        checkpoints: The folder.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the one before is still being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Starts writing, once the one before is done."""
+        self.wait()
+        # No daemon: the interpreter waits for it when it ends.
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="tfdist-checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns once what was started is on the disk, or was warned of."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _write(self, snapshot: Snapshot) -> None:
+        folder = Path(self._checkpoints.directory)
+        try:
+            write_checkpoint(folder / snapshot.file_name, snapshot)
+        except OSError as error:
+            _log.warning(
+                "checkpoint %s could not be written (%s); training goes on, and the next one is tried all the same",
+                folder / snapshot.file_name,
+                error.strerror or error,
+            )
+            return
+        for old in self._checkpoints.files()[self._checkpoints.keep :]:
+            with contextlib.suppress(OSError):
+                old.unlink()
+        # What a killed process left half-written.
+        for torn in folder.glob(".epoch-*.tmp-*"):
+            if not torn.name.endswith(f"-{os.getpid()}"):
+                with contextlib.suppress(OSError):
+                    torn.unlink()

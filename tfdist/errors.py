@@ -15,3 +15,10 @@ class ClusterError(ConfigError):
 
 class LaunchError(TfdistError, RuntimeError):
     """Processes could not be started or supervised."""
+
+
+class Preempted(SystemExit):  # noqa: N818 - no error: the run ends as it was told to
+    """Ends a process that was told to go by SIGTERM, after its state was saved; exit code 143, as a shell has it."""
+
+    def __init__(self) -> None:
+        super().__init__(143)

@@ -12,6 +12,7 @@ from absl import flags
 from tfdist.cluster import Cluster, canonical_strategy, find_nearest
 from tfdist.config import EXPORTS, MODES, PRECISIONS, RunConfig, default_num_tasks, default_run_dir
 from tfdist.errors import ConfigError
+from tfdist.launcher.job import RESTART_VARIABLE
 from tfdist.optimizers import OPTIMIZERS, SCHEDULES
 from tfdist.recipe import Recipe, resolve_recipe_name
 from tfdist.training.run_dir import RunDir
@@ -50,6 +51,8 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_integer("checkpoint_every_steps", None, "Besides each epoch's end.", **own)
     flags.DEFINE_float("checkpoint_every_secs", None, "Besides each epoch's end.", **own)
     flags.DEFINE_integer("keep_checkpoints", 3, "How many of the newest stay.", **own)
+    flags.DEFINE_integer("max_restarts", 3, "How often a local cluster's killed tasks start again.", **own)
+    flags.DEFINE_float("grace_secs", 30.0, "Seconds to save the state in, after SIGTERM.", **own)
     flags.DEFINE_multi_string("set", [], "A recipe's own setting, name=value; repeatable.", **own)
     flags.DEFINE_string("verbose", "auto", "0 silent, 1 progress, 2 a line per epoch, auto.", **own)
     flags.DEFINE_bool("list_recipes", False, "Print the recipes and stop.", **own)
@@ -101,7 +104,10 @@ def resolve_run(
     given = {name: values[name].value for name in values if values[name].present}
     run_dir = values.run_dir or environ.get("TFDIST_RUN_DIR")
     earlier: dict[str, Any] = {}
-    if values.resume or values.mode != "train":
+    # A task that was killed and is started again goes on, if it came as far as to have something to go on with.
+    is_restart = int(environ.get(RESTART_VARIABLE) or 0) > 0 and values.mode == "train"
+    resume = values.resume or (is_restart and RunDir(Path(str(run_dir))).config_file.exists())
+    if resume or values.mode != "train":
         if not run_dir:
             what = "--resume" if values.resume else f"--mode={values.mode}"
             raise ConfigError(f"{what} needs a finished or interrupted run; name its folder with --run_dir.")
@@ -113,7 +119,7 @@ def resolve_run(
     num_workers, num_ps = default_num_tasks(strategy)
     fields = {"num_workers": num_workers, "num_ps": num_ps, "recipe": values.recipe} | earlier
     fields |= {name: value for name, value in given.items() if name in RunConfig.field_names()}
-    fields |= {"mode": values.mode, "resume": values.resume, "strategy": strategy}
+    fields |= {"mode": values.mode, "resume": resume, "strategy": strategy}
     if "set" in given:
         fields["overrides"] = tuple(values.set)
     if str(fields.get("verbose")) in ("0", "1", "2"):

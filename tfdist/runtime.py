@@ -182,6 +182,8 @@ class Run:
 
         Raises:
             ConfigError: If something asked for cannot be honoured.
+            Preempted: A `SystemExit` with code 143: a process was told to end by SIGTERM, and `checkpoints` hold
+                the state.
         """
         if validation_split and validation_data is None:
             rest, validation_data = hold_out(
@@ -214,22 +216,24 @@ class Run:
             validation_freq=validation_freq,
             shown=verbose not in (0, 2),
         )
-        run_fit(
+        saver = Saver(
+            checkpoints=checkpoints,
             loop=loop,
             model=model,
-            source=source,
-            validation=validation,
-            options=options,
             callbacks=callback_list,
-            saver=Saver(
-                checkpoints=checkpoints,
+            is_chief=self.is_chief,
+            say=_log.info if verbose == 0 else functools.partial(print, flush=True),
+        )
+        with saver:
+            run_fit(
                 loop=loop,
                 model=model,
+                source=source,
+                validation=validation,
+                options=options,
                 callbacks=callback_list,
-                is_chief=self.is_chief,
-                say=_log.info if verbose == 0 else functools.partial(print, flush=True),
-            ),
-        )
+                saver=saver,
+            )
         return model.history
 
     def evaluate(

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cluster = detect_cluster(os.environ)
         fields = resolve_run(values, cluster, os.environ)
         if fields["strategy"] in ("multiworker", "ps") and cluster is None:
-            return _launch(words, fields, dry_run=values.dry_run)
+            return _launch(words, fields, values)
         if values.dry_run:
             print("# nothing to start: this process runs it alone")
             return 0
@@ -68,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _launch(words: Sequence[str], fields: Mapping[str, Any], *, dry_run: bool) -> int:
+def _launch(words: Sequence[str], fields: Mapping[str, Any], values: flags.FlagValues) -> int:
     check_recipe_exists(fields["recipe"])
     config = build_config(fields, None)
-    if not dry_run:
+    if not values.dry_run:
         RunDir(Path(config.run_dir)).check(config)
     # TensorFlow's notes on how it was built would bury ours; whoever wants them has set the variable.
     env = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ}
@@ -82,8 +82,10 @@ def _launch(words: Sequence[str], fields: Mapping[str, Any], *, dry_run: bool) -
         strategy=config.strategy,
         run_dir=config.run_dir,
         env=env,
+        grace_secs=values.grace_secs,
+        max_restarts=values.max_restarts,
     )
-    if dry_run:
+    if values.dry_run:
         print(render_dry_run_local(job))
         return 0
     return run_local(job)

@@ -77,6 +77,7 @@ def parse_flags(args: Sequence[str], env: Mapping[str, str]) -> LaunchFlags:
         env=env,
         grace_secs=flags.grace_secs,
         threads_per_task=flags.num_threads,
+        max_restarts=flags.max_restarts,
     )
     return LaunchFlags(job=job, dry_run=flags.dry_run)
 
@@ -98,6 +99,8 @@ def _build_parser() -> _Parser:
     add("--grace_secs", type=float, default=10.0, metavar="SECS",
         help="how long tasks may take to end before they are killed (default: 10)")  # fmt: skip
     add("--num_threads", type=int, metavar="N", help="threads of each task (default: cores / workers)")
+    add("--max_restarts", type=int, default=0, metavar="N",
+        help="how often killed tasks are started again, with TFDIST_RESTART=1, 2, … (default: 0)")  # fmt: skip
     add("--dry_run", action="store_true", help="show every TF_CONFIG and command, and start nothing")
     add("-m", "--module", metavar="MODULE", help="run a module, as python -m does")
     add("-h", "--help", action="help", help="show this text")
@@ -109,7 +112,7 @@ _SWITCHES = ("--dry_run", "--help", "-h")
 _MODULE = ("-m", "--module")
 _VALUED = (
     "--num_workers", "--nproc_per_node", "--num_proc", "-np", "-n", "--num_ps", "--strategy", "--run_dir",
-    "--grace_secs", "--num_threads",
+    "--grace_secs", "--num_threads", "--max_restarts",
 )  # fmt: skip
 
 

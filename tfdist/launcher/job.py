@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from tfdist.cluster import Cluster, Task, canonical_strategy, check_strategy, render_tf_config
 from tfdist.errors import ConfigError
 
+RESTART_VARIABLE = "TFDIST_RESTART"  # How often the job was started before.
 # What TensorFlow's inter-op pool needs at least. With fewer threads a ps job can hang: closures that send tensors
 # between worker and ps hold one thread each while they wait.
 _MIN_INTEROP_THREADS = 2
@@ -31,6 +32,8 @@ class Job:
         env: The environment that every task starts from.
         grace_secs: How long tasks may take to end when they are asked to, before they are killed.
         threads_per_task: TensorFlow's intra-op threads in each task; None divides this machine's cores.
+        max_restarts: How often tasks that were killed are started again: a ps job's worker alone, all tasks for
+            any other. An exception is no reason: it would come again.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -45,6 +48,7 @@ class Job:
     env: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(os.environ))
     grace_secs: float = 10.0
     threads_per_task: int | None = None
+    max_restarts: int = 0
 
     def __post_init__(self) -> None:
         if self.strategy is not None:
@@ -57,6 +61,7 @@ class Job:
         _check_at_least("num_workers", self.num_workers, 1)
         _check_at_least("num_ps", self.num_ps, 0)
         _check_at_least("grace_secs", self.grace_secs, 0)
+        _check_at_least("max_restarts", self.max_restarts, 0)
         _check_at_least("threads_per_task", self.threads_per_task, 1)
         if self.strategy is not None:
             placeholders = range(1, self.num_tasks + 1)

@@ -21,6 +21,8 @@ SERVER_GRACE_SECS = (
 )
 SETTLE_SECS = 60.0  # after this long, workers that outlive their peers are mentioned
 _DRAIN_SECS = 1.0
+# 128 + SIGHUP, SIGINT, SIGTERM: whoever sent them meant it.
+_ASKED_TO_END = (129, 130, 143)
 _POLL_SECS = 0.02  # only where the system cannot wake us when a process ends
 _CHUNK_BYTES = 2**16
 
@@ -35,9 +37,11 @@ class Supervisor:
         job: What to run.
         cluster: Its tasks with their addresses.
         mark: Value of `TFDIST_JOB` that marks the processes of this job.
+        num_restarts: Those of `job.max_restarts` that are used up.
     """
 
-    def __init__(self, job: Job, cluster: Cluster, mark: str) -> None:
+    def __init__(self, job: Job, cluster: Cluster, mark: str, *, num_restarts: int = 0) -> None:
+        self.num_restarts = num_restarts
         self._job = job
         self._cluster = cluster
         self._mark = mark
@@ -67,13 +71,14 @@ class Supervisor:
         """
         with contextlib.ExitStack() as stack:
             outputs = {task: stack.enter_context(self._open_output(task)) for task in envs}
-            watcher = Guard(self._mark)
-            stack.callback(watcher.dismiss)
+            self._envs = envs
+            self._guard = Guard(self._mark)
+            stack.callback(self._guard.dismiss)
             with SignalInbox(self._kill) as inbox:
                 self._selector.register(inbox, selectors.EVENT_READ)
                 try:
                     for task, env in envs.items():
-                        self._start(outputs[task], env, watcher)
+                        self._start(outputs[task], env)
                     while any(child.is_alive for child in self._children):
                         self._step(inbox)
                 finally:
@@ -84,13 +89,25 @@ class Supervisor:
         log = open_log(self._job.run_dir, task) if self._job.run_dir else None
         return contextlib.closing(TaskOutput(task, log))
 
-    def _start(self, output: TaskOutput, env: dict[str, str], watcher: Guard) -> None:
+    @property
+    def is_worth_a_restart(self) -> bool:
+        """Whether the job failed because a task was killed, nobody having asked for its end, and may try again."""
+        return self._was_killed(self._cause) and self._told_by is None and self._has_restarts_left
+
+    @property
+    def _has_restarts_left(self) -> bool:
+        return self.num_restarts < self._job.max_restarts
+
+    def _was_killed(self, child: Child | None) -> bool:
+        return child is not None and (child.exit_code or 0) > 128 and child.exit_code not in _ASKED_TO_END
+
+    def _start(self, output: TaskOutput, env: dict[str, str]) -> None:
         if sys.stdout.isatty() and output.task == self._cluster.chief:
             prefix = render_prefix(output.task, colour=None)
             env = env | {"COLUMNS": str(max(20, shutil.get_terminal_size().columns - len(prefix)))}
         child = Child(output, self._job.command, env)
         self._children.append(child)
-        watcher.add(child.group)
+        self._guard.add(child.group)
         for stream in ("stdout", "stderr"):
             pipe = getattr(child.process, stream)
             self._selector.register(pipe, selectors.EVENT_READ, (child, stream, pipe))
@@ -149,15 +166,29 @@ class Supervisor:
         self._forget_exit_fd(child)
         if self._stop_signal is not None:
             return
-        if child.exit_code != 0:
+        is_worker = self._job.has_chief and child.task.type == "worker"
+        if is_worker and self._was_killed(child) and self._has_restarts_left:
+            self._replace(child)
+        elif child.exit_code != 0:
             self._cause = child
             if any(other.is_alive for other in self._children):
                 self._say(f"{child.task} {_render_exit(child.exit_code)}; stopping the others")
-            self._stop(signal.SIGTERM, self._job.grace_secs)
+            # Before another try there is nothing to wait for: what the others could save is what they share.
+            grace_secs = SERVER_GRACE_SECS if self.is_worth_a_restart else self._job.grace_secs
+            self._stop(signal.SIGTERM, grace_secs)
         elif not self._job.has_chief:
             self._last_exit_at = now
         elif child.task.type == "chief":
             self._stop(signal.SIGTERM, SERVER_GRACE_SECS)
+
+    def _replace(self, child: Child) -> None:
+        """Starts a ps job's worker again on its own port: the chief gives its work to others until it is back."""
+        self.num_restarts += 1
+        self._say(
+            f"{child.task} {_render_exit(child.exit_code)}; starting it again "
+            f"({self.num_restarts} of {self._job.max_restarts})"
+        )
+        self._start(child.output, self._envs[child.task])
 
     def _forget_exit_fd(self, child: Child) -> None:
         if child.exit_fd is not None:
@@ -219,12 +250,17 @@ class Supervisor:
             return 128 + self._told_by if self._told_by else 0
         if self._num_hidden and self._job.run_dir:
             self._say(f"{self._num_hidden} later lines of the other tasks are in {self._job.run_dir}/logs")
-        # One that was the last to speak need not be quoted.
-        if cause.output.tail and cause.output.tail[-1] != self._display.last_shown:
+        # A mistake in the settings is one line: once is enough.
+        is_said = (
+            cause.exit_code == 2 and cause.output.tail and cause.output.tail[-1] == self._display.last_shown
+        )
+        if cause.output.tail and not is_said:
             self._say(f"the last lines of {cause.task}, the first task to fail:")
             self._display.show(cause.task, "stderr", list(cause.output.tail))
-        log = f"; whole output: {log_path(self._job.run_dir, cause.task)}" if self._job.run_dir else ""
-        self._say(f"{cause.task} {_render_exit(cause.exit_code)}{log}")
+        end = f"; whole output: {log_path(self._job.run_dir, cause.task)}" if self._job.run_dir else ""
+        if self.is_worth_a_restart:
+            end += f"; starting all tasks again ({self.num_restarts + 1} of {self._job.max_restarts})"
+        self._say(f"{cause.task} {_render_exit(cause.exit_code)}{end}")
         return cause.exit_code
 
     def _say(self, text: str) -> None:

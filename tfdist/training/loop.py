@@ -98,7 +98,6 @@ def run_fit(
         saver.save(epoch=epoch + 1, step=0, at_epoch_end=True)
         if model.stop_training:
             break
-    saver.finish()
     if model.optimizer is not None and options.epochs > options.initial_epoch:
         # Puts the averaged weights in place where the optimizer keeps some (EMA), as Keras does.
         model.optimizer.finalize_variable_values(model.trainable_weights)

@@ -160,6 +160,7 @@ class ReplicaStep:
         self._num_local = len(strategy.extended.worker_devices)
         self._average_fn: Callable[[], Any] | None = None
         self._metric_state_fn: Callable[[], Any] | None = None
+        self._sum_fns: dict[bool, Callable[..., Any]] = {}
         self._metric_names = set(metric_results(model, zero_state(model)))
 
     def train(self, parts: Sequence[Any], global_size: Any) -> Any:
@@ -315,8 +316,11 @@ class ReplicaStep:
             counted = [tf.where(counts, v, tf.zeros_like(v)) for v in values]
             return list(context.all_reduce(tf.distribute.ReduceOp.SUM, counted))
 
-        function = tf.function(lambda v: self._strategy.run(total, args=(v,)), autograph=False)
-        sums = function(list(values))
+        if everyone not in self._sum_fns:
+            self._sum_fns[everyone] = tf.function(
+                lambda v: self._strategy.run(total, args=(v,)), autograph=False
+            )
+        sums = self._sum_fns[everyone](list(values))
         return [self._strategy.experimental_local_results(v)[0].numpy() for v in sums]
 
     def _local(self, variable: keras.Variable, index: int) -> tf.Variable:

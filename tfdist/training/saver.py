@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import collections
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import keras
 
+from tfdist.errors import Preempted
 from tfdist.training.checkpoint import Snapshot, apply_snapshot, parse_checkpoint, take_snapshot
 from tfdist.training.checkpoint_dir import Checkpoints, CheckpointWriter
 
@@ -67,6 +70,20 @@ class Saver:
         self._num_steps = 0
         self._next_vote, self._last_vote = 1, 0
         self._last_vote_at = self._last_save_at = time.monotonic()
+        self._was_told = self._is_stopping = False
+        self._previous_handler: Any = None
+
+    def __enter__(self) -> Saver:
+        # After the strategy was built, which puts TensorFlow's own handler in place.
+        if self._checkpoints is not None and threading.current_thread() is threading.main_thread():
+            self._previous_handler = signal.signal(signal.SIGTERM, self._note_signal)
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
+        if self._writer is not None:
+            self._writer.wait()
 
     def restore(self) -> Snapshot | None:
         """Brings the newest whole checkpoint back; None if there is none."""
@@ -96,7 +113,9 @@ class Saver:
         self._num_steps += 1
         every = self._checkpoints.every_steps
         due = every is not None and (step + 1) % every == 0
-        return self._time_says() or due
+        if self._num_steps >= self._next_vote:
+            due |= self._vote()
+        return due
 
     def save(self, *, epoch: int, step: int, at_epoch_end: bool = False) -> None:
         """Saves in the background; every process must call it.
@@ -105,34 +124,52 @@ class Saver:
             epoch: Epochs finished.
             step: Steps finished of the next one.
             at_epoch_end: The metrics are done with, and their state need not be kept.
+
+        Raises:
+            Preempted: If some process was told to end by SIGTERM.
         """
         if self._checkpoints is None:
             return
+        if at_epoch_end:
+            self._vote()
         metrics = [] if at_epoch_end else self._loop.snapshot_metrics()
         self._last_save_at = time.monotonic()
-        if self._writer is None or (self._writer.is_busy and not at_epoch_end):
-            return
-        extra = {"callbacks": callback_states(self._callbacks)}
-        self._writer.write(take_snapshot(self._model, epoch=epoch, step=step, metrics=metrics, extra=extra))
+        must = at_epoch_end or self._is_stopping
+        if self._writer is not None and (must or not self._writer.is_busy):
+            self._write(self._writer, epoch, step, metrics)
+        if self._is_stopping:
+            self._leave(epoch, step)
 
-    def finish(self) -> None:
-        """Waits until the last one is on the disk."""
+    def _write(self, writer: CheckpointWriter, epoch: int, step: int, metrics: list[Any]) -> None:
+        extra = {"callbacks": callback_states(self._callbacks)}
+        writer.write(take_snapshot(self._model, epoch=epoch, step=step, metrics=metrics, extra=extra))
+
+    def _leave(self, epoch: int, step: int) -> None:
         if self._writer is not None:
             self._writer.wait()
+            where = f"after epoch {epoch}" + (f" and {step} steps" if step else "")
+            self._say(f"SIGTERM: the state {where} is saved; the same command with --resume goes on from it")
+        self._loop.vote([0.0] * 4)  # Nobody leaves while the chief still writes.
+        raise Preempted
 
-    def _time_says(self) -> bool:
-        """Every second or so the workers agree whether the chief's clock says that a checkpoint is due."""
+    def _note_signal(self, number: int, frame: Any) -> None:
+        del number, frame
+        self._was_told = True
+
+    def _vote(self) -> bool:
+        """The workers agree whether the chief's clock or somebody's SIGTERM says that the state is to be saved now."""
         assert self._checkpoints is not None
-        if self._checkpoints.every_secs is None or self._num_steps < self._next_vote:
-            return False
-        now = time.monotonic()
-        due = self._is_chief and now - self._last_save_at >= self._checkpoints.every_secs
+        now, every = time.monotonic(), self._checkpoints.every_secs
+        due = self._is_chief and every is not None and now - self._last_save_at >= every
         secs = max(now - self._last_vote_at, 1e-6)
-        num_due, total_secs, num_voters = self._loop.vote([float(due), secs, 1.0])
+        num_due, num_told, total_secs, num_voters = self._loop.vote(
+            [float(due), float(self._was_told), secs, 1.0]
+        )
+        self._is_stopping = num_told > 0
         steps = round((self._num_steps - self._last_vote) * _VOTE_SECS * num_voters / total_secs)
         self._last_vote, self._last_vote_at = self._num_steps, now
         self._next_vote = self._num_steps + min(max(1, steps), _MAX_STEPS_BETWEEN_VOTES)
-        return num_due > 0
+        return num_due > 0 or self._is_stopping
 
 
 def callback_states(callbacks: keras.callbacks.CallbackList) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,124 @@
+"""`tfdist.train` with tasks that are killed, and runs that are told to go: nothing is lost, and no process left."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_train_command import REPOSITORY, run_train
+
+pytestmark = pytest.mark.cluster
+EPOCHS, STEPS = 8, 23
+FLAGS = [f"--epochs={EPOCHS}", "--checkpoint_every_steps=5", "--set=filters=8"]
+
+
+def start(folder, strategy):
+    command = [sys.executable, "-m", "tfdist.train", f"--strategy={strategy}", "--run_dir=run", *FLAGS]
+    env = {**os.environ, "PYTHONPATH": REPOSITORY}
+    with open(folder / "output", "w") as output:
+        return subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT)
+
+
+def wait_for_checkpoint(folder, process):
+    """Until the second epoch has begun to be saved."""
+    deadline = time.monotonic() + 120
+    while not list((folder / "run/checkpoints").glob("epoch-0000[1-9]*")):
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "output").read_text()
+        time.sleep(0.02)
+
+
+def find_task(folder, role, index):
+    """The process of a task of this run, by what the launcher has told it."""
+    wanted = json.dumps({"type": role, "index": index})
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            environ = path.read_bytes().decode(errors="replace").split("\0")
+            cwd = os.readlink(path.parent / "cwd")
+        except OSError:
+            continue
+        if cwd == str(folder) and any(v.startswith("TF_CONFIG=") and wanted in v for v in environ):
+            return int(path.parent.name)
+    raise AssertionError(f"{role}:{index} is not running")
+
+
+def finish(folder, process):
+    code = process.wait(timeout=240)
+    return code, (folder / "output").read_text()
+
+
+def read_epochs(folder):
+    lines = (folder / "run/metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_whole(folder, output):
+    """Every step once, every epoch once, and it has learned."""
+    records = read_epochs(folder)
+    assert [record["epoch"] for record in records] == list(range(EPOCHS))
+    assert [record["step"] for record in records] == [STEPS * (epoch + 1) for epoch in range(EPOCHS)]
+    accuracy = float(re.findall(r"test .*accuracy (\d\.\d+)", output)[-1])
+    assert accuracy > 0.9
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    done = run_train(folder, "--strategy=multiworker", "--run_dir=run", *FLAGS)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_multiworker_ends_as_if_no_worker_had_been_killed(tmp_path, uninterrupted, index):
+    process = start(tmp_path, "multiworker")
+    wait_for_checkpoint(tmp_path, process)
+    os.kill(find_task(tmp_path, "worker", index), signal.SIGKILL)
+    code, output = finish(tmp_path, process)
+    assert code == 0, output
+    assert "starting all tasks again (1 of 3)" in output and "resumed after epoch" in output
+    assert_whole(tmp_path, output)
+    last = f"run/checkpoints/epoch-{EPOCHS:05d}-step-00000000.npz"
+    with np.load(uninterrupted / last) as wanted, np.load(tmp_path / last) as found:
+        for name in set(wanted.files) - {"__meta__"}:
+            np.testing.assert_array_equal(found[name], wanted[name])
+
+
+@pytest.mark.parametrize("task", ["worker:1", "ps:0", "chief:0"])
+def test_ps_goes_on_whoever_is_killed(tmp_path, task):
+    process = start(tmp_path, "ps")
+    wait_for_checkpoint(tmp_path, process)
+    role, index = task.split(":")
+    os.kill(find_task(tmp_path, role, int(index)), signal.SIGKILL)
+    code, output = finish(tmp_path, process)
+    assert code == 0, output
+    again = "starting it again" if role == "worker" else "starting all tasks again"
+    assert f"{task} was killed by SIGKILL" in output and again in output
+    if role == "worker":
+        # The step that it was at may have been applied before it died: it is then done twice, never left out.
+        steps = read_epochs(tmp_path)[-1]["step"]
+        assert STEPS * EPOCHS <= steps <= STEPS * EPOCHS + 1
+        assert len(read_epochs(tmp_path)) == EPOCHS
+    else:
+        assert_whole(tmp_path, output)
+
+
+@pytest.mark.parametrize("strategy", ["one_device", "multiworker", "ps"])
+def test_sigterm_saves_and_leaves_with_143(tmp_path, strategy):
+    process = start(tmp_path, strategy)
+    wait_for_checkpoint(tmp_path, process)
+    process.terminate()
+    code, output = finish(tmp_path, process)
+    assert code == 143, output
+    (epoch, step) = re.findall(r"SIGTERM: the state after epoch (\d+)(?: and (\d+) steps)? is saved", output)[
+        0
+    ]
+    assert (tmp_path / f"run/checkpoints/epoch-{int(epoch):05d}-step-{int(step or 0):08d}.npz").exists()
+    resumed = run_train(tmp_path, "--resume", "--run_dir=run")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_whole(tmp_path, resumed.stdout)

@@ -185,3 +185,32 @@ def test_installed_wheel_runs_the_main_job(wheel, tmp_path):
     assert re.search(r"the run is in my runs/first run$", done.stdout, re.MULTILINE)
     (promised,) = re.findall(r"^## A run leaves\n\n +(.+)", README, re.MULTILINE)
     assert not [name for name in promised.split() if not (cwd / "my runs/first run" / name).exists()]
+
+
+# The commands of launch/README.md, from the repository's own folder of scripts.
+LAUNCH_README = (REPOSITORY / "launch/README.md").read_text()
+LAUNCH_COMMANDS = {
+    "launch/local.sh --recipe=digits_cnn": SHORT,
+    "STRATEGY=multiworker NUM_WORKERS=3 launch/local.sh": SHORT,
+    "python -m tfdist.launch --num_workers=2 --num_ps=1 my_script.py": [],
+    "python -m tfdist.launch --num_workers=2 --dry_run my_script.py": [],
+}
+
+
+def test_launch_commands_are_all_known():
+    (block,) = re.findall(r"```sh\n(.*?)```", LAUNCH_README, re.DOTALL)
+    assert [re.split(r"\s+#\s", line)[0] for line in block.splitlines()] == list(LAUNCH_COMMANDS)
+
+
+@pytest.mark.parametrize("command", LAUNCH_COMMANDS)
+def test_launch_command_runs(tmp_path, command):
+    (tmp_path / "launch").symlink_to(REPOSITORY / "launch")
+    (tmp_path / "my_script.py").write_text("import os; print(os.environ['TF_CONFIG'])")
+    line = re.sub(
+        r"^python", shlex.quote(sys.executable), f"{command} {shlex.join(LAUNCH_COMMANDS[command])}"
+    )
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHON": sys.executable}
+    done = subprocess.run(
+        line, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, explain(done)

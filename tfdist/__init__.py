@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tfdist.cluster import Cluster, Task, parse_tf_config, render_tf_config
     from tfdist.data import tfds_split
-    from tfdist.errors import ClusterError, ConfigError, LaunchError, TfdistError
+    from tfdist.errors import (
+        ClusterError,
+        ConfigError,
+        LaunchError,
+        NonFiniteError,
+        Preempted,
+        TfdistError,
+    )
     from tfdist.recipe import Recipe
     from tfdist.runtime import Run, initialize
     from tfdist.training.checkpoint_dir import Checkpoints
@@ -27,6 +34,8 @@ _HOMES = {
     "ClusterError": "errors",
     "ConfigError": "errors",
     "LaunchError": "errors",
+    "NonFiniteError": "errors",
+    "Preempted": "errors",
     "TfdistError": "errors",
     "Recipe": "recipe",
     "Run": "runtime",
@@ -40,6 +49,8 @@ __all__ = [
     "ClusterError",
     "ConfigError",
     "LaunchError",
+    "NonFiniteError",
+    "Preempted",
     "Recipe",
     "Run",
     "Task",

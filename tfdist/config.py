@@ -16,6 +16,7 @@ from tfdist.errors import ConfigError
 
 MODES = ("train", "eval", "predict", "export")
 PRECISIONS = ("bfloat16", "float16")
+ON_NAN = ("stop", "ignore")
 EXPORTS = ("savedmodel",)
 VERBOSITIES = (0, 1, 2, "auto")
 
@@ -50,6 +51,7 @@ class RunConfig:
         checkpoint_every_steps: Steps between checkpoints; None: at each epoch's end alone.
         checkpoint_every_secs: Seconds between checkpoints; None: at each epoch's end alone.
         keep_checkpoints: How many of the newest checkpoints are kept.
+        on_nan: One of `ON_NAN`: what to do when the loss is NaN or infinite.
         resume: Whether to go on from the checkpoints in `run_dir`.
         overrides: The recipe's own settings, each as "name=value".
         verbose: 0 silent, 1 progress, 2 a line per epoch, "auto" as Keras.
@@ -80,6 +82,7 @@ class RunConfig:
     checkpoint_every_steps: int | None = None
     checkpoint_every_secs: float | None = None
     keep_checkpoints: int = 3
+    on_nan: str = "stop"
     resume: bool = False
     overrides: tuple[str, ...] = ()
     verbose: int | str = "auto"
@@ -154,6 +157,7 @@ class RunConfig:
             ("mode", MODES),
             ("mixed_precision", (None, *PRECISIONS)),
             ("export", (None, *EXPORTS)),
+            ("on_nan", ON_NAN),
             ("verbose", VERBOSITIES),
         ):
             value = getattr(self, name)

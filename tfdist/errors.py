@@ -17,6 +17,10 @@ class LaunchError(TfdistError, RuntimeError):
     """Processes could not be started or supervised."""
 
 
+class NonFiniteError(TfdistError, ArithmeticError):
+    """The loss has become NaN or infinite."""
+
+
 class Preempted(SystemExit):  # noqa: N818 - no error: the run ends as it was told to
     """Ends a process that was told to go by SIGTERM, after its state was saved; exit code 143, as a shell has it."""
 

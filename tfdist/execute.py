@@ -132,6 +132,7 @@ def _train(
         ],
         verbose=config.verbose,
         checkpoints=checkpoints,
+        stop_on_nan=config.on_nan == "stop",
     )
     results = _report(run.evaluate(model, test, global_batch_size=config.global_batch_size), say)
     run.save(model, run_dir.model_file)

@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 
 from tfdist.cluster import Cluster, canonical_strategy, find_nearest
-from tfdist.config import EXPORTS, MODES, PRECISIONS, RunConfig, default_num_tasks, default_run_dir
+from tfdist.config import EXPORTS, MODES, ON_NAN, PRECISIONS, RunConfig, default_num_tasks, default_run_dir
 from tfdist.errors import ConfigError
 from tfdist.launcher.job import RESTART_VARIABLE
 from tfdist.optimizers import OPTIMIZERS, SCHEDULES
@@ -51,6 +51,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_integer("checkpoint_every_steps", None, "Besides each epoch's end.", **own)
     flags.DEFINE_float("checkpoint_every_secs", None, "Besides each epoch's end.", **own)
     flags.DEFINE_integer("keep_checkpoints", 3, "How many of the newest stay.", **own)
+    flags.DEFINE_enum("on_nan", "stop", ON_NAN, "When the loss is NaN or infinite.", **own)
     flags.DEFINE_integer("max_restarts", 3, "How often a local cluster's killed tasks start again.", **own)
     flags.DEFINE_float("grace_secs", 30.0, "Seconds to save the state in, after SIGTERM.", **own)
     flags.DEFINE_multi_string("set", [], "A recipe's own setting, name=value; repeatable.", **own)

@@ -153,6 +153,7 @@ class Run:
         sample_weight: Any = None,
         verbose: int | str = "auto",
         checkpoints: Checkpoints | None = None,
+        stop_on_nan: bool = False,
     ) -> keras.callbacks.History:
         """Trains as `keras.Model.fit` does, over the whole cluster.
 
@@ -176,12 +177,15 @@ class Run:
             verbose: 0, 1, 2 or "auto".
             checkpoints: Where to keep the state. If a checkpoint lies there already, training goes on from it,
                 inside an epoch too, as if it had never stopped; `epochs` is the total.
+            stop_on_nan: Ends the run where the loss is seen to be NaN or infinite: where logs are made, about ten
+                times an epoch, and at its end. False goes on, as Keras does.
 
         Returns:
             The history, equal on every task that runs the program.
 
         Raises:
             ConfigError: If something asked for cannot be honoured.
+            NonFiniteError: If `stop_on_nan`, and the loss is no number any more.
             Preempted: A `SystemExit` with code 143: a process was told to end by SIGTERM, and `checkpoints` hold
                 the state.
         """
@@ -215,6 +219,7 @@ class Run:
             validation_steps=validation_steps,
             validation_freq=validation_freq,
             shown=verbose not in (0, 2),
+            stop_on_nan=stop_on_nan,
         )
         saver = Saver(
             checkpoints=checkpoints,

@@ -22,7 +22,7 @@ from absl import flags
 
 from tfdist.cluster import Cluster
 from tfdist.environments import detect_cluster
-from tfdist.errors import TfdistError
+from tfdist.errors import NonFiniteError, TfdistError
 from tfdist.flags import build_config, parse_flags, resolve_run
 from tfdist.launcher import Job, build_python_command, render_dry_run_local, run_local
 from tfdist.recipe import check_recipe_exists, list_recipes, load_recipe
@@ -59,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("# nothing to start: this process runs it alone")
             return 0
         return _execute(fields)
+    except NonFiniteError as error:
+        _let_the_chief_speak(cluster)
+        print(f"tfdist.train: {error}", file=sys.stderr)
+        return 1
     except (TfdistError, flags.Error) as error:
         _let_the_chief_speak(cluster)
         print(f"tfdist.train: {' '.join(str(error).split())}", file=sys.stderr)

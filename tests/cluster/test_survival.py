@@ -109,6 +109,20 @@ def test_ps_goes_on_whoever_is_killed(tmp_path, task):
 
 
 @pytest.mark.parametrize("strategy", ["one_device", "multiworker", "ps"])
+def test_nan_ends_the_run_and_is_not_kept(tmp_path, strategy):
+    """A rate that no model stands: one line with the steps, exit code 1, and no checkpoint of ruins."""
+    flags = ["--optimizer=sgd", "--learning_rate=1e30", "--checkpoint_every_steps=2", "--epochs=2"]
+    done = run_train(tmp_path, f"--strategy={strategy}", "--run_dir=run", *flags)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    line = r"tfdist.train: the loss became (nan|inf) in epoch 1, between steps \d+ and \d+; lower"
+    assert re.search(line, done.stderr)
+    for path in (tmp_path / "run/checkpoints").glob("*.npz"):
+        with np.load(path) as stored:
+            assert all(np.isfinite(stored[name]).all() for name in stored.files if name != "__meta__")
+
+
+@pytest.mark.parametrize("strategy", ["one_device", "multiworker", "ps"])
 def test_sigterm_saves_and_leaves_with_143(tmp_path, strategy):
     process = start(tmp_path, strategy)
     wait_for_checkpoint(tmp_path, process)

@@ -47,6 +47,11 @@ class Snapshot:
         """Where it belongs in a folder of checkpoints; names sort by position."""
         return f"epoch-{self.epoch:05d}-step-{self.step:08d}.npz"
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no number in it is NaN or infinite: from ruins there is nothing to go on with."""
+        return all(np.isfinite(array).all() for array in (*self.variables.values(), *self.metrics))
+
 
 def take_snapshot(
     model: keras.Model, *, epoch: int, step: int, metrics: list[Any], extra: dict[str, Any]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import keras
 
 from tfdist.data import Source, num_steps
+from tfdist.errors import NonFiniteError
 from tfdist.training.plan import BatchPlan, FinishedStep
 from tfdist.training.saver import Loop as SavedLoop
 from tfdist.training.saver import Saver
@@ -47,6 +49,7 @@ class FitOptions:
     validation_steps: int | None
     validation_freq: int | Sequence[int]
     shown: bool
+    stop_on_nan: bool
 
 
 def run_fit(
@@ -90,7 +93,8 @@ def run_fit(
             is_boundary=saver.is_boundary,
             log_every_steps=_log_every(callbacks, steps, shown=options.shown),
         )
-        _train(loop, model, source, plan, callbacks, saver)
+        check = _FiniteLoss(epoch, plan.first_step) if options.stop_on_nan else None
+        _train(loop, model, source, plan, callbacks, saver, check)
         logs = dict(loop.epoch_logs)
         if validation is not None and _is_due(epoch, options.validation_freq):
             logs |= {f"val_{k}": v for k, v in _validate(loop, validation, options, callbacks).items()}
@@ -118,6 +122,7 @@ def _train(
     plan: BatchPlan,
     callbacks: keras.callbacks.CallbackList,
     saver: Saver,
+    check: _FiniteLoss | None,
 ) -> None:
     steps = loop.train_epoch(source, plan)
     step = plan.first_step
@@ -126,15 +131,37 @@ def _train(
         try:
             finished = next(steps)
         except StopIteration:
+            if check is not None:
+                check(step, loop.epoch_logs)
             return
         callbacks.on_train_batch_end(step, finished.logs)
         step += 1
+        if check is not None and finished.logs is not None:
+            check(step, finished.logs)
         if finished.is_boundary:
             saver.save(epoch=plan.epoch, step=step)
         if model.stop_training and plan.wants_logs(0):
             # Callbacks that look at each batch see the same logs everywhere, so all workers stop here together.
             loop.epoch_logs = dict(finished.logs or {})
             return
+
+
+class _FiniteLoss:
+    """Ends a run whose loss is no number any more, before a checkpoint keeps what is left of the weights."""
+
+    def __init__(self, epoch: int, first_step: int) -> None:
+        self._epoch = epoch
+        self._last_good = first_step
+
+    def __call__(self, step: int, logs: dict[str, Any]) -> None:
+        loss = logs.get("loss")
+        if isinstance(loss, float) and not math.isfinite(loss):
+            raise NonFiniteError(
+                f"the loss became {loss} in epoch {self._epoch + 1}, between steps {self._last_good + 1} and {step}; "
+                "lower the learning rate, clip the gradients (clipnorm), or look at those examples. The checkpoints "
+                "from before are kept."
+            )
+        self._last_good = step
 
 
 def _validate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import logging
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from tfdist.training.checkpoint_dir import Checkpoints, CheckpointWriter
 # What Keras's own callbacks remember: History, EarlyStopping, ReduceLROnPlateau, ModelCheckpoint. A callback of one's
 # own lists the attributes in `state_names`; they must be what JSON can hold.
 _STATE_NAMES = ("history", "epoch", "best", "wait", "best_epoch", "stopped_epoch", "cooldown_counter")
+_log = logging.getLogger("tfdist")
 # How often workers agree on what time says, in seconds: a vote is an exchange.
 _VOTE_SECS = 1.0
 _MAX_STEPS_BETWEEN_VOTES = 1000
@@ -142,7 +144,11 @@ class Saver:
 
     def _write(self, writer: CheckpointWriter, epoch: int, step: int, metrics: list[Any]) -> None:
         extra = {"callbacks": callback_states(self._callbacks)}
-        writer.write(take_snapshot(self._model, epoch=epoch, step=step, metrics=metrics, extra=extra))
+        snapshot = take_snapshot(self._model, epoch=epoch, step=step, metrics=metrics, extra=extra)
+        if snapshot.is_finite:
+            writer.write(snapshot)
+        else:
+            _log.warning("%s is not kept: it holds NaN or infinite numbers", snapshot.file_name)
 
     def _leave(self, epoch: int, step: int) -> None:
         if self._writer is not None:

@@ -199,6 +199,15 @@ CASES = {
     "class_weight": Case(
         lambda: classifier(lambda: optimizers.SGD(0.1)), (X, Y), {"class_weight": {0: 1.0, 1: 3.0, 2: 0.5}}
     ),
+    # The scale doubles every two steps, and gradients are divided by it.
+    "loss_scale": Case(
+        lambda: classifier(
+            lambda: optimizers.LossScaleOptimizer(
+                optimizers.SGD(0.1, momentum=0.9), initial_scale=8.0, dynamic_growth_steps=2
+            )
+        ),
+        (X, Y),
+    ),
     "validation_split": Case(
         lambda: classifier(lambda: optimizers.SGD(0.1)), (X, Y), {"validation_split": 0.25}
     ),
@@ -257,6 +266,8 @@ def main(path: str, strategy: str, replicas: str | None = None) -> None:
         chief = run.is_chief
         results = {}
         for name, case in CASES.items():
+            if strategy == "ps" and name == "loss_scale":
+                continue
             results[name] = run_tfdist(run, case)
     if chief:
         np.savez(path, **{f"{name}/{key}": v for name, found in results.items() for key, v in found.items()})

@@ -101,6 +101,17 @@ class Trainer:
             return self.run.fit(model, data, global_batch_size=batch, shuffle=False, verbose=0, **options)
         return model.fit(*data, batch_size=batch, shuffle=False, verbose=0, **options)
 
+    def evaluate_and_predict(self, model: keras.Model) -> dict[str, Any]:
+        """Evaluates and predicts in batches that leave a rest."""
+        x, y = cases.IDS, cases.BINARY
+        if self.run is not None:
+            results = self.run.evaluate(model, (x, y), global_batch_size=4)
+            outputs = self.run.predict(model, x, global_batch_size=4)
+        else:
+            results = model.evaluate(x, y, batch_size=4, verbose=0, return_dict=True)
+            outputs = model.predict(x, batch_size=4, verbose=0)
+        return {"predicted": outputs} | {f"evaluated_{name}": value for name, value in results.items()}
+
 
 def copies(run: Any, model: keras.Model) -> Iterator[np.ndarray]:
     """Yields every local replica's weights, flat."""
@@ -138,6 +149,7 @@ def measure(trainer: Trainer, folder: Path, name: str) -> dict[str, Any]:
     model = trainer.build(frozen_auc)
     history = trainer.fit(model, (cases.IDS, cases.BINARY), 5)
     seen["auc"], seen["auc_count"] = history.history["auc"][0], history.history["count"][0]
+    seen |= trainer.evaluate_and_predict(model)
 
     weights = []
     for _ in range(2):

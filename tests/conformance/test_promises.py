@@ -48,6 +48,17 @@ def test_auc_counts_every_example_once(seen, world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_evaluation_and_prediction_see_each_example_once_and_in_order(seen, world):
+    """On two ps workers too, whichever of them is faster."""
+    wanted = seen("keras")[1][0]
+    for process in seen(world)[1]:
+        np.testing.assert_allclose(process["predicted"], wanted["predicted"], rtol=1e-5)
+        assert process["evaluated_count"] == wanted["evaluated_count"] == promises.cases.COUNT
+        for name in ("evaluated_auc", "evaluated_loss"):
+            np.testing.assert_allclose(process[name], wanted[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_masks_differ_between_replicas_and_steps(seen, world):
     """Half of the mean of two masks is one half where only one of them keeps a feature."""
     for process in seen(world)[1]:

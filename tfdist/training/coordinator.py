@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from tfdist.training.plan import BatchPlan, FinishedStep
 
 # Closures in flight for each worker: enough that a slow one does not hold up the others.
 _WINDOW_PER_WORKER = 16
+_RETRY_SECS = 0.1
 # Data sets that the workers keep at once: training, validation, and one or two more.
 _MAX_FEEDS = 4
 
@@ -107,12 +109,22 @@ class CoordinatorLoop:
             step += size
             room = 0 if is_boundary else _WINDOW_PER_WORKER * self._num_workers - 1
             while len(pending) > room:
-                results = self._coordinator.fetch(pending.popleft())
+                results = self._fetch(pending.popleft())
                 for i, result in enumerate(results):
                     yield result, is_boundary and not pending and i == len(results) - 1
         while pending:
-            for result in self._coordinator.fetch(pending.popleft()):
+            for result in self._fetch(pending.popleft()):
                 yield result, False
+
+    def _fetch(self, value: Any) -> Any:
+        while True:
+            try:
+                return self._coordinator.fetch(value)
+            except tf.errors.OpError:
+                # The worker may have died while its result was on the way: then TensorFlow runs the step elsewhere, and
+                # the result will come. An error of the step itself is the coordinator's too: raised here.
+                self._coordinator.done()
+                time.sleep(_RETRY_SECS)
 
     def _calls(
         self, kind: str, source: Source, plan: BatchPlan

@@ -8,19 +8,17 @@ machines are shared and noisy. The first epochs, which trace and compile, are le
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+from figures import divide, parse_options, render_spread, show, take_turns
 
 import tfdist
 from recipes import digits_cnn
@@ -38,8 +36,8 @@ def build_mlp() -> keras.Model:
 
 def compare_epochs(
     build_model: Callable[[], keras.Model], data: tuple[np.ndarray, np.ndarray], rounds: int
-) -> tuple[list[float], list[float]]:
-    """Returns seconds per epoch of `keras.Model.fit` and of `run.fit` under one_device, one pair a round."""
+) -> dict[str, list[float]]:
+    """Returns seconds per epoch of `keras.Model.fit` and of `run.fit` under one_device."""
     run = tfdist.initialize(strategy="one_device")
     plain, ours = build_model(), build_model()
     source = build_source(data)
@@ -55,12 +53,7 @@ def compare_epochs(
         return time.perf_counter() - start
 
     time_plain(), time_ours()
-    keras_secs, our_secs = [], []
-    for turn in range(rounds):
-        # A B, B A, …: neither always runs after the other.
-        for contender in (0, 1) if turn % 2 == 0 else (1, 0):
-            (keras_secs if contender == 0 else our_secs).append((time_plain, time_ours)[contender]())
-    return keras_secs, our_secs
+    return take_turns({"Keras": time_plain, "tfdist": time_ours}, rounds)
 
 
 def time_command(command: Sequence[str], rounds: int) -> list[float]:
@@ -73,18 +66,9 @@ def time_command(command: Sequence[str], rounds: int) -> list[float]:
     return seconds
 
 
-def render_spread(values: Sequence[float], unit: str = "") -> str:
-    """Returns `median (minimum–maximum)`."""
-    middle = statistics.median(values)
-    return f"{middle:.3f}{unit} ({min(values):.3f}–{max(values):.3f})"
-
-
 def main() -> None:
     """Measures, prints the table and, if asked, keeps it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--write", type=Path, help="Keep the table in this file.")
-    options = parser.parse_args()
+    options = parse_options(str(__doc__), rounds=7)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 17, (6_400, 8, 8, 1)).astype(np.uint8)
     vectors = rng.normal(size=(64_000, 64)).astype(np.float32)
@@ -94,29 +78,17 @@ def main() -> None:
     }
     rows = []
     for name, (build_model, data) in contests.items():
-        plain, ours = compare_epochs(build_model, data, options.rounds)
-        ratio = statistics.median(ours) / statistics.median(plain)
+        secs = compare_epochs(build_model, data, options.rounds)
+        ratio = divide(secs["tfdist"], secs["Keras"])
         rows.append((f"`fit` ÷ `keras.Model.fit` per epoch, {name}", f"{ratio:.3f}", "≤ 1.03"))
-        rows.append(
-            (
-                f"… seconds, tfdist; Keras; {len(data[0]) // 64} steps",
-                f"{render_spread(ours)}; {render_spread(plain)}",
-                "",
-            )
-        )
+        spreads = "; ".join(render_spread(values) for values in (secs["tfdist"], secs["Keras"]))
+        rows.append((f"… seconds, tfdist; Keras; {len(data[0]) // 64} steps", spreads, ""))
     python = sys.executable
     launch = time_command([python, "-m", "tfdist.launch", "--num_workers=1", "--", "true"], options.rounds)
     usage = time_command([python, "-m", "tfdist.train", "--help"], options.rounds)
-    rows.append(("`python -m tfdist.launch -- true`, start to end", render_spread(launch, " s"), "< 0.5 s"))
-    rows.append(("`python -m tfdist.train --help`", render_spread(usage, " s"), "< 1 s"))
-    table = ["| figure | measured | wanted |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
-    text = "\n".join(table)
-    print(text)
-    if options.write:
-        how = f"{os.cpu_count()} cores, median (spread) of {options.rounds} rounds"
-        title = f"## Overhead\n\n`python benchmarks/overhead.py`, {how}.\n"
-        options.write.parent.mkdir(exist_ok=True)
-        options.write.write_text(f"# Benchmarks\n\n{title}\n{text}\n", encoding="utf-8")
+    rows.append(("`python -m tfdist.launch -- true`, start to end, s", render_spread(launch), "< 0.5"))
+    rows.append(("`python -m tfdist.train --help`, s", render_spread(usage), "< 1"))
+    show("Overhead", rows, options)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m tfdist.train --recipe=text_lm --strategy=multiworker
 
 400,000 characters of `pydoc_data.topics` to train on, the 40,000 after them to test on. No download.
-Two CPU cores: 4 epochs in a minute as one process, in two as a cluster. Accuracy on the next test character: at least
-0.52, mostly 0.55; under `ps`, whose workers do not wait for each other, at least 0.50.
+Two CPU cores, one process: 5 epochs in three minutes. Accuracy on the next test character: at least 0.50, here 0.53; it
+is still rising. `--mixed_precision=bfloat16` pays off where the hardware has it.
 """
 
 from __future__ import annotations
@@ -31,63 +31,71 @@ NUM_CHARACTERS = {
 
 def build_model(
     *,
-    num_layers: int = 2,
-    width: int = 64,
+    num_layers: int = 4,
+    width: int = 128,
     num_heads: int = 4,
     dropout: float = 0.05,
-    learning_rate: float = 4e-3,
-    sequence_length: int = 64,
+    learning_rate: float = 3e-3,
+    sequence_length: int = 128,
     seed: int = 0,
 ) -> keras.Model:
-    """Builds the compiled transformer: causal, normalised before each part, learned positions.
+    """Builds the compiled transformer: a small GPT.
 
-    Stock layers only, so that the saved file loads in plain Keras.
+    Blocks that normalise before each part, causal attention, learned positions, and one table that says both what a
+    character is and how likely it comes next. Stock layers only, so that the saved file loads in plain Keras.
 
     Args:
-        num_layers: Attention and feed-forward pairs.
+        num_layers: Blocks of attention and a feed-forward part.
         width: Features per character; the feed-forward part has four times as many inside.
         num_heads: Attention heads; must divide `width`.
-        dropout: Share dropped after each part.
-        learning_rate: Adam's rate.
-        sequence_length: Characters per example; the data takes the same.
+        dropout: Share dropped of what each part adds, and of the first block's input.
+        learning_rate: AdamW's rate.
+        sequence_length: Characters per example, of which each sees those before it; the data takes the same.
         seed: Of the dropout masks.
 
     Returns:
         A model from ids `[batch, sequence_length]` to the next character's logits
-        `[batch, sequence_length, VOCABULARY_SIZE]`.
+        `[batch, sequence_length, VOCABULARY_SIZE]`, in float32 whatever the rest computes in.
 
     Raises:
         ConfigError: If `num_heads` does not divide `width`.
     """
-    if width % num_heads:
+    if num_heads < 1 or width % num_heads:
         raise ConfigError(f"width={width} with num_heads={num_heads}: the heads must divide the width.")
     layers = keras.layers
     ids = keras.Input((sequence_length,), dtype="int32", name="ids")
     positions = keras.ops.cumsum(keras.ops.ones_like(ids), axis=1) - 1
-    # Characters stand well apart from the start, and count for more than where they stand: it learns twice as fast.
-    spread = keras.initializers.RandomNormal(stddev=0.5)
-    x = layers.Embedding(VOCABULARY_SIZE, width, embeddings_initializer=spread)(ids)
-    x = x + layers.Embedding(sequence_length, width)(positions)
+    # Rows of length 1 give logits of a moderate size; as the input they are enlarged, so that characters stand well
+    # apart from the start, and count for more than where they stand.
+    spread = keras.initializers.RandomNormal(stddev=width**-0.5)
+    characters = layers.ReversibleEmbedding(
+        VOCABULARY_SIZE, width, embeddings_initializer=spread, reverse_dtype="float32", name="characters"
+    )
+    x = characters(ids) * width**0.5 + layers.Embedding(sequence_length, width)(positions)
+    x = layers.Dropout(dropout, seed=seed)(x)
+    # What every block adds is added up: the more there are, the less each adds at first (Radford et al. 2019).
+    quiet = {"scale": 1 / (2 * num_layers), "mode": "fan_avg", "distribution": "uniform"}
     for layer in range(num_layers):
         normed = layers.LayerNormalization()(x)
         # Without biases: a key bias has no influence on the result, and Adam would turn the rounding noise of its
         # gradient into whole steps.
         attention = layers.MultiHeadAttention(num_heads, width // num_heads, use_bias=False)
         attended = attention(normed, normed, use_causal_mask=True)
-        x = x + layers.Dropout(dropout, seed=seed + 2 * layer)(attended)
+        x = x + layers.Dropout(dropout, seed=seed + 2 * layer + 1)(attended)
         hidden = layers.Dense(4 * width, activation="gelu")(layers.LayerNormalization()(x))
-        x = x + layers.Dropout(dropout, seed=seed + 2 * layer + 1)(layers.Dense(width)(hidden))
-    logits = layers.Dense(VOCABULARY_SIZE, name="logits")(layers.LayerNormalization()(x))
+        hidden = layers.Dense(width, kernel_initializer=keras.initializers.VarianceScaling(**quiet))(hidden)
+        x = x + layers.Dropout(dropout, seed=seed + 2 * layer + 2)(hidden)
+    logits = characters(layers.LayerNormalization()(x), reverse=True)
     model = keras.Model(ids, logits, name="text_lm")
     model.compile(
-        optimizer=keras.optimizers.Adam(learning_rate),
+        optimizer=keras.optimizers.AdamW(learning_rate, weight_decay=0.01),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
     return model
 
 
-def build_data(split: str, *, sequence_length: int = 64) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def build_data(split: str, *, sequence_length: int = 128) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Cuts one part of the text into windows that do not overlap, in their order.
 
     Args:
@@ -129,4 +137,4 @@ def _encode_text() -> NDArray[np.int32]:
     return table[np.frombuffer(text[:wanted].encode("utf-32-le"), np.uint32)]
 
 
-RECIPE = Recipe(build_model=build_model, build_data=build_data, global_batch_size=32, epochs=4)
+RECIPE = Recipe(build_model=build_model, build_data=build_data, global_batch_size=16, epochs=5)

@@ -16,7 +16,10 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from tfdist.data.clicks import make_clicks
 from tfdist.errors import ConfigError
+from tfdist.layers import Embedding
+from tfdist.optimizers import LazyAdam
 from tfdist.recipe import Recipe
 
 Data = Literal["clicks", "breast_cancer"]
@@ -52,7 +55,7 @@ def build_model(
         embedding_width: Features of each id's embedding.
         hidden: Widths of the deep part's layers.
         dropout: Share dropped after each of them.
-        learning_rate: Adam's rate.
+        learning_rate: Of `LazyAdam`, which touches only the tables' rows that a step needs.
 
     Returns:
         A model from `{"numbers": [batch, number columns], "ids": [batch, id columns]}` to one logit each, `[batch, 1]`.
@@ -63,16 +66,13 @@ def build_model(
     ids = keras.Input((len(columns.num_values),), dtype="int32", name="ids")
     num_rows = sum(columns.num_values)
 
-    wide = layers.Flatten()(
-        layers.Embedding(num_rows, 1, embeddings_initializer="zeros", name="wide_ids")(ids)
-    )
-    wide = layers.Dense(1, name="wide")(
-        layers.Concatenate()([keras.ops.sum(wide, axis=1, keepdims=True), numbers])
-    )
+    # A bag of ids: the sum of their weights.
+    wide = Embedding(num_rows, 1, embeddings_initializer="zeros", combiner="sum", name="wide_ids")(ids)
+    wide = layers.Dense(1, name="wide")(layers.Concatenate()([wide, numbers]))
 
     # Well apart from the start: which pairs of ids match is a product, whose gradient vanishes near zero.
     spread = keras.initializers.RandomNormal(stddev=0.5)
-    embeddings = layers.Embedding(num_rows, embedding_width, embeddings_initializer=spread, name="deep_ids")
+    embeddings = Embedding(num_rows, embedding_width, embeddings_initializer=spread, name="deep_ids")
     deep = layers.Flatten()(embeddings(ids))
     deep = layers.Concatenate()([deep, numbers])
     for width in hidden:
@@ -81,7 +81,7 @@ def build_model(
 
     model = keras.Model({"numbers": numbers, "ids": ids}, logit, name="wide_deep")
     model.compile(
-        optimizer=keras.optimizers.Adam(learning_rate),
+        optimizer=LazyAdam(learning_rate),
         loss=keras.losses.BinaryCrossentropy(from_logits=True),
         metrics=[
             keras.metrics.AUC(from_logits=True, name="auc"),
@@ -114,7 +114,7 @@ def build_data(split: str, *, data: Data = "clicks", num_examples: int = 50_000,
             f"num_examples={num_examples}: it must be at least 5, four to train on and one to test on."
         )
     if data == "clicks":
-        inputs, _, labels = make_clicks(num_examples, seed=seed)
+        inputs, labels = _make_clicks(num_examples, seed=seed)
     else:
         inputs, labels = _load_breast_cancer(seed=seed)
     num_train = len(labels) * 4 // 5
@@ -122,38 +122,17 @@ def build_data(split: str, *, data: Data = "clicks", num_examples: int = 50_000,
     return {name: column[part] for name, column in inputs.items()}, labels[part]
 
 
-def make_clicks(
-    num_examples: int, *, seed: int
-) -> tuple[dict[str, NDArray[Any]], NDArray[np.float64], NDArray[np.float32]]:
-    """Makes up a click log.
-
-    Few ids are frequent and most are rare, as in real logs (a Zipf law). Whether an example is a click is drawn from
-    a known probability: a weight per id, a weight per column of numbers, and how well the last two ids' tastes match.
-
-    Args:
-        num_examples: Rows.
-        seed: Of everything drawn.
-
-    Returns:
-        The inputs as in `build_data`, the true logits `[examples]`, and the labels `[examples, 1]`.
-    """
-    # Two streams, so that more rows are more draws from the same truth.
-    truth, draws = np.random.default_rng(seed).spawn(2)
+def _make_clicks(num_examples: int, *, seed: int) -> tuple[dict[str, NDArray[Any]], NDArray[np.float32]]:
     columns = COLUMNS["clicks"]
-    numbers = draws.standard_normal((num_examples, columns.num_numbers)).astype(np.float32)
-    logits = numbers @ truth.normal(0, 0.4, columns.num_numbers) - 1.0
-    ids: list[NDArray[Any]] = []
-    tastes: list[NDArray[Any]] = []
-    for num_values in columns.num_values:
-        frequency = 1 / np.arange(1, num_values + 1)
-        column = draws.choice(num_values, num_examples, p=frequency / frequency.sum())
-        logits += truth.normal(0, 0.6, num_values)[column]
-        tastes.append(truth.standard_normal((num_values, 2))[column])
-        ids.append(column + int(np.sum(columns.num_values[: len(ids)])))
-    logits += (tastes[-2] * tastes[-1]).sum(axis=1)
-    clicked = draws.random(num_examples) < 1 / (1 + np.exp(-logits))
-    inputs = {"numbers": numbers, "ids": np.stack(ids, axis=1).astype(np.int32)}
-    return inputs, logits, clicked.astype(np.float32)[:, np.newaxis]
+    numbers, ids, _, labels = make_clicks(
+        num_examples,
+        num_numbers=columns.num_numbers,
+        num_values=columns.num_values,
+        intercept=-1.0,
+        seed=seed,
+    )
+    first_ids = np.cumsum([0, *columns.num_values[:-1]], dtype=np.int32)
+    return {"numbers": numbers, "ids": ids + first_ids}, labels
 
 
 def _load_breast_cancer(*, seed: int) -> tuple[dict[str, NDArray[Any]], NDArray[np.float32]]:

@@ -12,7 +12,9 @@ import pytest
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 # A scheduler's variables would make every test believe that it is one task of a job.
-_FOREIGN = re.compile(r"^(TF_CONFIG$|TFDIST_|SLURM_|OMPI_|PMI_|KUBERNETES_|JOB_COMPLETION_INDEX$)")
+_FOREIGN = re.compile(
+    r"^(TF_CONFIG$|TFDIST_|SLURM_|OMPI_|PMI_|PMIX_|MPI_LOCAL|SM_|CLUSTER_SPEC$|KUBERNETES_|JOB_COMPLETION_INDEX$)"
+)
 for _name in [name for name in os.environ if _FOREIGN.match(name)]:
     del os.environ[_name]
 
@@ -96,3 +98,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if report := config.stash.get(_LEFT_BEHIND, None):
         terminalreporter.section("processes left behind (killed now)", red=True)
         terminalreporter.write_line("\n".join(report))
+
+
+def pytest_addoption(parser):
+    # Here, since pytest takes options only from the conftest that lies highest.
+    parser.addoption(
+        "--all_failures", action="store_true", help="every case of tests/chaos, for half an hour"
+    )
+    parser.addoption("--reliability", metavar="FILE", help="where tests/chaos writes its table")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from tfdist.recipe import Recipe
     from tfdist.runtime import Run, initialize
+    from tfdist.sync_options import SyncOptions
     from tfdist.training.checkpoint_dir import Checkpoints
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ _HOMES = {
     "Run": "runtime",
     "Checkpoints": "training.checkpoint_dir",
     "initialize": "runtime",
+    "SyncOptions": "sync_options",
 }
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "Preempted",
     "Recipe",
     "Run",
+    "SyncOptions",
     "Task",
     "TfdistError",
     "initialize",
@@ -62,11 +65,17 @@ __all__ = [
 ]
 
 
+# Whole rooms, for `tfdist.layers.Embedding` after `import tfdist`.
+_ROOMS = ("layers", "optimizers")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"tfdist.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'tfdist' has no attribute {name!r}")
     return getattr(importlib.import_module(f"tfdist.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+    return [*globals(), *_HOMES, *_ROOMS]

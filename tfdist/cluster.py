@@ -279,6 +279,11 @@ def check_strategy(cluster: Cluster, strategy: str) -> None:
         )
 
 
+def join_address(host: str, port: int) -> str:
+    """Makes `host:port`, an IPv6 host in brackets; `split_address` undoes it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def split_address(address: str) -> tuple[str, int]:
     """Splits `host:port`.
 

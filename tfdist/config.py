@@ -11,14 +11,21 @@ from datetime import datetime
 from pathlib import PurePath
 from typing import Any
 
-from tfdist.cluster import STRATEGIES, find_nearest
+from tfdist.cluster import STRATEGIES, find_nearest, split_address
 from tfdist.errors import ConfigError
+from tfdist.sync_options import SyncOptions
 
 MODES = ("train", "eval", "predict", "export")
 PRECISIONS = ("bfloat16", "float16")
-ON_NAN = ("stop", "ignore")
+SHARDS = ("auto", "file", "data", "off")
+LOCAL_SERVICE = "local"
+ON_NAN = ("stop", "skip", "rollback", "ignore")
+PS_MODES = ("async", "sync")
+STALENESS_LR = ("inverse",)
+JIT_COMPILE = ("off", "on", "auto")
 EXPORTS = ("savedmodel",)
 VERBOSITIES = (0, 1, 2, "auto")
+_SYNC_FIELDS = [field.name for field in dataclasses.fields(SyncOptions)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,10 +46,16 @@ class RunConfig:
         num_replicas: Copies of the model in one process; None takes one per GPU, and without GPUs what the
             strategy finds best.
         steps_per_epoch: Optimizer steps that count as one epoch; None is the whole data.
+        drop_remainder: Whether an epoch's last batch is left out if it is short.
+        shard: One of `SHARDS`: how workers share a stream.
+        data_service: "local" or the dispatcher's host:port: a tf.data service prepares the training stream; None: the
+            workers do.
         seed: Of initial weights, order and dropout.
-        data_dir: Where TFDS keeps its datasets; None is TFDS's own folder.
+        data_dir: Where the data lie, TFDS's or what the recipe reads; None is TFDS's folder, or the recipe's own data.
         optimizer: Replaces the optimizer that the recipe compiled in; None keeps it.
         learning_rate: Highest rate; None is the optimizer's or the recipe's own.
+        lr_scaling: How the rate grows with the batch, such as "linear"; None: it does not.
+        base_batch_size: With `lr_scaling`, the global batch for which the rate was found.
         schedule: How the rate moves; None leaves it constant or to the recipe.
         warmup_steps: Steps over which the rate rises from 0.
         weight_decay: Decoupled decay per step; None is the optimizer's own.
@@ -51,7 +64,27 @@ class RunConfig:
         checkpoint_every_steps: Steps between checkpoints; None: at each epoch's end alone.
         checkpoint_every_secs: Seconds between checkpoints; None: at each epoch's end alone.
         keep_checkpoints: How many of the newest checkpoints are kept.
-        on_nan: One of `ON_NAN`: what to do when the loss is NaN or infinite.
+        on_nan: One of `ON_NAN`: what to do when a step's loss or gradients are NaN or infinite.
+        max_loss_spike: A loss more than this many times its running mean counts as NaN; None: none does.
+        ps_mode: One of `PS_MODES`: under ps, whether workers step each for itself or all together.
+        steps_per_loop: Steps in one call of a graph, under ps in a worker's closure; None: as many as are worth it.
+        max_staleness: Under ps, most optimizer steps of others that a gradient may miss; None: any number.
+        staleness_lr: One of `STALENESS_LR`, to scale the rate by a gradient's staleness; None leaves it.
+        num_backup_workers: Under ps_mode="sync", how many late workers' parts of a batch are left out.
+        sync: How the workers of multiworker share what they learn; see `SyncOptions` for this and those that follow.
+        sync_period: Steps between two exchanges of a sync that does not exchange at each.
+        sync_warmup_steps: Steps before which it exchanges at each all the same.
+        sync_graph: With whom a worker exchanges under sync="gossip".
+        outer_learning_rate: Of sync="diloco".
+        outer_momentum: Of sync="diloco".
+        exchange: What carries gradients from worker to worker.
+        exchange_dtype: The type in which they cross.
+        error_feedback: Whether what that type leaves out comes with the next step's.
+        bucket_mb: In pieces of what size they cross.
+        compression: How they are made smaller; None: not at all.
+        compression_rank: How small.
+        jit_compile: One of `JIT_COMPILE`: whether XLA compiles forward and backward pass.
+        profile: "START:STOP": TensorBoard's profile of these steps, counted from 1; None: none.
         resume: Whether to go on from the checkpoints in `run_dir`.
         overrides: The recipe's own settings, each as "name=value".
         verbose: 0 silent, 1 progress, 2 a line per epoch, "auto" as Keras.
@@ -70,10 +103,15 @@ class RunConfig:
     num_ps: int = 0
     num_replicas: int | None = None
     steps_per_epoch: int | None = None
+    drop_remainder: bool = False
+    shard: str = "auto"
+    data_service: str | None = None
     seed: int = 0
     data_dir: str | None = None
     optimizer: str | None = None
     learning_rate: float | None = None
+    lr_scaling: str | None = None
+    base_batch_size: int | None = None
     schedule: str | None = None
     warmup_steps: int = 0
     weight_decay: float | None = None
@@ -83,6 +121,26 @@ class RunConfig:
     checkpoint_every_secs: float | None = None
     keep_checkpoints: int = 3
     on_nan: str = "stop"
+    max_loss_spike: float | None = None
+    ps_mode: str = "async"
+    steps_per_loop: int | None = None
+    max_staleness: int | None = None
+    staleness_lr: str | None = None
+    num_backup_workers: int = 0
+    sync: str = SyncOptions.sync
+    sync_period: int | None = None
+    sync_warmup_steps: int = 0
+    sync_graph: str = SyncOptions.sync_graph
+    outer_learning_rate: float = SyncOptions.outer_learning_rate
+    outer_momentum: float = SyncOptions.outer_momentum
+    exchange: str = SyncOptions.exchange
+    exchange_dtype: str = SyncOptions.exchange_dtype
+    error_feedback: bool = False
+    bucket_mb: float = SyncOptions.bucket_mb
+    compression: str | None = None
+    compression_rank: int = SyncOptions.compression_rank
+    jit_compile: str = "off"
+    profile: str | None = None
     resume: bool = False
     overrides: tuple[str, ...] = ()
     verbose: int | str = "auto"
@@ -92,12 +150,29 @@ class RunConfig:
         self._check_choices()
         self._check_numbers()
         self._check_sizes()
+        self._check_backups()
         self._check_text()
+        self._check_optimizer()
+        if self.sync_options != SyncOptions() and self.strategy != "multiworker":
+            raise ConfigError(
+                f"{self._first_sync_setting()} with strategy={self.strategy!r}: only 'multiworker' has it; leave it "
+                "out."
+            )
 
     @classmethod
     def field_names(cls) -> list[str]:
         """Returns the names of all settings."""
         return [field.name for field in dataclasses.fields(cls)]
+
+    @property
+    def sync_options(self) -> SyncOptions:
+        """What crosses between workers, checked."""
+        return SyncOptions(**{name: getattr(self, name) for name in _SYNC_FIELDS})
+
+    def _first_sync_setting(self) -> str:
+        default = SyncOptions()
+        changed = [name for name in _SYNC_FIELDS if getattr(self, name) != getattr(default, name)]
+        return f"{changed[0]}={getattr(self, changed[0])!r}"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings by name."""
@@ -158,6 +233,10 @@ class RunConfig:
             ("mixed_precision", (None, *PRECISIONS)),
             ("export", (None, *EXPORTS)),
             ("on_nan", ON_NAN),
+            ("shard", SHARDS),
+            ("ps_mode", PS_MODES),
+            ("staleness_lr", (None, *STALENESS_LR)),
+            ("jit_compile", JIT_COMPILE),
             ("verbose", VERBOSITIES),
         ):
             value = getattr(self, name)
@@ -176,11 +255,20 @@ class RunConfig:
             "steps_per_epoch",
             "checkpoint_every_steps",
             "keep_checkpoints",
+            "base_batch_size",
+            "steps_per_loop",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}: it must be 1 or more.")
-        for name in ("num_ps", "warmup_steps", "weight_decay", "checkpoint_every_secs"):
+        for name in (
+            "num_ps",
+            "warmup_steps",
+            "weight_decay",
+            "checkpoint_every_secs",
+            "max_staleness",
+            "num_backup_workers",
+        ):
             value = getattr(self, name)
             # `not >=` instead of `<`: NaN breaks the rule too.
             if value is not None and not (value >= 0 and math.isfinite(value)):
@@ -189,6 +277,10 @@ class RunConfig:
             self.learning_rate > 0 and math.isfinite(self.learning_rate)
         ):
             raise ConfigError(f"learning_rate={self.learning_rate}: it must be more than 0.")
+        if self.max_loss_spike is not None and not 1 < self.max_loss_spike < math.inf:
+            raise ConfigError(
+                f"max_loss_spike={self.max_loss_spike}: it must be a factor of more than 1, such as 10."
+            )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed}: Keras takes seeds from 0 to {2**32 - 1}.")
 
@@ -206,34 +298,105 @@ class RunConfig:
                 f"num_workers={self.num_workers} with strategy={self.strategy!r}: that is one process; leave it out, "
                 "or choose 'multiworker' or 'ps'."
             )
+        for name in ("max_staleness", "staleness_lr"):
+            if self.strategy != "ps" and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} with strategy={self.strategy!r}: only 'ps' has it; leave it out."
+                )
         if self.num_replicas not in (None, 1) and self.strategy == "one_device":
             raise ConfigError(
                 f"num_replicas={self.num_replicas} with strategy='one_device': choose 'mirrored' for several."
             )
-        # A ps worker takes a whole global batch: there only the synchronous strategies share one.
-        num_parts = 1 if self.strategy == "ps" else self.num_workers * (self.num_replicas or 1)
+        if self.strategy != "ps" and self.ps_mode != "async":
+            raise ConfigError(
+                f"ps_mode={self.ps_mode!r} with strategy={self.strategy!r}: only 'ps' has it; leave it out."
+            )
+        # An asynchronous ps worker takes a whole global batch.
+        takes_whole = self.strategy == "ps" and self.ps_mode == "async"
+        num_parts = 1 if takes_whole else self.num_workers * (self.num_replicas or 1)
         if self.global_batch_size < num_parts:
             raise ConfigError(
                 f"global_batch_size={self.global_batch_size} for {num_parts} replicas: every replica needs an example; "
                 f"give {num_parts} or more, or fewer replicas."
             )
 
+    def _check_backups(self) -> None:
+        if self.num_backup_workers and self.ps_mode != "sync":
+            raise ConfigError(
+                f"num_backup_workers={self.num_backup_workers} with ps_mode={self.ps_mode!r}: only ps_mode='sync' has "
+                "them; leave it out."
+            )
+        if self.num_backup_workers >= self.num_workers:
+            raise ConfigError(
+                f"num_backup_workers={self.num_backup_workers} with num_workers={self.num_workers}: somebody's part "
+                f"must count; give at most {self.num_workers - 1}, or more workers."
+            )
+
     def _check_text(self) -> None:
         for name in ("recipe", "run_dir"):
             if not getattr(self, name).strip():
                 raise ConfigError(f"{name}={getattr(self, name)!r}: it must not be empty.")
+        if self.data_service is not None:
+            check_data_service(self.data_service)
+        if self.profile is not None:
+            parse_profile(self.profile)
         for override in self.overrides:
             name, equals, _ = override.partition("=")
             if not (equals and name.strip().isidentifier()):
                 raise ConfigError(f"override {override!r}: write it as name=value, such as filters=64.")
+
+    def _check_optimizer(self) -> None:
         if self.optimizer is None:
-            for name in ("learning_rate", "schedule", "warmup_steps", "weight_decay"):
+            for name in ("learning_rate", "lr_scaling", "schedule", "warmup_steps", "weight_decay"):
                 if getattr(self, name):
                     raise ConfigError(
                         f"{name}={getattr(self, name)!r} without an optimizer: the recipe has compiled its own in; "
                         "name one too, such as --optimizer=adam, or use the recipe's own setting, such as "
                         "--set learning_rate=0.01."
                     )
+        if (self.base_batch_size is None) != (self.lr_scaling is None):
+            raise ConfigError(
+                f"base_batch_size={self.base_batch_size} with lr_scaling={self.lr_scaling!r}: the one says from which "
+                "batch the rate grows, the other how; give both, or leave both out."
+            )
+
+
+def parse_profile(text: str) -> tuple[int, int]:
+    """Reads which steps to profile.
+
+    Args:
+        text: START:STOP, or one step.
+
+    Returns:
+        The first and the last, counted from 1.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    first, colon, last = text.partition(":")
+    steps = [word.strip() for word in ((first, last) if colon else (first, first))]
+    if not all(word.isdecimal() for word in steps) or not 1 <= int(steps[0]) <= int(steps[1]):
+        raise ConfigError(f"profile={text!r}: write START:STOP, steps counted from 1, such as 20:30.")
+    return int(steps[0]), int(steps[1])
+
+
+def check_data_service(data_service: str) -> None:
+    """Checks how a tf.data service is named.
+
+    Args:
+        data_service: "local" or host:port.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    if data_service == LOCAL_SERVICE:
+        return
+    try:
+        split_address(data_service)
+    except ConfigError as error:
+        raise ConfigError(
+            f"data_service={data_service!r}: write {LOCAL_SERVICE!r}, or the dispatcher's host:port; {error}"
+        ) from None
 
 
 def default_num_tasks(strategy: str) -> tuple[int, int]:

@@ -1,8 +1,9 @@
-"""Closes a local cluster's listening sockets to other machines.
+"""Closes a cluster's listening sockets to machines that are no part of it.
 
 TensorFlow's servers listen on every interface, whatever address the cluster names, and obey anyone who can
-connect. A socket bound to the device `lo` is reachable from this machine alone; Linux lets the socket's owner do
-that without root, also after `listen`.
+connect. A socket bound to the device `lo` is reachable from this machine alone, one bound to `eth1` from that network;
+Linux lets the socket's owner do that without root, also after `listen`. Beside that, or in its place, `tfdist.guests`
+says from which addresses one may come.
 """
 
 from __future__ import annotations
@@ -11,15 +12,23 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
 
+from tfdist.guests import turn_away_others
+
+LOOPBACK = "lo"
 _DESCRIPTORS = "/proc/self/fd"
 
 
-def close_when_listening(port: int, *, timeout_secs: float = 60.0) -> threading.Thread:
-    """Closes this process's own listening socket to other machines, as soon as it exists.
+def close_when_listening(
+    port: int, *, device: str | None = LOOPBACK, guests: Sequence[str] = (), timeout_secs: float = 60.0
+) -> threading.Thread:
+    """Closes this process's own listening socket to others, as soon as it exists.
 
     Args:
         port: The port that this process is about to listen on.
+        device: The network interface that it stays open to; None: all.
+        guests: IP addresses that it stays open to; none: all.
         timeout_secs: How long to look for it.
 
     Returns:
@@ -28,7 +37,7 @@ def close_when_listening(port: int, *, timeout_secs: float = 60.0) -> threading.
 
     def watch() -> None:
         deadline = time.monotonic() + timeout_secs
-        while not close_to_other_machines(port) and time.monotonic() < deadline:
+        while not close_to_other_machines(port, device=device, guests=guests) and time.monotonic() < deadline:
             time.sleep(0.005)
 
     thread = threading.Thread(target=watch, name="tfdist-door", daemon=True)
@@ -36,11 +45,13 @@ def close_when_listening(port: int, *, timeout_secs: float = 60.0) -> threading.
     return thread
 
 
-def close_to_other_machines(port: int) -> bool:
-    """Binds this process's sockets that listen on `port` to the loopback device.
+def close_to_other_machines(port: int, *, device: str | None = LOOPBACK, guests: Sequence[str] = ()) -> bool:
+    """Binds this process's sockets that listen on `port` to a network interface, by default the loopback device.
 
     Args:
         port: The port.
+        device: The interface; None: all.
+        guests: IP addresses from which alone one may come, if the kernel lets us; none: all.
 
     Returns:
         Whether there was such a socket.
@@ -55,14 +66,17 @@ def close_to_other_machines(port: int) -> bool:
         except OSError:
             continue  # Closed meanwhile.
         with socket.socket(fileno=copy) as listener:
-            found |= _close(listener, port)
+            found |= _close(listener, port, device, guests)
     return found
 
 
-def _close(listener: socket.socket, port: int) -> bool:
+def _close(listener: socket.socket, port: int, device: str | None, guests: Sequence[str]) -> bool:
     if listener.family not in (socket.AF_INET, socket.AF_INET6):
         return False
     if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) or listener.getsockname()[1] != port:
         return False
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
+    if device is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, f"{device}\0".encode())
+    if guests:
+        turn_away_others(listener, guests)
     return True

@@ -18,7 +18,29 @@ class LaunchError(TfdistError, RuntimeError):
 
 
 class NonFiniteError(TfdistError, ArithmeticError):
-    """The loss has become NaN or infinite."""
+    """The loss or the gradients of a step are NaN or infinite."""
+
+
+PEER_LOST_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+class Regroup(Exception):  # noqa: N818 - no error: the work goes on in another cluster
+    """The cluster is to be formed anew; carries the state from which it goes on. Never leaves tfdist."""
+
+    def __init__(self, snapshot: object) -> None:
+        super().__init__("the cluster is formed anew")
+        self.snapshot = snapshot
+
+
+class PeerLost(SystemExit):  # noqa: N818 - another task failed, not this one
+    """Ends a process whose peers are gone in the middle of a step; exit code 75, at which the launcher tries again."""
+
+    def __init__(self) -> None:
+        super().__init__(PEER_LOST_CODE)
+
+
+class OutOfMemoryError(TfdistError, MemoryError):
+    """A task has no memory left for a tensor."""
 
 
 class Preempted(SystemExit):  # noqa: N818 - no error: the run ends as it was told to

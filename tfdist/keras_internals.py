@@ -7,6 +7,7 @@ Nothing else in tfdist may name one. Each function says which private name it le
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,11 +15,15 @@ import keras
 import tensorflow as tf
 from keras.src.losses import loss as keras_loss
 from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
+from keras.src.saving import saving_lib
+from tensorflow.python.eager import context
 
 _DEFAULT_STRATEGY = tf.distribute.get_strategy()
 
 _reduce_weighted_values = keras_loss.reduce_weighted_values
 _ABSENT = object()
+# Of `ExternalStatePolicy`: saving says no, rather than leave something out.
+_FAIL_ON_EXTERNAL_STATE = 2
 
 ApplyFn = Callable[..., Any]
 LossCorrection = Callable[[Any, Any, Any, str | None], Any]
@@ -110,7 +115,8 @@ class ReplicaBinding:
     lifted whenever another replica's thread may run, that is, around every exchange.
 
     Leans on `Variable._value`, `Optimizer._distribution_strategy`, `Optimizer._all_reduce_sum_gradients`
-    and `keras.src.losses.loss.reduce_weighted_values`, in which every `keras.Loss` ends.
+    and `keras.src.losses.loss.reduce_weighted_values`, in which every `keras.Loss` ends; and on Keras looking
+    `compute_loss` up in the model itself.
     """
 
     def __init__(
@@ -120,6 +126,8 @@ class ReplicaBinding:
         optimizers: Sequence[keras.optimizers.Optimizer],
         apply: Callable[[keras.optimizers.Optimizer, ApplyFn], ApplyFn],
         loss_correction: LossCorrection,
+        model: keras.Model | None = None,
+        note_loss: Callable[..., None] | None = None,
     ) -> None:
         """Prepares the binding.
 
@@ -128,7 +136,11 @@ class ReplicaBinding:
             optimizers: Those whose `apply` a step may call.
             apply: `(optimizer, its apply) → the apply to use`.
             loss_correction: `(values, sample_weight, mask, reduction) → factor on the reduced loss, or None`.
+            model: Whose `compute_loss` is listened to.
+            note_loss: `(loss, is_total=…)`, told of each reduced loss and each total; None: of none.
         """
+        self._model = model
+        self._note_loss = note_loss
         self._loss_correction = loss_correction
         self._variables = variables
         self._optimizers = [o for outer in optimizers for o in (outer, *_inner_optimizers(outer))]
@@ -145,6 +157,8 @@ class ReplicaBinding:
         for optimizer, apply in self._applies:
             self._set(optimizer, "apply", apply)
         self._set(keras_loss, "reduce_weighted_values", self._reduced_loss)
+        if self._model is not None and self._note_loss is not None:
+            self._set(self._model, "compute_loss", self._total_loss)
 
     def remove(self) -> None:
         """Restores what `install` replaced."""
@@ -169,7 +183,16 @@ class ReplicaBinding:
         factor = self._loss_correction(
             values, sample_weight, mask, keras_loss.standardize_reduction(reduction)
         )
-        return loss if factor is None else loss * tf.cast(factor, loss.dtype)
+        loss = loss if factor is None else loss * tf.cast(factor, loss.dtype)
+        if self._note_loss is not None and len(loss.shape) == 0:
+            self._note_loss(loss, is_total=False)
+        return loss
+
+    def _total_loss(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._model is not None and self._note_loss is not None
+        loss = type(self._model).compute_loss(self._model, *args, **kwargs)
+        self._note_loss(loss, is_total=True)
+        return loss
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         # Straight into __dict__: Keras's __setattr__ would track the value as a part of the layer.
@@ -179,6 +202,14 @@ class ReplicaBinding:
 
 def _inner_optimizers(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
     return [optimizer.inner_optimizer] if isinstance(optimizer, LossScaleOptimizer) else []
+
+
+def trainable_variables_of(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """Returns the weights that an optimizer was built for, in the order in which it takes their gradients.
+
+    Leans on `Optimizer._trainable_variables`.
+    """
+    return list(optimizer._trainable_variables)
 
 
 def batch_counter(optimizer: keras.optimizers.Optimizer) -> keras.Variable:
@@ -240,9 +271,308 @@ def accumulating_with(
         del optimizer.__dict__["_backend_apply_gradients"]
 
 
+@contextlib.contextmanager
+def updating_with(
+    optimizer: keras.optimizers.Optimizer, update: Callable[[Any, Any, Any], None]
+) -> Iterator[None]:
+    """Lets `update` take the place of an optimizer's `update_step`, which Keras looks up in the optimizer itself.
+
+    Args:
+        optimizer: Any.
+        update: `(gradient, TensorFlow variable, learning rate)`.
+
+    Yields:
+        While it is in force.
+    """
+    # Straight into __dict__: Keras's __setattr__ would track the value.
+    optimizer.__dict__["update_step"] = update
+    try:
+        yield
+    finally:
+        del optimizer.__dict__["update_step"]
+
+
+def adam_slots(optimizer: keras.optimizers.Adam, variable: Any) -> tuple[Any, Any]:
+    """Returns the TensorFlow variables of a weight's two moments.
+
+    Leans on `Adam._momentums`, `Adam._velocities` and `Optimizer._get_variable_index`.
+
+    Args:
+        optimizer: Built.
+        variable: The TensorFlow variable of the weight.
+    """
+    index = optimizer._get_variable_index(variable)
+    return native(optimizer._momentums[index]), native(optimizer._velocities[index])
+
+
+@contextlib.contextmanager
+def scaling_rate(optimizer: keras.optimizers.Optimizer, factor: Any) -> Iterator[None]:
+    """Multiplies an optimizer's learning rate, a schedule's too.
+
+    Leans on `Optimizer._get_current_learning_rate`, which `learning_rate` asks.
+
+    Args:
+        optimizer: Any.
+        factor: Scalar.
+
+    Yields:
+        While it is in force.
+    """
+    current = optimizer._get_current_learning_rate
+
+    def scaled() -> Any:
+        rate = tf.convert_to_tensor(current())
+        return rate * tf.cast(factor, rate.dtype)
+
+    # Straight into __dict__: Keras's __setattr__ would track the value.
+    optimizer.__dict__["_get_current_learning_rate"] = scaled
+    try:
+        yield
+    finally:
+        del optimizer.__dict__["_get_current_learning_rate"]
+
+
+def forget_cluster() -> None:
+    """Lets this process forget its cluster and everything made in it, so that it may join another.
+
+    Leans on `tensorflow.python.eager.context._reset_context`.
+    """
+    keras.backend.clear_session()
+    # What is left of the old cluster would be deleted in the new context, where its devices are unknown.
+    gc.collect()
+    context._reset_context()
+
+
+@contextlib.contextmanager
+def watching_outputs(model: keras.Model, look: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Shows what every layer of a model returns, and every operation between layers, the innermost first.
+
+    Leans on `Layer._flatten_layers`, and on `Operation.__call__` looking `call` up in the instance.
+
+    Args:
+        model: Built.
+        look: `(layer or operation, its outputs)`, called after each call.
+
+    Yields:
+        While it is in force.
+    """
+    found: dict[int, Any] = {}
+    for layer in model._flatten_layers():
+        for operation in (layer, *getattr(layer, "operations", ())):
+            found[id(operation)] = operation
+
+    def watch(operation: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            outputs = call(*args, **kwargs)
+            look(operation, outputs)
+            return outputs
+
+        return watched
+
+    # Straight into __dict__: Keras's __setattr__ would track the value.
+    saved = {key: operation.__dict__.get("call", _ABSENT) for key, operation in found.items()}
+    for operation in found.values():
+        operation.__dict__["call"] = watch(operation, operation.call)
+    try:
+        yield
+    finally:
+        for key, operation in found.items():
+            if saved[key] is _ABSENT:
+                del operation.__dict__["call"]
+            else:
+                operation.__dict__["call"] = saved[key]
+
+
 def creating_strategy(model: keras.Model) -> tf.distribute.Strategy | None:
     """Returns the strategy in whose scope the model was made, or None.
 
     Leans on `TensorFlowTrainer._distribute_strategy`.
     """
     return model._distribute_strategy
+
+
+def save_iterator(iterator: Any) -> bytes:
+    """Returns where a `tf.data` iterator stands, with what its buffers hold.
+
+    Leans on `OwnedIterator._iterator_resource`; the public `tf.train.Checkpoint` takes the same way to a file.
+
+    Raises:
+        OpError: `tf.errors.OpError` if a part of the pipeline cannot be saved.
+    """
+    state = tf.raw_ops.SerializeIterator(
+        resource_handle=iterator._iterator_resource, external_state_policy=_FAIL_ON_EXTERNAL_STATE
+    )
+    return tf.io.serialize_tensor(state).numpy()
+
+
+def stop_data_server(server: Any) -> None:
+    """Stops a server of a tf.data service at once; its public end is that of the process, or of the last reference.
+
+    Leans on `DispatchServer._stop` and `WorkerServer._stop`.
+
+    Args:
+        server: A `DispatchServer` or `WorkerServer`.
+    """
+    server._stop()
+
+
+def restore_iterator(iterator: Any, content: bytes) -> None:
+    """Brings a fresh iterator over the same pipeline to where `save_iterator` found another.
+
+    Leans on `OwnedIterator._iterator_resource`.
+
+    Raises:
+        OpError: `tf.errors.OpError` if the pipeline is another one.
+    """
+    tf.raw_ops.DeserializeIterator(
+        resource_handle=iterator._iterator_resource, serialized=tf.io.parse_tensor(content, tf.variant)
+    )
+
+
+def find_layers(model: keras.Model, kind: type) -> list[Any]:
+    """Returns the model's layers of a class, however deep they are nested.
+
+    Leans on `Layer._flatten_layers`.
+    """
+    return [layer for layer in model._flatten_layers() if isinstance(layer, kind)]
+
+
+class ClipsSlices:
+    """Mixed into an optimizer, clips row-sparse gradients as the dense ones that they stand for.
+
+    Their rows must be unique: then the missing ones, which are zeros, change neither a norm nor what is clipped.
+
+    Leans on `Optimizer._clip_gradients`.
+    """
+
+    def _clip_gradients(self, grads: Sequence[Any]) -> list[Any]:
+        values = [g.values if isinstance(g, tf.IndexedSlices) else g for g in grads]
+        clipped = super()._clip_gradients(values)  # type: ignore[misc]
+        return [
+            tf.IndexedSlices(new, old.indices, old.dense_shape) if isinstance(old, tf.IndexedSlices) else new
+            for old, new in zip(grads, clipped, strict=True)
+        ]
+
+
+class OptimizerView:
+    """An optimizer as its own `update_step` sees it, but with other variables in place of its slots.
+
+    Leans on `Optimizer._get_variable_index` and on slots being kept in lists, one entry for each weight.
+    """
+
+    def __init__(
+        self, optimizer: keras.optimizers.Optimizer, variable: Any, replace: Callable[[Any], Any]
+    ) -> None:
+        """Prepares the view.
+
+        Args:
+            optimizer: A built optimizer.
+            variable: The TensorFlow variable of the weight that is updated.
+            replace: `TensorFlow variable of a slot → what stands for it`.
+        """
+        self._optimizer = optimizer
+        self._index = optimizer._get_variable_index(variable)
+        self._replace = replace
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._optimizer, name)
+        # Keras hands its lists back wrapped, as a kind of list too.
+        return [self._replace(native(value[self._index]))] if isinstance(value, list) and value else value
+
+    def _get_variable_index(self, variable: Any) -> int:
+        del variable
+        return 0  # The lists hold this weight's slot alone.
+
+
+def decays(optimizer: keras.optimizers.Optimizer, variable: Any) -> bool:
+    """Tells whether an optimizer's weight decay reaches a variable.
+
+    Leans on `Optimizer._use_weight_decay`.
+    """
+    return optimizer.weight_decay is not None and bool(optimizer._use_weight_decay(variable))
+
+
+def is_available(value: tf.distribute.experimental.coordinator.RemoteValue) -> bool:
+    """Tells whether a coordinator's closure has ended; its public `get` and `fetch` wait until it has.
+
+    Leans on `RemoteValueImpl._status_available_event`.
+    """
+    return bool(value._status_available_event.is_set())
+
+
+def num_ps(strategy: tf.distribute.Strategy) -> int:
+    """Returns how many ps tasks hold a strategy's variables, 0 where there are none.
+
+    Leans on `ParameterServerStrategyV2Extended._num_ps`; the strategy's public `cluster_resolver` is None. A cluster is
+    needed to make one: `tests/conformance/test_tables.py` fails when a version changes the name.
+    """
+    if not isinstance(strategy, tf.distribute.ParameterServerStrategy):
+        return 0
+    return int(strategy.extended._num_ps)
+
+
+def place_by_bytes(strategy: tf.distribute.ParameterServerStrategy) -> None:
+    """Lets every new variable go to the ps task that holds the fewest bytes; TensorFlow deals them out in turn.
+
+    What is created beside another variable, as an optimizer's slots are, stays with that one.
+
+    Leans on `ParameterServerStrategyV2Extended._create_variable`, `._variable_count` and `._num_ps`.
+    """
+    extended = strategy.extended
+    create = extended._create_variable
+    num_bytes = [0] * extended._num_ps
+
+    def create_variable(next_creator: Any, **kwargs: Any) -> Any:
+        extended._variable_count = num_bytes.index(min(num_bytes))
+        variable = create(next_creator, **kwargs)
+        place = tf.DeviceSpec.from_string(variable.device)
+        if place.job == "ps":
+            num_bytes[place.task] += variable.shape.num_elements() * variable.dtype.size
+        return variable
+
+    extended._create_variable = create_variable
+
+
+@contextlib.contextmanager
+def saving_in_blocks(blocks_of: Callable[[keras.Variable], Iterator[Any] | None]) -> Iterator[None]:
+    """Within it `Model.save` holds a block of a variable at a time; Keras gathers the whole model if it may fit.
+
+    Leans on `saving_lib._MEMORY_UPPER_BOUND` (the share of the free memory that a model may take), on
+    `H5IOStore.__setitem__` and what it makes a group with, and on numbers as keys in `Optimizer.save_own_variables`.
+
+    Args:
+        blocks_of: Returns a large variable's runs of rows, in order; None for a small one.
+    """
+    store_class, optimizer_class = saving_lib.H5IOStore, keras.optimizers.Optimizer
+    bound, set_item = saving_lib._MEMORY_UPPER_BOUND, store_class.__setitem__
+
+    def set_in_blocks(store: Any, key: str, value: Any) -> None:
+        blocks = blocks_of(value) if isinstance(value, keras.Variable) else None
+        if blocks is None:
+            set_item(store, key, value)
+            return
+        if not store._h5_entry_initialized:
+            store._create_h5_group(store._h5_entry_path)
+        dataset = store._h5_entry_group.create_dataset(key, tuple(value.shape), value.dtype)
+        start = 0
+        for block in blocks:
+            dataset[start : start + len(block)] = block
+            start += len(block)
+
+    def save_own_variables(optimizer: keras.optimizers.Optimizer, store: Any) -> None:
+        for place, variable in enumerate(optimizer.variables):
+            store[str(place)] = variable if blocks_of(variable) is not None else variable.numpy()
+
+    own = vars(optimizer_class).get("save_own_variables", _ABSENT)
+    saving_lib._MEMORY_UPPER_BOUND = 0
+    store_class.__setitem__ = set_in_blocks
+    optimizer_class.save_own_variables = save_own_variables
+    try:
+        yield
+    finally:
+        saving_lib._MEMORY_UPPER_BOUND = bound
+        store_class.__setitem__ = set_item
+        if own is _ABSENT:
+            del optimizer_class.save_own_variables
+        else:
+            optimizer_class.save_own_variables = own

@@ -1,4 +1,4 @@
-"""`python -m tfdist.launch`: starts a local cluster that runs a script, a module or a program."""
+"""`python -m tfdist.launch`: starts a cluster that runs a script, a module or a program."""
 
 import os
 import sys
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from tfdist.errors import TfdistError
 from tfdist.launcher.flags import parse_flags
-from tfdist.launcher.local import render_dry_run_local, run_local
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -21,9 +20,9 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         flags = parse_flags(sys.argv[1:] if args is None else args, os.environ)
         if flags.dry_run:
-            print(render_dry_run_local(flags.job), end="")
+            print(flags.world.render(flags.job, flags.place), end="")
             return 0
-        return run_local(flags.job)
+        return flags.world.run(flags.job, flags.place)
     except TfdistError as error:
         print(f"tfdist.launch: {error}", file=sys.stderr)
         return 2

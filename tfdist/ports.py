@@ -1,6 +1,7 @@
 """Ports: reserved for local tasks without a race, and checked before a TensorFlow server starts."""
 
 import errno
+import os
 import socket
 import time
 from collections.abc import Iterable
@@ -8,8 +9,12 @@ from types import TracebackType
 
 from tfdist.cluster import Cluster, Task, split_address
 from tfdist.errors import ClusterError, LaunchError
+from tfdist.guests import find_guests, turn_away_others
 
 _RETRY_SECS = 0.2
+# What an HTTP/2 client, and so a gRPC one, says first: the preface, and settings that change nothing.
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_HTTP2_SETTINGS = 4
 
 
 class PortReservation:
@@ -22,20 +27,22 @@ class PortReservation:
 
     Args:
         count: How many ports.
+        port: The one that is wanted; 0: any.
 
     Raises:
-        LaunchError: If the machine has no free ports left.
+        LaunchError: If the machine has no free ports left, or the one that is wanted is taken.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, *, port: int = 0) -> None:
         self._sockets: list[socket.socket] = []
         try:
             for _ in range(count):
-                self._sockets.append(_bind("", 0))
+                self._sockets.append(_bind("", port))
         except OSError as error:
             self.close()
+            what = f"port {port}" if port else f"{count} ports"
             raise LaunchError(
-                f"cannot reserve {count} ports ({error.strerror}): too few are free; stop other programs"
+                f"cannot reserve {what} ({error.strerror}): too few are free; stop other programs"
             ) from error
         self.ports: tuple[int, ...] = tuple(held.getsockname()[1] for held in self._sockets)
 
@@ -76,7 +83,7 @@ def check_port_free(cluster: Cluster) -> None:
     except OSError as error:
         raise ClusterError(
             f"port {port} of {cluster.task} ({address}) cannot be bound ({error.strerror}): "
-            "stop the program that has it, or give the task another port"
+            "stop the program that has it, or give the task another port (TFDIST_PORT under Slurm or mpirun)"
         ) from None
 
 
@@ -113,6 +120,28 @@ def check_reachable(cluster: Cluster, *, timeout_secs: float, tasks: Iterable[Ta
         time.sleep(min(_RETRY_SECS, max(0.0, deadline - time.monotonic())))
 
 
+def check_grpc_server(address: str, *, timeout_secs: float) -> str | None:
+    """Waits until a gRPC server answers at an address; TensorFlow's own calls would wait for one for ever.
+
+    Args:
+        address: `host:port`.
+        timeout_secs: Longest wait, in seconds.
+
+    Returns:
+        Why there is none; None if there is.
+
+    Raises:
+        ClusterError: If the address is malformed.
+    """
+    place = split_address(address)
+    deadline = time.monotonic() + timeout_secs
+    while True:
+        reason = _try_to_greet(place, max(0.1, min(2.0, deadline - time.monotonic())))
+        if reason is None or time.monotonic() >= deadline:
+            return reason
+        time.sleep(min(_RETRY_SECS, max(0.0, deadline - time.monotonic())))
+
+
 def meet_peers(cluster: Cluster, *, timeout_secs: float) -> None:
     """Waits until all tasks of the cluster have come to this point, or beyond it.
 
@@ -126,17 +155,35 @@ def meet_peers(cluster: Cluster, *, timeout_secs: float) -> None:
     Raises:
         ClusterError: If some do not come in time, or this task's own port is taken.
     """
+    with open_listener(cluster):
+        check_reachable(cluster, timeout_secs=timeout_secs)
+
+
+def open_listener(cluster: Cluster) -> socket.socket:
+    """Listens on this task's own port, where TensorFlow's server will.
+
+    Args:
+        cluster: The cluster, with this process's task.
+
+    Returns:
+        The socket; closed to machines that are no part of the cluster, as the server will be.
+
+    Raises:
+        ClusterError: If the port is taken, or may not be bound.
+    """
     assert cluster.task is not None
     host, port = split_address(cluster.address(cluster.task))
     check_port_free(cluster)
-    if cluster.is_loopback:  # closed to other machines, as TensorFlow's server will be
+    guests = find_guests(cluster, os.environ)
+    if cluster.is_loopback:
         family = socket.AF_INET6 if host == "::1" else socket.AF_INET
         listener = _bind_family(family, host, port)
     else:
         listener = _bind("", port)
-    with listener:
-        listener.listen()
-        check_reachable(cluster, timeout_secs=timeout_secs)
+    if guests:
+        turn_away_others(listener, guests)
+    listener.listen()
+    return listener
 
 
 def _try_to_connect(address: str, timeout_secs: float) -> str | None:
@@ -145,6 +192,19 @@ def _try_to_connect(address: str, timeout_secs: float) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     return None
+
+
+def _try_to_greet(place: tuple[str, int], timeout_secs: float) -> str | None:
+    """Says what is wrong with a gRPC server; one sends its settings as soon as it is greeted."""
+    try:
+        with socket.create_connection(place, timeout=timeout_secs) as connection:
+            connection.sendall(_HTTP2_GREETING)
+            header = b""
+            while len(header) < 4 and (more := connection.recv(4 - len(header))):
+                header += more
+    except OSError as error:
+        return error.strerror or str(error)
+    return None if len(header) == 4 and header[3] == _HTTP2_SETTINGS else "it does not speak gRPC"
 
 
 def _bind(host: str, port: int) -> socket.socket:

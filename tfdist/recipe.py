@@ -163,13 +163,16 @@ def load_recipe(name: str) -> Recipe:
     return recipe
 
 
-def parse_overrides(recipe: Recipe, overrides: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def parse_overrides(
+    recipe: Recipe, overrides: Iterable[str], *, data_dir: str | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Turns `--set name=value` flags into keyword arguments, typed by the builders' annotations.
 
     Args:
         recipe: Whose builders take the arguments. A name that both builders have goes to both.
         overrides: Such as `["filters=64", "widths=128,64"]`; of a name given twice the last counts. "none" stands for
             None where the annotation allows it, commas separate the items of a tuple or list.
+        data_dir: Goes to a `build_data` that has a parameter of that name.
 
     Returns:
         Keyword arguments for `build_model` and for `build_data`.
@@ -182,6 +185,8 @@ def parse_overrides(recipe: Recipe, overrides: Iterable[str]) -> tuple[dict[str,
         (recipe.build_data, _overridable(recipe.build_data, skip_first=True)),
     )
     keywords: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    if data_dir is not None and "data_dir" in builders[1][1]:
+        keywords[1]["data_dir"] = data_dir
     for override in overrides:
         name, equals, text = override.partition("=")
         name = name.strip()

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Sequence
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,21 +21,41 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.cluster import Cluster, Task, canonical_strategy, check_strategy, split_address
-from tfdist.data import Source, build_source, hold_out
-from tfdist.door import close_when_listening
-from tfdist.environments import detect_cluster
-from tfdist.errors import ConfigError
+from tfdist.config import JIT_COMPILE
+from tfdist.data import ShardedSource, Source, build_source, hold_out
+from tfdist.door import LOOPBACK, close_when_listening
+from tfdist.environments import detect_cluster, tf_config
+from tfdist.errors import ClusterError, ConfigError, PeerLost
+from tfdist.guests import LISTEN_VARIABLE, find_guests, is_open
+from tfdist.heartbeat import Heart
+from tfdist.launcher.job import count_cores
+from tfdist.layers import Embedding
+from tfdist.members import Members
+from tfdist.optimizers import describe_dense_rows, with_sparse_rows
 from tfdist.ports import check_port_free, check_reachable, meet_peers
-from tfdist.strategies import build_resolver, build_strategy, configure_devices
+from tfdist.strategies import build_resolver, build_strategy, configure_devices, is_peer_loss
+from tfdist.sync_options import SyncOptions
 from tfdist.training.callbacks import split_callbacks
+from tfdist.training.checkpoint import Snapshot
 from tfdist.training.checkpoint_dir import Checkpoints
 from tfdist.training.coordinator import CoordinatorLoop
+from tfdist.training.data_service import DataService
 from tfdist.training.loop import FitOptions, Loop, plan_steps, run_fit
+from tfdist.training.on_nan import OnNan
 from tfdist.training.plan import BatchPlan
+from tfdist.training.ps_options import PsOptions
 from tfdist.training.saver import Saver
+from tfdist.training.state import blocks_of_large
 from tfdist.training.sync import SyncLoop
 
 _log = logging.getLogger("tfdist")
+SERVER_GRACE_SECS = 30.0
+# How often a server looks whether its chief still listens, and how long it looks before it believes that it does not.
+_CHIEF_POLL_SECS = 2.0
+_CHIEF_GONE_SECS = 3.0
+_MIN_THREADS_PS = 4
+# A smaller table costs no time to speak of, whatever the optimizer does to it.
+_MANY_ROWS = 100_000
 
 
 def initialize(
@@ -58,7 +85,8 @@ def initialize(
         ConfigError: If the strategy does not fit the cluster.
         ClusterError: If this task's port is taken, or other tasks do not answer in time.
     """
-    cluster = cluster or detect_cluster(os.environ) or Cluster()
+    heart = Heart.from_environment(os.environ)
+    cluster = cluster or detect_cluster(os.environ, strategy=strategy) or Cluster()
     name = canonical_strategy(strategy or os.environ.get("TFDIST_STRATEGY") or _default_strategy(cluster))
     if cluster.is_local and name in ("multiworker", "ps"):
         raise ConfigError(
@@ -67,22 +95,52 @@ def initialize(
         )
     check_strategy(cluster, name)
     check_port_free(cluster)
-    os.environ.setdefault("GRPC_FAIL_FAST", "use_caller")
+    _prepare_grpc(cluster, name)
     configure_devices(strategy=name, num_replicas=num_replicas)
     keras.utils.set_random_seed(seed)
     if mixed_precision:
         keras.mixed_precision.set_dtype_policy(f"mixed_{mixed_precision}")
     if name == "multiworker":
         meet_peers(cluster, timeout_secs=start_timeout_secs)
-    if cluster.task is not None and cluster.is_loopback:
-        close_when_listening(split_address(cluster.address(cluster.task))[1])
+    _close_door(cluster)
     if name == "ps" and cluster.task is not None and cluster.task.type != "chief":
-        _serve(cluster)
+        _serve(cluster, heart, start_timeout_secs)
     if name == "ps":
         servers = [t for t in cluster.tasks if t.type != "chief"]
         check_reachable(cluster, timeout_secs=start_timeout_secs, tasks=servers)
     built = build_strategy(strategy=name, cluster=cluster, num_replicas=num_replicas)
-    return Run(strategy=built, strategy_name=name, cluster=cluster, seed=seed)
+    return Run(strategy=built, strategy_name=name, cluster=cluster, seed=seed, heart=heart)
+
+
+def _close_door(cluster: Cluster) -> None:
+    """Closes this task's server to machines that are no part of the cluster, as far as the kernel lets this user."""
+    if cluster.task is None or cluster.task not in cluster.tasks:
+        return
+    interface = LOOPBACK if cluster.is_loopback else os.environ.get(LISTEN_VARIABLE)
+    guests = find_guests(cluster, os.environ)
+    if interface or guests:
+        port = split_address(cluster.address(cluster.task))[1]
+        close_when_listening(port, device=interface, guests=guests)
+    if cluster.is_chief and is_open(cluster, os.environ):
+        _log.warning(
+            "an open door: the servers at %s obey anyone who can connect%s; put a firewall before them, or name their "
+            "own network by --listen_interface: see docs/security.md",
+            ", ".join(cluster.address(task) for task in cluster.tasks),
+            ", since the kernel lets this user turn nobody away" if guests else "",
+        )
+
+
+def _prepare_grpc(cluster: Cluster, strategy: str) -> None:
+    """Sets what the launcher sets, for tasks that a scheduler has started; what is set already stays."""
+    given = os.environ
+    given.setdefault("GRPC_FAIL_FAST", "use_caller")
+    if any(given.get(name) for name in ("http_proxy", "https_proxy", "grpc_proxy")):
+        hosts = {split_address(cluster.address(task))[0] for task in cluster.tasks}
+        given.setdefault("no_grpc_proxy", ",".join([*sorted(hosts), given.get("no_proxy", "")]).strip(","))
+    if strategy == "ps" and count_cores() < _MIN_THREADS_PS:
+        # With fewer, as where mpirun binds a task to one core, tensors between workers and ps would wait for ever.
+        given.setdefault("TF_NUM_INTEROP_THREADS", str(_MIN_THREADS_PS))
+        given.setdefault("TF_GRPC_WORKER_CACHE_THREADS", str(_MIN_THREADS_PS))
 
 
 def _default_strategy(cluster: Cluster) -> str:
@@ -91,7 +149,10 @@ def _default_strategy(cluster: Cluster) -> str:
     return "one_device" if cluster.is_single else "multiworker"
 
 
-def _serve(cluster: Cluster) -> NoReturn:
+def _serve(cluster: Cluster, heart: Heart, start_timeout_secs: float) -> NoReturn:
+    """Serves until the launcher ends this process; at SIGTERM for as long as the chief may need to save its state."""
+    told = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: told.set())
     resolver = build_resolver(cluster)
     server = tf.distribute.Server(
         resolver.cluster_spec(),
@@ -99,8 +160,33 @@ def _serve(cluster: Cluster) -> NoReturn:
         task_index=resolver.task_id,
         protocol="grpc",
     )
-    server.join()
-    raise SystemExit(0)
+    # In a thread: `join` never lets Python handle a signal.
+    threading.Thread(target=server.join, name="tfdist-server", daemon=True).start()
+    # Who sets TF_CONFIG ends the servers too, or keeps them. In other worlds nobody does: they end with the chief.
+    if tf_config.detect(os.environ):
+        told.wait()
+    elif not _outlives(cluster, told, start_timeout_secs):
+        print("tfdist: the chief has ended", file=sys.stderr, flush=True)
+        os._exit(0)  # At once, and whatever the chief's last step has left undone here.
+    heart.tell()
+    time.sleep(SERVER_GRACE_SECS)
+    raise SystemExit(143)
+
+
+def _outlives(cluster: Cluster, told: threading.Event, start_timeout_secs: float) -> bool:
+    """Waits until this process is told to end, and returns True, or the chief has come and gone."""
+    assert cluster.chief is not None
+    has_come, deadline = False, time.monotonic() + start_timeout_secs
+    while not told.wait(_CHIEF_POLL_SECS):
+        try:
+            check_reachable(cluster, timeout_secs=_CHIEF_GONE_SECS, tasks=[cluster.chief])
+            has_come = True
+        except ClusterError:
+            if has_come:
+                return False
+            if time.monotonic() > deadline:
+                raise
+    return True
 
 
 class Run:
@@ -114,14 +200,32 @@ class Run:
     """
 
     def __init__(
-        self, *, strategy: tf.distribute.Strategy, strategy_name: str, cluster: Cluster, seed: int
+        self,
+        *,
+        strategy: tf.distribute.Strategy,
+        strategy_name: str,
+        cluster: Cluster,
+        seed: int,
+        heart: Heart,
     ) -> None:
+        self._heart = heart
+        self._members: Members | None = None
+        self._carried: Snapshot | None = None
         self.strategy = strategy
         self.strategy_name = strategy_name
         self.cluster = cluster
         self.seed = seed
         self._loops: dict[int, tuple[Any, Loop]] = {}
         self._coordinator: tf.distribute.coordinator.ClusterCoordinator | None = None
+
+    def join(self, members: Members, carried: Snapshot | None) -> None:
+        """Lets `fit` watch for changes of the cluster, and go on from what this process has brought along.
+
+        Args:
+            members: Of this run's cluster.
+            carried: The state that `Regroup` carried; None for a process that is new.
+        """
+        self._members, self._carried = members, carried
 
     @property
     def task(self) -> Task | None:
@@ -153,13 +257,25 @@ class Run:
         sample_weight: Any = None,
         verbose: int | str = "auto",
         checkpoints: Checkpoints | None = None,
-        stop_on_nan: bool = False,
+        on_nan: str = "ignore",
+        max_loss_spike: float | None = None,
+        drop_remainder: bool = False,
+        shard: str = "auto",
+        data_service: str | None = None,
+        ps_mode: str = "async",
+        steps_per_loop: int | None = None,
+        max_staleness: int | None = None,
+        staleness_lr: str | None = None,
+        num_backup_workers: int = 0,
+        sync: str | SyncOptions = "every_step",
+        jit_compile: str = "off",
     ) -> keras.callbacks.History:
         """Trains as `keras.Model.fit` does, over the whole cluster.
 
         Args:
             model: Compiled, made inside `strategy.scope()`.
-            train: Arrays `(x, y)`, a `tf.data.Dataset` of examples (not of batches), a TFDS split, or a
+            train: Arrays `(x, y)`, a `tf.data.Dataset` of examples (not of batches), a TFDS split, an object whose
+                `__getitem__` returns one example, as a `tfds.data_source` or a PyTorch dataset does, or a
                 callable `InputContext → Dataset` of per-replica batches.
             global_batch_size: Examples per optimizer step over all replicas.
             epochs: Epoch to stop at.
@@ -177,18 +293,66 @@ class Run:
             verbose: 0, 1, 2 or "auto".
             checkpoints: Where to keep the state. If a checkpoint lies there already, training goes on from it,
                 inside an epoch too, as if it had never stopped; `epochs` is the total.
-            stop_on_nan: Ends the run where the loss is seen to be NaN or infinite: where logs are made, about ten
-                times an epoch, and at its end. False goes on, as Keras does.
+            on_nan: What to do with a step whose loss or gradients are NaN or infinite. "ignore" applies it, as Keras
+                does. Otherwise it changes nothing, as if its batch were not in the data: no weights, metrics,
+                iterations or random streams. "stop" ends the run; "skip" warns and goes on; "rollback" goes on with
+                the weights of the last checkpoint, behind the batches since, at most three times from the same one.
+                Of several optimizers in a step of the model's own, those before the one with the fault have stepped.
+                Under `ps` a batch that is left out of accumulated gradients counts as zeros in their mean.
+            max_loss_spike: A loss more than this many times its mean over about 20 steps counts as such a step.
+            shard: How workers share a stream. "off": each reads all of it and takes its part of every batch. "file"
+                or "data": each reads its own files, or examples, so that batches differ from those of one process;
+                every example still comes once an epoch. "auto": "file" for TFDS splits with a file for each worker.
+            drop_remainder: Leave out a pass's last batch if it is short.
+            data_service: A tf.data service prepares the stream `train`, and hands each batch of examples to whichever
+                worker asks next; `shard` then holds for `validation_data` alone. "local": the chief serves, to this
+                machine. "HOST:PORT": the dispatcher of a service that was started elsewhere, which must see the
+                same files, and cannot run Python functions of a pipeline; with several of its workers a pipeline
+                must not `zip` data sets. Each example comes once an epoch, in an order that no seed repeats, and in
+                batches that differ from those of one process. A resumed epoch leaves out as many batches as were
+                trained on, not the same ones: some examples come twice and some not at all. If a worker or a server
+                fails, what it held is lost to the epoch.
+            ps_mode: Under `ps`, "async" lets each worker step for itself, on whole batches. "sync" divides each batch
+                among the workers, adds their gradients up, and steps once: the weights are those of one device. It
+                needs one optimizer, and a loss that divides by examples alone.
+            steps_per_loop: Steps in one call of a graph: worth it where a step takes a few milliseconds, of which
+                Python is about one. The weights are the same, bit for bit; callbacks hear of a loop's steps after its
+                last one. Logs and checkpoints come at their steps all the same: steps before them are made one by one,
+                as are those of data of unknown length. None: four from the second epoch on, if by the first one's times
+                that pays for compiling them. Under `ps`, steps that a worker makes between two words with the chief;
+                None: as many as keep the time lost to dispatch small, at most 16.
+            max_staleness: Under `ps`, most optimizer steps of other workers between a gradient's reading of the weights
+                and its applying (stale-synchronous, Ho et al. 2013); 0: one step at a time. None: any number.
+            staleness_lr: Under `ps`, "inverse" multiplies the learning rate of each update by 1 / (1 + its staleness)
+                (Zhang et al. 2016).
+            num_backup_workers: Under `ps_mode="sync"`, a step does not wait for the last so many workers (Chen et al.
+                2016). Their parts are dropped, mostly in every step, also where none of them is slow: the step is that
+                of a smaller batch, and the epoch one without these examples, which the run's metrics count as
+                `num_dropped`. 0: every example counts. A worker that hangs may hold up the others all the same.
+            sync: Under `multiworker`, how workers share what they learn: one of `tfdist.sync_options.SYNCS`, or
+                `tfdist.SyncOptions(…)` for all there is to choose. Only "every_step", and without a narrower type or
+                compression, has the answer of one device.
+            jit_compile: "on" lets XLA compile forward and backward pass, "auto" times both ways at first and takes the
+                faster (so that two runs may differ by rounding), "off" leaves it to `compile`. Not under `ps`.
 
         Returns:
             The history, equal on every task that runs the program.
 
         Raises:
             ConfigError: If something asked for cannot be honoured.
-            NonFiniteError: If `stop_on_nan`, and the loss is no number any more.
+            NonFiniteError: If `on_nan` says "stop", or the numbers stay wrong all the same; it names the step, the
+                layer and the examples.
             Preempted: A `SystemExit` with code 143: a process was told to end by SIGTERM, and `checkpoints` hold
                 the state.
         """
+        ps_options = PsOptions(
+            mode=ps_mode,
+            steps_per_loop=steps_per_loop,
+            max_staleness=max_staleness,
+            staleness_lr=staleness_lr,
+            num_backup_workers=num_backup_workers,
+        )
+        ps_options.check_strategy(self.strategy_name)
         if validation_split and validation_data is None:
             rest, validation_data = hold_out(
                 build_source(train, sample_weight=sample_weight), validation_split
@@ -198,28 +362,55 @@ class Run:
             source = build_source(train, class_weight=class_weight, sample_weight=sample_weight)
         validation = None if validation_data is None else build_source(validation_data)
         loop = self._loop(model, source)
+        if isinstance(loop, CoordinatorLoop):
+            loop.share_out(ps_options)
+        sync_options = SyncOptions(sync=sync) if isinstance(sync, str) else sync
+        self._check_sync(sync_options)
+        if self.strategy_name != "ps":
+            steps_per_loop = self._choose_loop(steps_per_loop, on_nan, max_loss_spike)
+        self._check_jit(jit_compile)
+        if isinstance(loop, SyncLoop):
+            reason = loop.share_out(sync_options)
+            lines = [reason, loop.choose_compiler(jit_compile, source, global_batch_size)]
+            if self.is_chief and verbose != 0:
+                print("".join(f"tfdist: {line}\n" for line in lines if line), end="", flush=True)
+        service: DataService | None = None
+        if data_service is None:
+            source = loop.own_part(source, shard)
+        else:
+            service = DataService(data_service, loop=loop, cluster=self.cluster)
+            source = service.share(source)
+        validation = None if validation is None else loop.own_part(validation, shard)
         _check_batch(global_batch_size, loop.num_replicas)
         self._check_callbacks(callbacks)
         given, _ = split_callbacks(callbacks, is_chief=self.is_chief)
-        steps = plan_steps(source, global_batch_size, steps_per_epoch)
+        steps = plan_steps(source, global_batch_size, steps_per_epoch, drop_remainder=drop_remainder)
         callback_list = keras.callbacks.CallbackList(
             [*given, *self._progress(given, verbose)], add_history=True, model=model
         )
         callback_list.set_params(
-            {"epochs": epochs, "steps": steps, "verbose": verbose, "global_batch_size": global_batch_size}
+            {
+                "epochs": epochs,
+                "steps": steps,
+                "verbose": verbose,
+                "global_batch_size": global_batch_size,
+                "input_wait": lambda: loop.input_wait.share,
+                "measures": loop.measures,
+            }
         )
         options = FitOptions(
             global_batch_size=global_batch_size,
             epochs=epochs,
             initial_epoch=initial_epoch,
-            steps_per_epoch=steps_per_epoch,
+            steps_per_epoch=steps,
             shuffle=shuffle,
             seed=self.seed,
             validation_batch_size=validation_batch_size or global_batch_size,
             validation_steps=validation_steps,
             validation_freq=validation_freq,
             shown=verbose not in (0, 2),
-            stop_on_nan=stop_on_nan,
+            drop_remainder=drop_remainder,
+            steps_per_loop=steps_per_loop,
         )
         saver = Saver(
             checkpoints=checkpoints,
@@ -228,8 +419,28 @@ class Run:
             callbacks=callback_list,
             is_chief=self.is_chief,
             say=_log.info if verbose == 0 else functools.partial(print, flush=True),
+            num_steps=steps,
+            order={
+                "num_examples": source.num_examples,
+                "global_batch_size": global_batch_size,
+                "seed": self.seed,
+                "shuffle": shuffle,
+                "drop_remainder": drop_remainder,
+                "num_parts": loop.num_readers if isinstance(source, ShardedSource) else 1,
+            },
+            members=self._members,
+            carried=self._carried,
         )
-        with saver:
+        on_nan_step = OnNan(
+            policy=on_nan,
+            max_loss_spike=max_loss_spike,
+            loop=loop,
+            model=model,
+            source=source,
+            saver=saver,
+            is_chief=self.is_chief,
+        )
+        with self._working(), service or contextlib.nullcontext(), saver:
             run_fit(
                 loop=loop,
                 model=model,
@@ -238,6 +449,8 @@ class Run:
                 options=options,
                 callbacks=callback_list,
                 saver=saver,
+                heart=self._heart,
+                on_nan=on_nan_step,
             )
         return model.history
 
@@ -250,6 +463,7 @@ class Run:
         steps: int | None = None,
         sample_weight: Any = None,
         return_dict: bool = True,
+        shard: str = "auto",
     ) -> Any:
         """Evaluates on each example once.
 
@@ -260,14 +474,17 @@ class Run:
             steps: None: all the data.
             sample_weight: One weight per example.
             return_dict: False returns a list in the order of the dict.
+            shard: As for `fit`.
 
         Returns:
             Metric name → value, on every task that runs the program.
         """
         source = build_source(data, sample_weight=sample_weight)
         loop = self._loop(model, source)
+        source = loop.own_part(source, shard)
         num_steps = plan_steps(source, global_batch_size, steps)
-        logs = loop.evaluate(source, BatchPlan(global_batch_size=global_batch_size, num_steps=num_steps))
+        with self._working():
+            logs = loop.evaluate(source, BatchPlan(global_batch_size=global_batch_size, num_steps=num_steps))
         return logs if return_dict else list(logs.values())
 
     def predict(
@@ -284,7 +501,8 @@ class Run:
         source = build_source(data)
         loop = self._loop(model, source)
         num_steps = plan_steps(source, global_batch_size, steps)
-        return loop.predict(source, BatchPlan(global_batch_size=global_batch_size, num_steps=num_steps))
+        with self._working():
+            return loop.predict(source, BatchPlan(global_batch_size=global_batch_size, num_steps=num_steps))
 
     def build(self, model: keras.Model, data: Any) -> None:
         """Creates the model's variables, its optimizer's too, before the first step (to restore them, say).
@@ -296,14 +514,23 @@ class Run:
         self._loop(model, build_source(data))
 
     def save(self, model: keras.Model, path: str | Path) -> None:
-        """Writes the model on the chief, as `model.save` does; other tasks return at once.
+        """Writes the model on the chief, as `model.save` does, in blocks; other tasks return at once.
 
         Args:
             model: A built model.
-            path: A `.keras` file for plain Keras.
+            path: A `.keras` file for plain Keras; it is whole, or what it was before.
         """
-        if self.is_chief:
-            model.save(path)
+        if not self.is_chief:
+            return
+        path = Path(path)
+        # Keras tells the format by the name's end.
+        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        try:
+            with keras_internals.saving_in_blocks(blocks_of_large):
+                model.save(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def wait_for_others(self) -> None:
         """Returns once every process that runs the program has called it, so that none leaves while another writes."""
@@ -314,9 +541,30 @@ class Run:
             context = tf.distribute.get_replica_context()
             return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.ones([]))
 
-        met = tf.function(lambda: self.strategy.run(meet), autograph=False)()
-        for count in self.strategy.experimental_local_results(met):
-            count.numpy()
+        with self._working():
+            met = tf.function(lambda: self.strategy.run(meet), autograph=False)()
+            for count in self.strategy.experimental_local_results(met):
+                count.numpy()
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """Steps follow each other inside; a step that fails because other tasks are gone ends this one too."""
+        try:
+            yield
+        except tf.errors.OpError as error:
+            if too_few := re.search(
+                r"expected to contain (\d+) elements but contained only (\d+)", error.message
+            ):
+                raise ConfigError(
+                    f"the data source ended after {too_few[2]} examples, and promised {too_few[1]}: the order of an "
+                    "epoch follows from its length; fix the source, or start another run on what it holds now."
+                ) from error
+            if not is_peer_loss(error) or self.cluster.is_single:
+                raise
+            print("tfdist: other tasks are gone in the middle of a step", file=sys.stderr, flush=True)
+            raise PeerLost from error
+        finally:
+            self._heart.rest()
 
     def _loop(self, model: keras.Model, source: Source) -> Loop:
         if not keras_internals.is_compiled(model):
@@ -331,15 +579,59 @@ class Run:
         with self.strategy.scope():
             keras_internals.build_model(model, source.sample_batch(2))
         self._check_scope(model)
+        _use_sparse_rows(model, warn=_log.warning if self.is_chief else _log.debug)
         loop: Loop = (
             CoordinatorLoop(
-                coordinator=self._get_coordinator(), model=model, num_workers=self.cluster.num_workers
+                coordinator=self._get_coordinator(),
+                model=model,
+                num_workers=self.cluster.num_workers,
+                heart=self._heart,
             )
             if self.strategy_name == "ps"
-            else SyncLoop(strategy=self.strategy, model=model)
+            else SyncLoop(strategy=self.strategy, model=model, heart=self._heart)
         )
         self._loops[id(model)] = (model.optimizer, loop)
         return loop
+
+    def _check_sync(self, options: SyncOptions) -> None:
+        asked = dataclasses.replace(options, exchange="auto", bucket_mb=SyncOptions.bucket_mb)
+        if asked != SyncOptions() and self.strategy_name != "multiworker":
+            raise ConfigError(
+                f"sync={options.sync!r} or its settings with strategy={self.strategy_name!r}: only 'multiworker' has "
+                "them; leave them out."
+            )
+        if asked != SyncOptions() and self._members is not None:
+            raise ConfigError(
+                f"sync={options.sync!r} with elastic='in_process': what workers keep for themselves would be lost with "
+                "one of them; choose elastic='restart'."
+            )
+
+    def _choose_loop(
+        self, steps_per_loop: int | None, on_nan: str, max_loss_spike: float | None
+    ) -> int | None:
+        if on_nan == "skip":
+            obstacle = "on_nan='skip'"
+        elif max_loss_spike is not None:
+            obstacle = f"max_loss_spike={max_loss_spike}"
+        elif self._members is not None:
+            obstacle = "elastic='in_process'"
+        else:
+            return steps_per_loop
+        if steps_per_loop not in (None, 1):
+            raise ConfigError(
+                f"steps_per_loop={steps_per_loop} with {obstacle}, which must know of each step before the next one "
+                "begins: leave one of the two out."
+            )
+        return 1
+
+    def _check_jit(self, jit_compile: str) -> None:
+        if jit_compile not in JIT_COMPILE:
+            raise ConfigError(f"jit_compile={jit_compile!r}: choose one of {', '.join(JIT_COMPILE)}.")
+        if jit_compile != "off" and self.strategy_name == "ps":
+            raise ConfigError(
+                f"jit_compile={jit_compile!r} with strategy='ps': its steps read and write other machines' variables; "
+                "leave it out."
+            )
 
     def _check_callbacks(self, callbacks: Any) -> None:
         everyone, _ = split_callbacks(callbacks, is_chief=True)
@@ -376,6 +668,21 @@ class Run:
         from tfdist.training.progress import ProgressBar
 
         return [] if any(isinstance(c, ProgressBar) for c in given) else [ProgressBar()]
+
+
+def _use_sparse_rows(model: keras.Model, *, warn: Callable[..., None]) -> None:
+    """Spares a model's large tables what Keras's optimizers do to all of their rows, where the result is the same.
+
+    Other models keep Keras's classes: their Adagrad counts a row that occurs twice in a batch twice, and so shall we.
+    """
+    if tables := keras_internals.find_layers(model, Embedding):
+        largest = max(tables, key=lambda table: table.input_dim)
+        for optimizer in keras_internals.find_optimizers(model):
+            what = describe_dense_rows(with_sparse_rows(optimizer))
+            if what is not None and largest.input_dim >= _MANY_ROWS:
+                warn("%r has %d rows, and %s", largest.name, largest.input_dim, what)
+        if model.optimizer is not None:
+            keras_internals.set_optimizer(model, model.optimizer)
 
 
 def _check_batch(global_batch_size: int, num_replicas: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from tfdist import keras_internals
 from tfdist.cluster import Cluster
 from tfdist.errors import ConfigError
 
@@ -59,7 +60,9 @@ def build_strategy(
     resolver = build_resolver(cluster)
     if strategy == "multiworker":
         return _build_multiworker(resolver)
-    return tf.distribute.ParameterServerStrategy(resolver)
+    ps_strategy = tf.distribute.ParameterServerStrategy(resolver)
+    keras_internals.place_by_bytes(ps_strategy)
+    return ps_strategy
 
 
 def build_resolver(cluster: Cluster | None) -> tf.distribute.cluster_resolver.SimpleClusterResolver:
@@ -69,6 +72,11 @@ def build_resolver(cluster: Cluster | None) -> tf.distribute.cluster_resolver.Si
     return tf.distribute.cluster_resolver.SimpleClusterResolver(
         spec, task_type=cluster.task.type, task_id=cluster.task.index, rpc_layer="grpc"
     )
+
+
+def is_peer_loss(error: tf.errors.OpError) -> bool:
+    """Says whether an operation failed because another task is gone, and not by a fault of its own."""
+    return isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError))
 
 
 def _build_multiworker(resolver: tf.distribute.cluster_resolver.ClusterResolver) -> tf.distribute.Strategy:

@@ -20,16 +20,17 @@ from typing import Any
 
 from absl import flags
 
-from tfdist.cluster import Cluster
+from tfdist.cluster import Cluster, render_tf_config
 from tfdist.environments import detect_cluster
-from tfdist.errors import NonFiniteError, TfdistError
+from tfdist.errors import NonFiniteError, OutOfMemoryError, TfdistError
 from tfdist.flags import build_config, parse_flags, resolve_run
-from tfdist.launcher import Job, build_python_command, render_dry_run_local, run_local
+from tfdist.launcher import Job, build_python_command, parse_num_workers, render_dry_run_local, run_local
+from tfdist.launcher.hosts import read_hosts, read_ssh_options
 from tfdist.recipe import check_recipe_exists, list_recipes, load_recipe
 from tfdist.training.run_dir import RunDir
 
 # How long the others wait for the chief to say what is wrong, and to be ended for it.
-_CHIEF_SPEAKS_FIRST_SECS = 5.0
+_CHIEF_SPEAKS_FIRST_SECS = 20.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,15 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if values.list_recipes:
             print("\n".join(f"{name:<14} {line}" for name, line in list_recipes()))
             return 0
-        cluster = detect_cluster(os.environ)
+        cluster = detect_cluster(os.environ, strategy=values.strategy, num_ps=values.num_ps)
         fields = resolve_run(values, cluster, os.environ)
+        if cluster is not None:
+            # Again: an earlier run's strategy may be what deals the roles.
+            cluster = detect_cluster(os.environ, strategy=fields["strategy"], num_ps=fields["num_ps"])
+            fields |= _count_workers(cluster, fields["strategy"])
         if fields["strategy"] in ("multiworker", "ps") and cluster is None:
             return _launch(words, fields, values)
         if values.dry_run:
-            print("# nothing to start: this process runs it alone")
+            print(_render_place(cluster))
             return 0
-        return _execute(fields)
-    except NonFiniteError as error:
+        return _execute(fields, cluster)
+    except (NonFiniteError, OutOfMemoryError) as error:
         _let_the_chief_speak(cluster)
         print(f"tfdist.train: {error}", file=sys.stderr)
         return 1
@@ -79,8 +84,9 @@ def _launch(words: Sequence[str], fields: Mapping[str, Any], values: flags.FlagV
         RunDir(Path(config.run_dir)).check(config)
     # TensorFlow's notes on how it was built would bury ours; whoever wants them has set the variable.
     env = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ}
+    command = build_python_command(["tfdist.train", *words, f"--run_dir={config.run_dir}"], module=True)
     job = Job(
-        command=build_python_command(["tfdist.train", *words, f"--run_dir={config.run_dir}"], module=True),
+        command=[values.python, *command[1:]] if values.python else command,
         num_workers=config.num_workers,
         num_ps=config.num_ps,
         strategy=config.strategy,
@@ -88,6 +94,16 @@ def _launch(words: Sequence[str], fields: Mapping[str, Any], values: flags.FlagV
         env=env,
         grace_secs=values.grace_secs,
         max_restarts=values.max_restarts,
+        restart_window_secs=values.restart_window_secs,
+        hang_timeout_secs=values.hang_timeout_secs,
+        min_workers=parse_num_workers(values.num_workers)[0] if values.num_workers else None,
+        rescale_every_secs=values.rescale_every_secs,
+        elastic=values.elastic,
+        chaos=values.chaos,
+        hosts=read_hosts(values.hosts, values.hostfile),
+        ssh=read_ssh_options(values),
+        listen_interface=values.listen_interface,
+        exchange=config.exchange,
     )
     if values.dry_run:
         print(render_dry_run_local(job))
@@ -95,13 +111,26 @@ def _launch(words: Sequence[str], fields: Mapping[str, Any], values: flags.FlagV
     return run_local(job)
 
 
-def _execute(fields: Mapping[str, Any]) -> int:
+def _count_workers(cluster: Cluster | None, strategy: str) -> dict[str, int]:
+    """Returns how many there are, for a config that shall tell the truth; the launcher has told those it started."""
+    if cluster is None or strategy not in ("multiworker", "ps") or "TFDIST_LAUNCHED" in os.environ:
+        return {}
+    return {"num_workers": (cluster.num_workers if strategy == "ps" else len(cluster.tasks)) or 1}
+
+
+def _render_place(cluster: Cluster | None) -> str:
+    if cluster is None or cluster.task is None:
+        return "# nothing to start: this process runs it alone"
+    return f"# nothing to start: this process is {cluster.task}\nTF_CONFIG={render_tf_config(cluster)}"
+
+
+def _execute(fields: Mapping[str, Any], cluster: Cluster | None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with _quiet_start():
         # Here: TensorFlow takes seconds to import, and a mistake above should not wait for it.
         from tfdist.execute import execute
     config = build_config(fields, load_recipe(fields["recipe"]))
-    execute(config, say=lambda line: print(line, flush=True))
+    execute(config, cluster=cluster, say=lambda line: print(line, flush=True))
     return 0
 
 

@@ -110,7 +110,13 @@ def test_first_task_starts_at_once(folder):
         before = time.time()
         return float(run("--num_workers=1", "--", "date", "+%s.%N").stdout.split()[1]) - before
 
-    assert min(start_secs() for _ in range(5)) < 0.5  # the best of some, for a machine that is busy
+    def python_secs():
+        before = time.time()
+        subprocess.run([sys.executable, "-c", "import argparse, selectors, subprocess"], check=True)
+        return time.time() - before
+
+    # The best of some, and of Python alone at the same time, for a machine that is busy.
+    assert min(start_secs() for _ in range(5)) < max(0.5, 5 * min(python_secs() for _ in range(5)))
 
 
 def test_bytes_survive_whole(folder):
@@ -310,14 +316,14 @@ def test_launcher_killed_while_it_starts_leaves_nothing(folder):
             else:
                 time.sleep(delay)
             launcher.kill()
-    mark = os.fsencode(script)
 
     def running():
         commands = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
+        for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                commands.append(path.read_bytes())
-        return [command for command in commands if mark in command]
+                if path.name != str(os.getpid()) and os.readlink(path / "cwd") == str(folder):
+                    commands.append((path / "cmdline").read_bytes())
+        return [command for command in commands if command]
 
     wait_for(lambda: not running(), secs=10)
     time.sleep(0.5)

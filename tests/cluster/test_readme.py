@@ -27,11 +27,16 @@ TRAINS = {
 ANSWERS = {
     "python -m tfdist.train --list_recipes": "wide_deep",
     "python -m tfdist.train --help": "--strategy",
+    "python -m tfdist.doctor --strategy=ps --num_workers=2": "no errors",
 }
+SURVIVES = (
+    "python -m tfdist.train --strategy=multiworker --checkpoint_every_steps=10 --chaos=kill:worker:1@step=60"
+)
 EVALUATES = "python -m tfdist.train --mode=eval --run_dir=runs/my_run"
 LAUNCHES = "python -m tfdist.launch --num_workers=2 --num_ps=1 --strategy=ps my_script.py --its --flags"
 INSTALLS = "pip install ."
-CI_RUNS = ["pip install '.[test]'", "python -m pytest"]
+TESTS = "python -m pytest -n 2 --dist loadfile"
+CI_RUNS = ["pip install '.[test]'", TESTS]
 
 # What the README's program leaves to its reader.
 BEFORE_PROGRAM = """
@@ -83,7 +88,7 @@ def explain(done):
 def test_commands_are_all_known():
     """A new command in the README needs a test here; one that has gone needs none."""
     assert sorted(find_commands(README)) == sorted(
-        [*TRAINS, *ANSWERS, EVALUATES, LAUNCHES, INSTALLS, *CI_RUNS]
+        [*TRAINS, *ANSWERS, SURVIVES, EVALUATES, LAUNCHES, INSTALLS, *CI_RUNS]
     )
 
 
@@ -101,6 +106,13 @@ def test_command_answers(tmp_path, command):
     done = run(command, tmp_path)
     assert done.returncode == 0, explain(done)
     assert ANSWERS[command] in done.stdout
+
+
+def test_run_survives_its_failure(tmp_path):
+    done = run(SURVIVES, tmp_path)
+    assert done.returncode == 0, explain(done)
+    assert "worker:1 was killed by SIGKILL" in done.stderr and "resumed after epoch" in done.stdout
+    assert re.search(r"training goes on \d+\.\d s after the failure", done.stderr)
 
 
 def test_finished_run_is_evaluated(tmp_path):
@@ -129,7 +141,7 @@ def test_own_program_runs(tmp_path, command):
 def test_ci_installs_and_tests_as_the_readme_does():
     ci = (REPOSITORY / ".ci/run").read_text()
     assert re.search(r"pip install (--quiet )?'\.\[test\]'$", ci, re.MULTILINE)
-    assert re.search(r"^python -m pytest( |$)", ci, re.MULTILINE)
+    assert re.search(rf"^{TESTS}( |$)", ci, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -194,11 +206,14 @@ LAUNCH_COMMANDS = {
     "STRATEGY=multiworker NUM_WORKERS=3 launch/local.sh": SHORT,
     "python -m tfdist.launch --num_workers=2 --num_ps=1 my_script.py": [],
     "python -m tfdist.launch --num_workers=2 --dry_run my_script.py": [],
+    "python -m tfdist.doctor --num_workers=2 --run_dir=runs/my_run": [],
+    "python -m tfdist.doctor logs runs/my_run": [],
 }
 
 
 def test_launch_commands_are_all_known():
-    (block,) = re.findall(r"```sh\n(.*?)```", LAUNCH_README, re.DOTALL)
+    # Schedulers have their own screens, which tests/hosts reads.
+    (block,) = re.findall(r"```sh\n(.*?)```", LAUNCH_README.partition("\n## ")[0], re.DOTALL)
     assert [re.split(r"\s+#\s", line)[0] for line in block.splitlines()] == list(LAUNCH_COMMANDS)
 
 
@@ -206,6 +221,8 @@ def test_launch_commands_are_all_known():
 def test_launch_command_runs(tmp_path, command):
     (tmp_path / "launch").symlink_to(REPOSITORY / "launch")
     (tmp_path / "my_script.py").write_text("import os; print(os.environ['TF_CONFIG'])")
+    (tmp_path / "runs/my_run/logs").mkdir(parents=True)
+    (tmp_path / "runs/my_run/logs/worker-0.log").write_text("trained in 1.0 s\n")
     line = re.sub(
         r"^python", shlex.quote(sys.executable), f"{command} {shlex.join(LAUNCH_COMMANDS[command])}"
     )

@@ -97,8 +97,8 @@ def test_ps_goes_on_whoever_is_killed(tmp_path, task):
     os.kill(find_task(tmp_path, role, int(index)), signal.SIGKILL)
     code, output = finish(tmp_path, process)
     assert code == 0, output
-    again = "starting it again" if role == "worker" else "starting all tasks again"
-    assert f"{task} was killed by SIGKILL" in output and again in output
+    assert f"{task} was killed by SIGKILL" in output and "starting it again" in output
+    assert ("chief:0 is started again too" in output) == (role == "ps")
     if role == "worker":
         # The step that it was at may have been applied before it died: it is then done twice, never left out.
         steps = read_epochs(tmp_path)[-1]["step"]
@@ -115,7 +115,11 @@ def test_nan_ends_the_run_and_is_not_kept(tmp_path, strategy):
     done = run_train(tmp_path, f"--strategy={strategy}", "--run_dir=run", *flags)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    line = r"tfdist.train: the loss became (nan|inf) in epoch 1, between steps \d+ and \d+; lower"
+    line = (
+        r"tfdist.train: the (loss is|gradients are) not finite in epoch 1 at step \d+: "
+        r"(first in the (\w+ of layer '\w+'|loss; the model's outputs are finite)|in the gradients of .*); "
+        r".* of the training data\. Its update was not applied\. Lower"
+    )
     assert re.search(line, done.stderr)
     for path in (tmp_path / "run/checkpoints").glob("*.npz"):
         with np.load(path) as stored:
@@ -136,3 +140,30 @@ def test_sigterm_saves_and_leaves_with_143(tmp_path, strategy):
     resumed = run_train(tmp_path, "--resume", "--run_dir=run")
     assert resumed.returncode == 0, resumed.stderr
     assert_whole(tmp_path, resumed.stdout)
+
+
+@pytest.mark.parametrize("strategy", ["one_device", "multiworker"])
+def test_tensor_without_memory_is_one_line(tmp_path, strategy):
+    (tmp_path / "huge.py").write_text(
+        """
+import keras, tensorflow as tf, tfdist
+from recipes import digits_cnn
+
+class Huge(keras.layers.Layer):
+    def call(self, x):
+        return x + tf.reduce_sum(tf.random.uniform(tf.constant([64, 2**42], tf.int64)))
+
+def build_model():
+    model = keras.Sequential([keras.Input((8, 8, 1)), Huge(), keras.layers.Flatten(), keras.layers.Dense(10)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+RECIPE = tfdist.Recipe(build_model=build_model, build_data=digits_cnn.build_data, global_batch_size=64, epochs=1)
+"""
+    )
+    done = run_train(tmp_path, f"--strategy={strategy}", "--recipe=./huge.py", "--run_dir=run")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    task = "this process" if strategy == "one_device" else r"worker:\d"
+    line = rf"tfdist.train: {task} is out of memory: OOM when allocating tensor with shape\[64,4398046511104\].*; "
+    assert re.search(line, done.stderr), done.stderr

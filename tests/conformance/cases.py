@@ -18,6 +18,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfdist.optimizers import LARS
+from tfdist.recipe import load_recipe
+
 BATCH, EPOCHS, COUNT = 10, 2, 22
 rng = np.random.default_rng(0)
 X = rng.normal(size=(COUNT, 6)).astype(np.float32)
@@ -26,6 +29,7 @@ W = rng.uniform(0.5, 2, COUNT).astype(np.float32)
 IDS = rng.integers(0, 20, (COUNT, 5))
 BINARY = (Y > 0).astype(np.float32)[:, None]
 layers, optimizers = keras.layers, keras.optimizers
+UNET = load_recipe("medical_unet")
 
 
 class Case(NamedTuple):
@@ -162,6 +166,30 @@ def dropout() -> keras.Model:
     return model
 
 
+def wide() -> keras.Model:
+    """Returns a model with a weight large enough for Adam's update in one pass."""
+    keras.utils.set_random_seed(3)
+    parts = [layers.Dense(640, activation="tanh"), layers.Dense(480, activation="tanh"), layers.Dense(3)]
+    model = keras.Sequential([keras.Input((6,)), *parts])
+    # An epsilon above the rounding errors of gradients, which Adam would enlarge.
+    adam = optimizers.Adam(1e-3, epsilon=1e-3)
+    model.compile(adam, keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    return model
+
+
+def segmenter() -> keras.Model:
+    """Returns a model with the loss of medical_unet, and an optimizer that shows a gradient of the wrong size."""
+    keras.utils.set_random_seed(3)
+    parts = [
+        layers.Conv2D(4, 3, padding="same", activation="tanh"),
+        layers.Conv2D(1, 1, activation="sigmoid"),
+    ]
+    model = keras.Sequential([keras.Input((16, 16, 1)), *parts])
+    loss = UNET.build_model.__globals__["dice_loss"]
+    model.compile(optimizers.SGD(0.1), loss, metrics=[keras.metrics.BinaryIoU([1], name="iou")])
+    return model
+
+
 CASES = {
     "sgd": Case(lambda: classifier(lambda: optimizers.SGD(0.1)), (X, Y)),
     "batch_norm": Case(
@@ -218,6 +246,10 @@ CASES = {
     "own_step": Case(own_step, (X, Y)),
     "two_players": Case(two_players, (X, Y)),
     "dropout": Case(dropout, (X, Y)),
+    "wide": Case(wide, (X, Y)),
+    "lars": Case(lambda: classifier(lambda: LARS(20.0, weight_decay=1e-3)), (X, Y)),
+    # A loss of each image, averaged over images: some have no lesion, and the parts of a batch differ in size.
+    "dice": Case(segmenter, UNET.build_data("test", num_examples=5 * COUNT, image_size=16)),
 }
 
 

@@ -81,6 +81,19 @@ def _crossentropy() -> keras.losses.Loss:
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
+class Indexed:
+    """Examples read one by one, as from a PyTorch dataset."""
+
+    def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, place: int) -> tuple[Any, Any]:
+        return self.x[place], self.y[place]
+
+
 class Trainer:
     """Runs models under a strategy, or under plain Keras, with one meaning."""
 
@@ -207,12 +220,14 @@ def forms(trainer: Trainer) -> dict[str, Any]:
     if trainer.run is not None:
         ways["stream"] = (examples, {})
         ways["unknown_length"] = (examples.filter(lambda x, y: True), {})
+        ways["indexed"] = (Indexed(x, y), {})
         ways["own"] = (own, {"steps_per_epoch": EVEN // cases.BATCH})
     found = {}
     for name, (data, options) in ways.items():
         model = trainer.build(lambda: cases.classifier(lambda: keras.optimizers.SGD(0.1)))
         trainer.fit(model, data, cases.BATCH, epochs=2, **options)
-        found[f"form_{name}"] = np.concatenate([np.ravel(w) for w in model.get_weights()])
+        steps = [float(model.optimizer.iterations.numpy())]
+        found[f"form_{name}"] = np.concatenate([*(np.ravel(w) for w in model.get_weights()), steps])
     return found
 
 

@@ -89,6 +89,8 @@ def attempts(run: Any) -> dict[str, Callable[[], Any]]:
         "both_weights": lambda: fit(sgd, class_weight={0: 2.0}, sample_weight=cases.W),
         "sample_weight": lambda: fit(sgd, examples, sample_weight=cases.W),
         "split_stream": lambda: fit(sgd, examples, validation_split=0.5),
+        "skip_in_loops": lambda: fit(sgd, steps_per_loop=4, on_nan="skip"),
+        "no_loop": lambda: fit(sgd, steps_per_loop=0),
         "split_all": lambda: fit(sgd, validation_split=1.0),
         "unequal": lambda: fit(sgd, (cases.X, cases.Y[:-1])),
         "empty": lambda: fit(sgd, (cases.X[:0], cases.Y[:0])),

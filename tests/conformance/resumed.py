@@ -1,11 +1,14 @@
 """A fit that can be killed after any step, and started again.
 
 Run by Python: `resumed.py OUT STRATEGY [REPLICAS]`. In the environment: RESUMED_CHECKPOINTS, the folder;
-RESUMED_DIE_AT, the step after which the chief kills itself (0: never); RESUMED_EVERY_SECS instead of every 4 steps.
+RESUMED_DIE_AT, the step after which the chief kills itself (0: never); RESUMED_EVERY_SECS instead of every 4 steps;
+RESUMED_SYNC: fields of `SyncOptions`, as JSON;
+RESUMED_STREAM: `good` or `spoiled` examples come as a stream, for a single epoch.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -16,6 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import cases
 import keras
 import numpy as np
+import tensorflow as tf
 
 import tfdist
 
@@ -39,6 +43,11 @@ class DieAt(keras.callbacks.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def build_data(stream: str) -> Any:
+    """Returns arrays, or the same as a stream."""
+    return tf.data.Dataset.from_tensor_slices((X * (stream == "good"), Y)) if stream else (X, Y)
+
+
 def main(out: str, strategy: str, replicas: str | None = None) -> None:
     """Trains to the end, or to death."""
     run = tfdist.initialize(strategy=strategy, num_replicas=replicas and int(replicas), seed=1)
@@ -47,15 +56,17 @@ def main(out: str, strategy: str, replicas: str | None = None) -> None:
         model.compile(keras.optimizers.Adam(0.01), model.loss, metrics=["accuracy"])
     die_at = int(os.environ["RESUMED_DIE_AT"]) if run.is_chief else 0
     secs = os.environ.get("RESUMED_EVERY_SECS")
-    stopping = keras.callbacks.EarlyStopping("loss", patience=10)
+    stream = os.environ.get("RESUMED_STREAM", "")
+    stopping = keras.callbacks.EarlyStopping("val_loss", patience=10, restore_best_weights=True)
     history = run.fit(
         model,
-        (X, Y),
+        build_data(stream),
         global_batch_size=BATCH,
-        epochs=EPOCHS,
+        epochs=1 if stream else EPOCHS,
         validation_data=(X[:50], Y[:50]),
         verbose=2,
         callbacks=[DieAt(die_at), stopping],
+        sync=tfdist.SyncOptions(exchange="collective", **json.loads(os.environ.get("RESUMED_SYNC", "{}"))),
         checkpoints=tfdist.Checkpoints(
             directory=os.environ["RESUMED_CHECKPOINTS"],
             every_steps=None if secs else 4,
@@ -65,7 +76,8 @@ def main(out: str, strategy: str, replicas: str | None = None) -> None:
     if run.is_chief:
         found = {f"weight_{i}": v.numpy() for i, v in enumerate([*model.weights, *model.optimizer.variables])}
         found |= {f"history_{name}": values for name, values in history.history.items()}
-        np.savez(out, **found, epochs=history.epoch, best=stopping.best, wait=stopping.wait)
+        best = {f"best_{i}": array for i, array in enumerate(stopping.best_weights)}
+        np.savez(out, **found, epochs=history.epoch, best=stopping.best, wait=stopping.wait, **best)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,17 @@
 """The distributed answer equals the single-device answer: every case under every strategy, in real processes."""
 
-import functools
-
 import cases
 import numpy as np
 import pytest
-from worlds import run_world
+from worlds import results_of
 
 WORLDS = ["one_device", "mirrored-2", "mirrored-4", "multiworker-2", "ps-1"]
-pytestmark = [pytest.mark.conformance, pytest.mark.cluster]
+pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Runs each world once, when first asked for."""
-    folder = tmp_path_factory.mktemp("worlds")
-
-    @functools.cache
-    def attempt(world):
-        # A failure is kept too: a broken world need not be run again for each case.
-        try:
-            return start(world)
-        except AssertionError as error:
-            return error
-
-    def get(world):
-        found = attempt(world)
-        if isinstance(found, AssertionError):
-            raise found
-        return found
-
-    def start(world):
-        out = folder / f"{world}.npz"
-        run_world(cases.__file__, out, world)
-        with np.load(out) as stored:
-            return dict(stored)
-
-    return get
+    return results_of(cases.__file__, tmp_path_factory.mktemp("worlds"))
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -7,7 +7,7 @@ from worlds import run_world
 
 WORLDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1", "ps-2"]
 SYNC = ["mirrored-2", "multiworker-2"]
-pytestmark = [pytest.mark.conformance, pytest.mark.cluster]
+pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +104,10 @@ def test_only_the_chief_writes(seen, world):
     assert len(list(folder.glob("*.csv"))) == len(list(folder.glob("*.keras"))) == 1
 
 
-@pytest.mark.parametrize("form", ["stream", "unknown_length", "own"])
+@pytest.mark.parametrize("form", ["stream", "unknown_length", "indexed", "own"])
 @pytest.mark.parametrize("world", [w for w in WORLDS if w != "ps-2"])
 def test_every_form_of_data_trains_alike(seen, world, form):
-    """A dataset of examples, one that does not know its length, and a pipeline that shards itself."""
+    """A dataset of examples, one that does not know its length, an indexed object, a pipeline that shards itself."""
     wanted = seen("keras")[1][0]["form_arrays"]
     for process in seen(world)[1]:
         np.testing.assert_allclose(process[f"form_{form}"], wanted, rtol=2e-5, atol=2e-5)

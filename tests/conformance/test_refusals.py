@@ -27,12 +27,17 @@ WANTED = {
     "both_weights": (ALL, ["class_weight and sample_weight", "one of them"]),
     "sample_weight": (ALL, ["sample_weight goes with arrays"]),
     "split_stream": (ALL, ["validation_split", "validation_data"]),
+    "skip_in_loops": (
+        ("one_device", *SYNC),
+        ["steps_per_loop=4 with on_nan='skip'", "leave one of the two out"],
+    ),
+    "no_loop": (ALL, ["steps_per_loop=0", "1 or more"]),
     "split_all": (ALL, ["validation_split=1.0", "between 0 and 1"]),
     "unequal": (ALL, ["22, 21", "the same"]),
     "empty": (ALL, ["no examples"]),
     "four": (ALL, ["tuple of 4", "sample_weight"]),
 }
-pytestmark = [pytest.mark.conformance, pytest.mark.cluster]
+pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 
 def test_multiworker_after_tensorflow_has_started_names_the_remedy(tmp_path):

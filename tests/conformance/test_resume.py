@@ -1,5 +1,6 @@
 """Killed after any step and started again, a run ends as if nothing had happened."""
 
+import json
 import os
 import re
 
@@ -9,14 +10,16 @@ import resumed
 from worlds import run_world
 
 WORLDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1"]
-pytestmark = [pytest.mark.conformance, pytest.mark.cluster]
+pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
     """Starts the program in a world; returns what it left, and says whether it died."""
 
-    def run(world, *, name="run", die_at=0, every_secs=None):
+    def run(world, *, name="run", die_at=0, every_secs=None, stream="", sync=None):
+        monkeypatch.setenv("RESUMED_SYNC", json.dumps(sync or {}))
+        monkeypatch.setenv("RESUMED_STREAM", stream)
         monkeypatch.setenv("RESUMED_CHECKPOINTS", str(tmp_path / name / "checkpoints"))
         monkeypatch.setenv("RESUMED_DIE_AT", str(die_at))
         if every_secs is not None:
@@ -54,11 +57,36 @@ def test_killed_run_ends_bit_for_bit_as_the_uninterrupted(start, world):
     assert_same(start(world), wanted)
 
 
+@pytest.mark.parametrize(
+    "sync",
+    [
+        {"sync": "diloco", "sync_period": 3},
+        {"sync": "delayed"},
+        {"exchange_dtype": "bfloat16", "error_feedback": True},
+    ],
+    ids=lambda sync: "-".join(str(value) for value in sync.values()),
+)
+def test_what_workers_keep_for_themselves_is_not_missed(start, sync):
+    """They agree at every checkpoint, and drop what only one of them knows, in a run that is not stopped too."""
+    wanted = start("multiworker-2", name="whole", sync=sync)
+    start("multiworker-2", die_at=45, sync=sync)
+    assert_same(start("multiworker-2", sync=sync), wanted)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_stream_goes_on_without_reading_again(start, world):
+    """What comes of a stream whose examples were spoiled meanwhile is what came before: none is read a second time."""
+    wanted = start(world, name="whole", stream="good")
+    start(world, die_at=13, stream="good")
+    assert_same(start(world, stream="spoiled"), wanted)
+
+
 @pytest.mark.parametrize("world", ["one_device", "multiworker-2", "ps-2"])
 def test_clock_says_when_too(start, tmp_path, world):
     """The chief's clock, on which all workers act; far more often than an epoch's end."""
     start(world, die_at=18, every_secs=0.001)
-    names = os.listdir(tmp_path / "run/checkpoints")
+    # Without what was half-written when it died.
+    names = [name for name in os.listdir(tmp_path / "run/checkpoints") if not name.startswith(".")]
     assert all(re.fullmatch(r"epoch-00000-step-000000(0[1-9]|1\d).npz", name) for name in names), names
     assert names
     assert list(start(world, every_secs=60)["epochs"]) == [0, 1, 2, 3]

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from namespaces import ADDRESSES, ADDRESSES_V6, two_hosts
 
 from tfdist.cluster import Cluster
 from tfdist.door import close_to_other_machines
@@ -17,14 +18,15 @@ from tfdist.door import close_to_other_machines
 pytestmark = pytest.mark.cluster
 
 REPOSITORY = str(Path(__file__).parents[2])
-SERVER_ADDRESS, CLIENT_ADDRESS = "192.0.2.1", "192.0.2.2"
-GREETED, REFUSED = "greeted", "ConnectionRefusedError"
+SERVER_ADDRESS = ADDRESSES[0]
+GREETED, REFUSED, UNHEARD = "greeted", "ConnectionRefusedError", "TimeoutError"
 # The namespaces are new, so that every port in them is free.
 PORT = 3001
 
 SERVER = """\
 import socket, sys, threading
 from tfdist.door import close_to_other_machines, close_when_listening
+from tfdist.guests import may_turn_away
 
 host, port, when = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -39,7 +41,10 @@ def greet():
 threading.Thread(target=greet, daemon=True).start()
 print("listening", flush=True)
 for _ in sys.stdin:
-    if watcher is None:
+    if guests := sys.argv[4:]:
+        close_to_other_machines(port, device=None, guests=guests)
+        print(may_turn_away(), flush=True)
+    elif watcher is None:
         print(close_to_other_machines(port), flush=True)
     else:
         watcher.join(30)
@@ -64,52 +69,22 @@ except OSError as error:
 """
 
 
-class Host:
-    """A network namespace, in which processes run as on a machine of their own."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def command(self, *words):
-        return ["ip", "netns", "exec", self.name, *words]
-
-    def connect(self, address, port=PORT, *, until="greeting"):
-        """What a process here meets at an address: a greeting, or the name of an error."""
-        done = subprocess.run(
-            self.command(sys.executable, "-S", "-c", CONNECT, address, str(port), until),
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
-        return done.stdout.strip() or done.stderr
-
-
-def ip(*words):
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=30)
+def connect(host, address, port=PORT, *, until="greeting"):
+    """What a process on a host meets at an address: a greeting, or the name of an error."""
+    done = subprocess.run(
+        host.command(sys.executable, "-S", "-c", CONNECT, address, str(port), until),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    return done.stdout.strip() or done.stderr
 
 
 @pytest.fixture(scope="module")
 def hosts():
-    """A server and a client, each in a network namespace, joined by a wire."""
-    if not sys.platform.startswith("linux") or os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need Linux, root and the command ip (iproute2)")
-    server, client = (Host(f"tfdist-{os.getpid()}-{role}") for role in ("server", "client"))
-    wire = f"tfd{os.getpid()}"
-    try:
-        for host in (server, client):
-            try:
-                ip("netns", "add", host.name)
-            except subprocess.CalledProcessError as error:
-                pytest.skip(f"this machine makes no network namespaces: {error.stderr.strip()}")
-        ip("link", "add", wire, "netns", server.name, "type", "veth", "peer", wire, "netns", client.name)
-        for host, address in ((server, SERVER_ADDRESS), (client, CLIENT_ADDRESS)):
-            ip("-n", host.name, "address", "add", f"{address}/30", "dev", wire)
-            ip("-n", host.name, "link", "set", wire, "up")
-            ip("-n", host.name, "link", "set", "lo", "up")
-        yield server, client
-    finally:
-        for host in (server, client):
-            subprocess.run(["ip", "netns", "delete", host.name], capture_output=True, timeout=30)
+    """A server and a client, joined by a wire."""
+    with two_hosts() as pair:
+        yield pair
 
 
 @pytest.fixture
@@ -150,16 +125,16 @@ def test_other_machines_are_refused_after_closing_and_loopback_is_not(hosts, sta
     server, client = hosts
     process = start(SERVER, listening_on, str(PORT), "when asked")
     assert process.stdout.readline() == "listening\n"
-    assert client.connect(SERVER_ADDRESS) == GREETED
-    assert {server.connect(address) for address in loopbacks} == {GREETED}
+    assert connect(client, SERVER_ADDRESS) == GREETED
+    assert {connect(server, address) for address in loopbacks} == {GREETED}
 
     assert ask_to_close(process) == "True"
-    assert client.connect(SERVER_ADDRESS) == REFUSED
-    assert {server.connect(address) for address in loopbacks} == {GREETED}
+    assert connect(client, SERVER_ADDRESS) == REFUSED
+    assert {connect(server, address) for address in loopbacks} == {GREETED}
 
     # A second call finds the socket that the first one closed.
     assert ask_to_close(process) == "True"
-    assert client.connect(SERVER_ADDRESS) == REFUSED
+    assert connect(client, SERVER_ADDRESS) == REFUSED
 
 
 def test_closing_needs_no_privilege(hosts, start):
@@ -171,16 +146,45 @@ def test_closing_needs_no_privilege(hosts, start):
     capabilities = Path(f"/proc/{process.pid}/status").read_text().partition("CapEff:")[2].split()[0]
     assert int(capabilities, 16) == 0
     assert ask_to_close(process) == "True"
-    assert hosts[1].connect(SERVER_ADDRESS) == REFUSED
-    assert hosts[0].connect("127.0.0.1") == GREETED
+    assert connect(hosts[1], SERVER_ADDRESS) == REFUSED
+    assert connect(hosts[0], "127.0.0.1") == GREETED
+
+
+@pytest.mark.parametrize(
+    ("addresses", "stranger"), [(ADDRESSES, "192.0.2.9"), (ADDRESSES_V6, "2001:db8::1:0:2")]
+)
+def test_guests_are_greeted_and_strangers_unheard(hosts, start, addresses, stranger):
+    if ":" in stranger and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    server, client = hosts
+    for guest, met in ((addresses[1], GREETED), (stranger, UNHEARD)):
+        process = start(SERVER, "::" if ":" in stranger else "0.0.0.0", str(PORT), "when asked", guest)
+        assert process.stdout.readline() == "listening\n"
+        assert connect(client, addresses[0]) == GREETED
+        assert ask_to_close(process) == "True"
+        assert connect(client, addresses[0]) == met
+        assert connect(server, "127.0.0.1") == GREETED
+        process.kill()
+        process.wait()
+
+
+def test_kernel_that_lets_nobody_filter_leaves_the_door_open_and_says_so(hosts, start):
+    """Some let every user, others want CAP_NET_ADMIN: what is said is what is so."""
+    if shutil.which("setpriv") is None:
+        pytest.skip("dropping capabilities needs the command setpriv (util-linux)")
+    prefix = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
+    process = start(SERVER, "0.0.0.0", str(PORT), "when asked", "192.0.2.9", prefix=prefix)
+    assert process.stdout.readline() == "listening\n"
+    is_filtered = ask_to_close(process) == "True"
+    assert connect(hosts[1], SERVER_ADDRESS) == (UNHEARD if is_filtered else GREETED)
 
 
 def test_close_when_listening_waits_for_the_socket(hosts, start):
     process = start(SERVER, "0.0.0.0", str(PORT), "once it listens")
     assert process.stdout.readline() == "listening\n"
     assert ask_to_close(process) == "True"
-    assert hosts[1].connect(SERVER_ADDRESS) == REFUSED
-    assert hosts[0].connect("127.0.0.1") == GREETED
+    assert connect(hosts[1], SERVER_ADDRESS) == REFUSED
+    assert connect(hosts[0], "127.0.0.1") == GREETED
 
 
 def test_other_ports_stay_open(hosts, start):
@@ -188,8 +192,8 @@ def test_other_ports_stay_open(hosts, start):
     for process in (closed, other):
         assert process.stdout.readline() == "listening\n"
     assert ask_to_close(closed) == "True"
-    assert hosts[1].connect(SERVER_ADDRESS, PORT) == REFUSED
-    assert hosts[1].connect(SERVER_ADDRESS, PORT + 1) == GREETED
+    assert connect(hosts[1], SERVER_ADDRESS, PORT) == REFUSED
+    assert connect(hosts[1], SERVER_ADDRESS, PORT + 1) == GREETED
 
 
 def wait_for(what, *, secs):
@@ -210,7 +214,7 @@ def test_ps_task_on_a_localhost_cluster_cannot_be_reached_from_another_machine(h
         ports[name] = first + 2
 
     def reach(host, address, name):
-        return host.connect(address, ports[name], until="connect")
+        return connect(host, address, ports[name], until="connect")
 
     for name in TF_SERVERS:
         wait_for(lambda name=name: reach(server, "127.0.0.1", name) == GREETED, secs=120)

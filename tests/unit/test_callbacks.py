@@ -1,11 +1,14 @@
+import dataclasses
 import json
+import logging
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfdist.training.callbacks import MetricsFile, TensorBoardScalars, split_callbacks
+from tfdist.config import RunConfig
+from tfdist.training.callbacks import ConfigFile, MetricsFile, TensorBoardScalars, split_callbacks
 from tfdist.training.progress import ProgressBar
 from tfdist.training.run_dir import RunDir
 
@@ -150,6 +153,16 @@ def test_metrics_file_measures_training_alone(run_dir):
     ]
 
 
+def read_steps(folder):
+    """Where `epoch_loss` has points, each as often as it is there."""
+    found = []
+    for path in sorted(folder.glob("events*")):
+        for record in tf.data.TFRecordDataset(str(path)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            found += [event.step for value in event.summary.value if value.tag == "epoch_loss"]
+    return found
+
+
 def read_scalars(folder):
     found = {}
     for path in folder.glob("events*"):
@@ -178,6 +191,57 @@ def test_tensorboard_scalars_are_what_keras_writes(run_dir, tmp_path):
         theirs = read_scalars(keras_own / split)
         for key, value in read_scalars(ours / split).items():
             assert theirs[key] == pytest.approx(value, rel=1e-6)
+
+
+def test_tensorboard_scalars_go_on_after_an_aborted_run(run_dir):
+    """Without a double point, though the checkpoint is older than the last, and one was cut short."""
+
+    def abort_in_epoch_3(epoch, logs):
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+    model = build_model()
+    aborting = keras.callbacks.LambdaCallback(on_epoch_end=abort_in_epoch_3)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, [TensorBoardScalars(run_dir=run_dir), aborting], epochs=6)
+    assert read_steps(run_dir.tensorboard_dir / "train") == [0, 1, 2, 3]
+    (path,) = (run_dir.tensorboard_dir / "train").glob("events*")
+    path.write_bytes(path.read_bytes()[:-5])
+    fit(model, [TensorBoardScalars(run_dir=run_dir)], epochs=6, initial_epoch=2)
+    for split in ("train", "validation"):
+        assert read_steps(run_dir.tensorboard_dir / split) == [0, 1, 2, 3, 4, 5]
+
+
+def test_line_that_cannot_be_written_comes_with_the_next_one(run_dir, caplog):
+    path, away = run_dir.metrics_file, run_dir.path / "away"
+
+    def block(epoch, logs):
+        if epoch == 1:
+            path.rename(away)
+            path.mkdir()
+        if epoch == 3:
+            path.rmdir()
+            away.rename(path)
+
+    blocking = keras.callbacks.LambdaCallback(on_epoch_end=block)
+    with caplog.at_level(logging.WARNING):
+        fit(build_model(), [blocking, MetricsFile(run_dir=run_dir)], epochs=5)
+    assert caplog.text.count(f"{path} could not be written (Is a directory); training goes on") == 2
+    assert [line["epoch"] for line in run_dir.read_metrics()] == [0, 1, 2, 3, 4]
+
+
+def test_config_is_the_folders_once_training_goes_on(run_dir):
+    first = RunConfig(recipe="r", global_batch_size=4, epochs=2, run_dir=str(run_dir.path))
+    run_dir.write_config(first)
+    longer = dataclasses.replace(first, epochs=3, resume=True)
+    callback = ConfigFile(run_dir=run_dir, config=longer)
+    fit(build_model(), [callback], epochs=3, initial_epoch=3)
+    assert run_dir.read_config() == first
+    fit(build_model(), [callback], epochs=3, initial_epoch=2)
+    assert run_dir.read_config() == longer
+    run_dir.config_file.unlink()
+    fit(build_model(), [callback], epochs=4, initial_epoch=3)
+    assert run_dir.read_config() == longer
 
 
 def test_tensorboard_scalars_work_inside_a_strategy_scope(run_dir):

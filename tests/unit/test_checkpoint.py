@@ -7,9 +7,19 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import tfdist.layers
+import tfdist.optimizers
 from tfdist import keras_internals
 from tfdist.errors import ConfigError
-from tfdist.training.checkpoint import apply_snapshot, parse_checkpoint, take_snapshot, write_checkpoint
+from tfdist.training import checkpoint
+from tfdist.training import state as state_module
+from tfdist.training.checkpoint import (
+    apply_snapshot,
+    parse_checkpoint,
+    read_checkpoint,
+    take_snapshot,
+    write_checkpoint,
+)
 
 X = np.linspace(-1, 1, 96, dtype="float32").reshape(32, 3)
 Y = np.sin(3 * X[:, :1])
@@ -144,6 +154,21 @@ def differ(one, other):
     return any(not np.array_equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
 
 
+def truncated(whole):
+    return whole[: len(whole) // 2]
+
+
+def foreign(whole):
+    file = io.BytesIO()
+    np.savez(file, x=np.zeros(3))
+    return file.getvalue()
+
+
+def damaged(whole):
+    middle = len(whole) // 2
+    return whole[:middle] + bytes(255 - byte for byte in whole[middle : middle + 8]) + whole[middle + 8 :]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_load_into_a_fresh_model_gives_weights_slots_iterations_and_seeds(kind, tmp_path):
     model = make_model(kind)
@@ -207,6 +232,32 @@ def test_saving_changes_nothing(tmp_path):
     before = state(model)
     save_checkpoint(tmp_path / "c.npz", model=model, epoch=1)
     assert_equal(state(model), before)
+
+
+@pytest.mark.parametrize("build", [*KINDS, "table", "sharded-table", "mirrored"])
+def test_snapshot_stays_what_it_was_while_training_goes_on(build):
+    """It shares the variables' memory: TensorFlow copies what it is about to write to, by whatever operation."""
+    if build == "mirrored":
+        with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+            model = make_model()
+    else:
+        model = make_model(build) if build in KINDS else make_table_model(1 if build == "table" else 3)
+    x = IDS if "table" in build else X
+    model.fit(x, Y, batch_size=8, verbose=0)
+    taken = take_snapshot(model, epoch=0, step=0, metrics=[], extra={})
+    copies = {name: np.array(array) for name, array in taken.variables.items()}
+    model.fit(x, Y, batch_size=8, verbose=0)
+    for variable in model.trainable_variables:
+        variable.assign(variable + 1.0)
+    for name, array in taken.variables.items():
+        np.testing.assert_array_equal(array, copies[name], err_msg=name)
+    moved = take_snapshot(model, epoch=0, step=0, metrics=[], extra={}).variables
+    assert all(not np.array_equal(moved[name], copies[name]) for name in copies if name.endswith("/kernel"))
+
+
+def test_snapshot_for_another_cluster_shares_no_memory():
+    taken = take_snapshot(make_model(), epoch=0, step=0, metrics=[], extra={}, outlives_variables=True)
+    assert all(array.flags.owndata for array in taken.variables.values())
 
 
 def test_metrics_are_left_out(tmp_path):
@@ -319,21 +370,6 @@ def test_bfloat16_comes_back_bit_for_bit(tmp_path):
     assert [v.tobytes() for v in state(fresh)] == [v.tobytes() for v in state(model)]
 
 
-def truncated(whole):
-    return whole[: len(whole) // 2]
-
-
-def foreign(whole):
-    file = io.BytesIO()
-    np.savez(file, x=np.zeros(3))
-    return file.getvalue()
-
-
-def damaged(whole):
-    middle = len(whole) // 2
-    return whole[:middle] + bytes(255 - byte for byte in whole[middle : middle + 8]) + whole[middle + 8 :]
-
-
 @pytest.mark.parametrize("spoil", [truncated, foreign, damaged, lambda whole: b"", lambda whole: b"text"])
 def test_a_file_that_cannot_be_read_is_refused_by_its_name(spoil, tmp_path):
     model = make_model()
@@ -368,6 +404,74 @@ def test_a_write_that_fails_leaves_no_temporary(tmp_path):
     with pytest.raises(OSError):
         save_checkpoint(in_the_way, model=make_model(), epoch=1)
     assert os.listdir(tmp_path) == ["latest.npz"]
+
+
+def make_table_model(num_shards, partition="mod", *, seed=0):
+    keras.utils.set_random_seed(seed)
+    layers = [
+        keras.Input((3,), dtype="int32"),
+        tfdist.layers.Embedding(11, 2, combiner="mean", num_shards=num_shards, partition=partition),
+        keras.layers.Dense(1),
+    ]
+    model = keras.Sequential(layers)
+    model.compile(tfdist.optimizers.LazyAdam(0.05), "mse")
+    keras_internals.build_model(model, (tf.constant(IDS), tf.constant(Y)))
+    return model
+
+
+IDS = np.random.default_rng(0).integers(0, 11, (32, 3)).astype("int32")
+
+
+@pytest.mark.parametrize("is_large", [False, True], ids=["copied", "in-blocks"])
+@pytest.mark.parametrize(
+    ("wrote", "reads"), [((3, "mod"), (2, "div")), ((1, "mod"), (4, "mod")), ((4, "div"), (1, "mod"))]
+)
+def test_tables_are_kept_by_their_rows_whatever_the_shards(wrote, reads, is_large, tmp_path, monkeypatch):
+    """Slots too: what trained goes on alike."""
+    if is_large:
+        monkeypatch.setattr(checkpoint, "COPY_BYTES", 0)
+        for module in (checkpoint, state_module):
+            monkeypatch.setattr(module, "BLOCK_BYTES", 24)  # three rows
+    model, fresh = make_table_model(*wrote), make_table_model(*reads, seed=7)
+    model.fit(IDS, Y, batch_size=8, shuffle=False, verbose=0)
+    taken = take_snapshot(model, epoch=1, step=0, metrics=[], extra={}, copy_bytes=0 if is_large else 1e9)
+    assert taken.is_copy == (not is_large) and taken.is_finite
+    write_checkpoint(tmp_path / "c.npz", taken)
+    apply_snapshot(read_checkpoint(tmp_path / "c.npz"), fresh)
+    np.testing.assert_array_equal(fresh.layers[0].get_table(), model.layers[0].get_table())
+    for one in (model, fresh):
+        one.fit(IDS, Y, batch_size=8, shuffle=False, verbose=0)
+    np.testing.assert_array_equal(fresh.layers[0].get_table(), model.layers[0].get_table())
+    with np.load(tmp_path / "c.npz") as stored:
+        assert sorted(stored.files)[0] == "00000 sequential/embedding/embeddings"
+        assert stored["00000 sequential/embedding/embeddings"].shape == (11, 2)
+
+
+def test_numbers_in_shards_that_are_not_finite_are_seen():
+    model = make_table_model(3)
+    model.layers[0].shards[2].assign(np.full((3, 2), np.nan))
+    assert not take_snapshot(model, epoch=0, step=0, metrics=[], extra={}, copy_bytes=0).is_finite
+
+
+@pytest.mark.parametrize("spoil", [truncated, damaged])
+def test_large_file_that_is_not_whole_is_refused(spoil, tmp_path, monkeypatch):
+    """Its checksums are compared before any of it is assigned."""
+    path = tmp_path / "c.npz"
+    save_checkpoint(path, model=make_table_model(2), epoch=1)
+    path.write_bytes(spoil(path.read_bytes()))
+    monkeypatch.setattr(checkpoint, "COPY_BYTES", 0)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_checkpoint(path)
+
+
+def test_table_of_another_size_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "c.npz", model=make_table_model(2), epoch=1)
+    layers = [keras.Input((3,), dtype="int32"), tfdist.layers.Embedding(12, 2, combiner="mean", num_shards=2)]
+    other = keras.Sequential([*layers, keras.layers.Dense(1)])
+    other.compile(tfdist.optimizers.LazyAdam(0.05), "mse")
+    keras_internals.build_model(other, (tf.constant(IDS), tf.constant(Y)))
+    with pytest.raises(ConfigError, match=r"embeddings' has shape \(11, 2\) there, \(12, 2\) here"):
+        load_checkpoint(tmp_path / "c.npz", model=other)
 
 
 def test_position_metrics_and_extra_come_back(tmp_path):

@@ -65,6 +65,15 @@ def test_a_full_disk_warns_each_time_and_removes_nothing(tmp_path, caplog, monke
     assert caplog.text.count("No space left on device") == 2
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_ruins_are_not_kept(tmp_path, caplog, wrong):
+    spoilt = Snapshot(epoch=2, step=3, variables={"w": np.array([1.0, wrong])}, metrics=[])
+    with caplog.at_level(logging.WARNING):
+        write(tmp_path, snapshot(1), spoilt, keep=1)
+    assert names(tmp_path) == ["epoch-00001-step-00000000.npz"]
+    assert "epoch-00002-step-00000003.npz is not kept: it holds NaN or infinite numbers" in caplog.text
+
+
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     (tmp_path / ".epoch-00001-step-00000000.npz.tmp-1").write_bytes(b"torn")
     write(tmp_path, snapshot(2))

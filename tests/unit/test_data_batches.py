@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -18,10 +19,14 @@ from tfdist.data import (
     step_start,
     tfds_split,
 )
+from tfdist.data.segment import build_budget
 from tfdist.errors import ConfigError
+from tfdist.training.loop import plan_steps
 
 
-def read_epoch(source, *, num_replicas, batch, epoch=0, seed=3, shuffle=True, first_step=0, steps=None):
+def read_epoch(
+    source, *, num_replicas, batch, epoch=0, seed=3, shuffle=True, first_step=0, steps=None, **options
+):
     """Returns the global batches, put together from what each replica's process would read."""
     joined = []
     for replica in range(num_replicas):
@@ -35,8 +40,10 @@ def read_epoch(source, *, num_replicas, batch, epoch=0, seed=3, shuffle=True, fi
             replica_ids=[replica],
             first_step=first_step,
             num_steps=steps,
+            **options,
         )
-        parts = [(p[0][0].numpy(), int(n)) for s in segments for p, n in s.dataset]
+        read = [s.split(element) for s in segments for element in s.open()]
+        parts = [(p[0][0].numpy(), int(n)) for p, n in read]
         joined.append(parts)
     batches = []
     for row in zip(*joined, strict=True):
@@ -108,13 +115,29 @@ def test_steps_past_the_end_begin_another_pass():
     assert [len(b) for b in short] == [3, 3, 3]
 
 
+@pytest.mark.parametrize("kind", ["arrays", "stream"])
+def test_remainder_is_dropped(kind):
+    """Once a pass, in each pass its own; the batches before are the same."""
+    data = (np.arange(10, dtype=np.float32),)
+    source = build_source(data if kind == "arrays" else tf.data.Dataset.from_tensor_slices(data))
+    kept = read_epoch(source, num_replicas=2, batch=4)
+    dropped = read_epoch(source, num_replicas=2, batch=4, drop_remainder=True)
+    assert [b.tolist() for b in dropped] == [b.tolist() for b in kept[:2]]
+    assert plan_steps(source, 4, None, drop_remainder=True) == 2
+    longer = read_epoch(source, num_replicas=2, batch=4, steps=5, drop_remainder=True)
+    assert [len(b) for b in longer] == [4] * 5
+    assert len(set(np.concatenate(longer[2:4]))) == 8
+    with pytest.raises(ConfigError, match="all of the 10 examples"):
+        plan_steps(source, 11, None, drop_remainder=True)
+
+
 def test_full_batches_have_static_shapes():
     """One trace for the full batches, one for the short last one."""
     source = build_source((np.zeros((22, 5), np.float32), np.zeros(22)))
     segments = local_batches(
         source, epoch=0, seed=0, shuffle=False, global_batch_size=10, num_replicas=4, replica_ids=[0, 1]
     )
-    shapes = [[part[0].shape.as_list() for part in s.dataset.element_spec[0]] for s in segments]
+    shapes = [[part[0].shape.as_list() for part in s.build().element_spec[0]] for s in segments]
     assert shapes == [[[2, 5], [3, 5]], [[0, 5], [1, 5]]]
     assert [s.num_steps for s in segments] == [2, 1]
 
@@ -188,6 +211,39 @@ def test_digits_come_through_tfds(tmp_path):
     assert (tmp_path / "digits").is_dir()
 
 
+def test_examples_are_made_several_at_a_time_and_stay_in_order(tmp_path):
+    """What a recipe does to each example may take its time."""
+    inside, most = [], []
+
+    def work(label):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.005)
+        inside.pop()
+        return label + 1
+
+    def map_example(image, label):
+        return image, tf.ensure_shape(tf.numpy_function(work, [label], tf.int64), [])
+
+    split = {"name": "digits", "split": "test[:100]", "data_dir": str(tmp_path)}
+    plain, made = (
+        build_source(tfds_split(**split)),
+        build_source(tfds_split(**split, map_example=map_example)),
+    )
+    assert max(most) > 1
+    np.testing.assert_array_equal(made.tensors[1], plain.tensors[1] + 1)
+
+
+@pytest.mark.parametrize("kind", ["arrays", "stream", "own"])
+def test_every_segment_plans_with_its_tasks_share(kind, monkeypatch):
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "1")
+    stream = tf.data.Dataset.range(20)
+    data = {"arrays": np.arange(20), "stream": stream, "own": lambda context: stream.batch(4)}[kind]
+    options = {"epoch": 0, "seed": 0, "shuffle": True, "global_batch_size": 4}
+    for segment in local_batches(build_source(data), num_replicas=1, replica_ids=[0], **options):
+        assert segment.build_in_budget().options().autotune.cpu_budget == 1
+
+
 def test_two_processes_prepare_at_once(tmp_path):
     """Neither finds a half-written dataset."""
     program = (
@@ -206,3 +262,10 @@ def test_unknown_dataset_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match="no_such_set") as error:
         build_source(tfds_split("no_such_set", "train", data_dir=str(tmp_path)))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("threads", "is_set"), [("1", True), ("", False), ("1000", False), ("x", False)])
+def test_task_plans_with_its_share_of_the_machine(threads, is_set):
+    options = build_budget({"TF_NUM_INTRAOP_THREADS": threads})
+    assert options.autotune.cpu_budget == (1 if is_set else None)
+    assert (options.autotune.ram_budget is not None) == is_set

@@ -1,25 +1,38 @@
 import concurrent.futures
 import multiprocessing
+import socket
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras.src.saving import saving_lib
+from tensorflow.python.distribute.coordinator.values import RemoteValueImpl
 
 from tfdist import keras_internals
 from tfdist.keras_internals import (
+    ClipsSlices,
+    OptimizerView,
     ReplicaBinding,
     accumulating_with,
     accumulators,
+    adam_slots,
     all_variables,
     batch_counter,
     build_model,
     creating_strategy,
+    decays,
+    find_layers,
     find_optimizers,
     is_compiled,
     native,
+    saving_in_blocks,
+    scaling_rate,
     seed_states,
     set_optimizer,
+    trainable_variables_of,
+    updating_with,
+    watching_outputs,
 )
 
 X = np.linspace(-1, 1, 24, dtype="float32").reshape(8, 3)
@@ -501,6 +514,14 @@ def test_iterations_count_the_batches_that_were_only_accumulated():
     assert isinstance(batch_counter(optimizer), keras.Variable)
 
 
+def test_optimizer_knows_its_weights_in_the_order_of_their_gradients():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1)])
+    optimizer = keras.optimizers.SGD()
+    optimizer.build(model.trainable_variables)
+    found = trainable_variables_of(optimizer)
+    assert [id(v) for v in found] == [id(v) for v in model.trainable_variables]
+
+
 def test_accumulated_gradients_are_found_by_variable():
     optimizer, variables = accumulating()
     for batch in range(2):
@@ -562,3 +583,185 @@ def test_accumulating_with_is_lifted_also_after_an_error():
         optimizer.apply(gradients(0), variables)
     assert set(vars(optimizer)) == before
     optimizer.apply(gradients(0), variables)
+
+
+def test_watching_outputs_sees_layers_and_operations_the_innermost_first():
+    inputs = keras.Input((3,))
+    inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="in_sequence")], name="sequence")
+    logs = keras.ops.log(keras.ops.abs(inner(inputs)))
+    model = keras.Model(inputs, keras.layers.Dense(1, name="last")(logs), name="whole")
+    before = {id(layer): set(vars(layer)) for layer in model._flatten_layers()}
+    seen = []
+    with watching_outputs(model, lambda operation, outputs: seen.append((operation.name, outputs.shape))):
+        model(tf.constant(X), training=True)
+    names = [name for name, _ in seen if "input" not in name]
+    assert [name for name in names if name in ("in_sequence", "sequence", "last", "whole")] == [
+        "in_sequence",
+        "sequence",
+        "last",
+        "whole",
+    ]
+    assert names.index("sequence") < names.index("absolute") < names.index("log") < names.index("last")
+    assert seen[-1] == ("whole", (8, 1))
+    assert {id(layer): set(vars(layer)) for layer in model._flatten_layers()} == before
+    model(tf.constant(X))
+    assert seen[-1] == ("whole", (8, 1)) and len(names) == len([n for n, _ in seen if "input" not in n])
+
+
+def test_binding_tells_of_losses_and_of_their_total():
+    model = make_model(loss=keras.losses.MeanSquaredError())
+    told = []
+    binding = ReplicaBinding(
+        variables=[],
+        optimizers=find_optimizers(model),
+        apply=plain_apply,
+        loss_correction=lambda *args: 3.0,
+        model=model,
+        note_loss=lambda loss, *, is_total: told.append((is_total, float(loss))),
+    )
+    binding.install()
+    model.train_step((tf.constant(X), tf.constant(Y)))
+    binding.remove()
+    assert "compute_loss" not in vars(model)
+    (first, part), (second, total) = told
+    assert (first, second) == (False, True) and part == total
+    model.train_step((tf.constant(X), tf.constant(Y)))
+    assert len(told) == 2
+
+
+def test_find_layers_looks_into_nested_ones():
+    nested = Nested()
+    model = keras.Sequential([keras.Input((3,)), nested, keras.layers.Dense(1)])
+    assert find_layers(model, keras.layers.Dropout) == [nested.inner.layers[0]]
+    assert len(find_layers(model, keras.layers.Dense)) == 2
+
+
+class ClippingAdam(ClipsSlices, keras.optimizers.Adam):
+    """Clips slices."""
+
+
+@pytest.mark.parametrize("setting", [{"clipnorm": 0.5}, {"global_clipnorm": 0.5}, {"clipvalue": 0.5}, {}])
+def test_clips_slices_as_the_dense_gradient(setting):
+    slices = tf.IndexedSlices(tf.constant([[3.0, 4.0], [0.1, 0.0]]), tf.constant([2, 0]), tf.constant([4, 2]))
+    other = tf.constant([[1.0, 2.0]])
+    found = ClippingAdam(**setting)._clip_gradients([slices, other])
+    wanted = keras.optimizers.Adam(**setting)._clip_gradients([tf.convert_to_tensor(slices), other])
+    for got, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(tf.convert_to_tensor(got), want, rtol=1e-6)
+    assert isinstance(found[0], tf.IndexedSlices)
+
+
+def test_optimizer_view_shows_the_slots_of_one_weight_replaced():
+    optimizer = keras.optimizers.Adam(0.5, amsgrad=True)
+    weights = [keras.Variable(np.zeros(n, "float32")) for n in (2, 3)]
+    optimizer.build(weights)
+    view = OptimizerView(optimizer, native(weights[1]), lambda slot: ("rows of", slot))
+    # The names and the way in which Keras's update_step looks them up.
+    index = view._get_variable_index("whatever stands for the weight")
+    assert view._momentums[index] == ("rows of", native(optimizer._momentums[1]))
+    assert view._velocity_hats[index][1].shape == (3,)
+    assert (view.beta_1, view.amsgrad) == (0.9, True)
+
+
+def test_decays_asks_keras_what_is_excluded():
+    table, kernel = (keras.Variable(np.zeros(2, "float32"), name=name) for name in ("embeddings", "kernel"))
+    optimizer = keras.optimizers.SGD(weight_decay=0.1)
+    optimizer.exclude_from_weight_decay(var_names=["embed"])
+    optimizer.build([table, kernel])
+    assert not decays(optimizer, native(table))
+    assert decays(optimizer, native(kernel))
+    assert not decays(keras.optimizers.SGD(), kernel)
+
+
+def test_stop_data_server_frees_its_port():
+    service = tf.data.experimental.service
+    server = service.DispatchServer(service.DispatcherConfig(port=0))
+    place = ("127.0.0.1", int(server.target.rpartition(":")[2]))
+    socket.create_connection(place, timeout=5).close()
+    keras_internals.stop_data_server(server)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(place, timeout=5)
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [0.5, keras.optimizers.schedules.PiecewiseConstantDecay([10], [0.5, 0.1])],
+    ids=["number", "schedule"],
+)
+def test_scaling_rate_scales_what_a_step_takes(rate):
+    variable = keras.Variable([1.0])
+    optimizer = keras.optimizers.SGD(rate)
+    optimizer.build([variable])
+    before = set(vars(optimizer))
+    with scaling_rate(optimizer, tf.constant(0.25)):
+        optimizer.apply([tf.constant([1.0])], [variable])
+    assert float(variable.numpy()[0]) == pytest.approx(1 - 0.125)
+    assert set(vars(optimizer)) == before
+    assert float(optimizer.learning_rate) == 0.5
+
+
+def test_updating_with_takes_the_place_of_keras_update():
+    variables = [keras.Variable([1.0]), keras.Variable([2.0])]
+    optimizer = keras.optimizers.Adam(0.5)
+    optimizer.build(variables)
+    seen = []
+
+    def update(gradient, variable, rate):
+        momentum, velocity = adam_slots(optimizer, variable)
+        momentum.assign(gradient)
+        velocity.assign(gradient + 1)
+        seen.append(float(rate))
+
+    with updating_with(optimizer, update):
+        optimizer.apply([tf.constant([3.0]), tf.constant([4.0])], variables)
+    assert seen == [0.5, 0.5]
+    assert "update_step" not in optimizer.__dict__
+    held = {v.path.split("/")[-1]: float(v.numpy().ravel()[0]) for v in optimizer.variables[2:]}
+    assert sorted(held.values()) == [3.0, 4.0, 4.0, 5.0], held
+
+
+def test_saving_in_blocks_gathers_no_whole_model(tmp_path, monkeypatch):
+    opened = []
+
+    class Store(saving_lib.H5IOStore):
+        def __init__(self, place, archive=None, **options):
+            opened.append((place, archive))
+            super().__init__(place, archive=archive, **options)
+
+    monkeypatch.setattr(saving_lib, "H5IOStore", Store)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5)])
+    model.compile(keras.optimizers.Adam(), "mse")
+    model.fit(np.ones((8, 3)), np.ones((8, 5)), verbose=0)
+    read = []
+
+    def blocks_of(variable):
+        if len(variable.shape) < 2:
+            return None
+
+        def blocks():
+            read.append(variable.path)
+            yield variable.numpy()[:2]
+            yield variable.numpy()[2:]
+
+        return blocks()
+
+    with saving_in_blocks(blocks_of):
+        model.save(tmp_path / "model.keras")
+    model.save(tmp_path / "other.keras")
+    (place, archive), (_, other_archive) = opened
+    assert archive is None and str(tmp_path) in place
+    assert other_archive is not None, "Keras gathers nothing by itself any more: saving_in_blocks can go"
+    assert len(read) == 3  # the kernel and its two slots
+    for name in ("model.keras", "other.keras"):
+        loaded = keras.saving.load_model(tmp_path / name)
+        pairs = [(model.weights, loaded.weights), (model.optimizer.variables, loaded.optimizer.variables)]
+        for mine, theirs in pairs:
+            for one, other in zip(mine, theirs, strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+def test_is_available_knows_a_remote_value():
+    value = RemoteValueImpl(None, tf.TensorSpec([]))
+    assert not keras_internals.is_available(value)
+    value._set_values(tf.constant(1.0))
+    assert keras_internals.is_available(value)

@@ -1,10 +1,11 @@
 import socket
+import threading
 
 import pytest
 
 from tfdist.cluster import Cluster, Task
 from tfdist.errors import ClusterError
-from tfdist.ports import PortReservation, check_port_free, check_reachable
+from tfdist.ports import PortReservation, check_grpc_server, check_port_free, check_reachable
 
 
 def cluster_on(*ports, me=0):
@@ -52,3 +53,34 @@ def test_reachable_names_who_is_missing():
         ) as e:
             check_reachable(cluster_on(dead.ports[0], up, dead.ports[1]), timeout_secs=0.1)
         assert "worker:1" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"HTTP/1.1 400 Bad Request", "does not speak gRPC"),
+        (b"", "does not speak gRPC"),
+        (bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), None),
+    ],
+)
+def test_grpc_server_is_told_by_its_first_word(answer, reason):
+    """Settings, frame type 4 of RFC 9113; whoever closes or says something else is none."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            with server.accept()[0] as connection:
+                connection.recv(100)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        found = check_grpc_server(f"127.0.0.1:{server.getsockname()[1]}", timeout_secs=0)
+        thread.join()
+    assert found == reason if reason is None else reason in found
+
+
+def test_grpc_server_that_says_nothing_is_not_waited_for():
+    with socket.create_server(("127.0.0.1", 0)) as server, PortReservation(1) as dead:
+        silent = f"127.0.0.1:{server.getsockname()[1]}"
+        assert check_grpc_server(silent, timeout_secs=0.1) == "timed out"
+        assert check_grpc_server(f"127.0.0.1:{dead.ports[0]}", timeout_secs=0.1) == "Connection refused"

@@ -55,6 +55,35 @@ def drive(bar, clock, *, epochs=1, steps=4, step_secs=1.0, logs=None, test_secs=
     bar.on_train_end()
 
 
+@pytest.mark.parametrize(("share", "wanted"), [(None, ""), (0.049, ""), (0.34, "input-bound 34%")])
+def test_waiting_for_input_shows_where_it_is_felt(share, wanted):
+    clock, stream = Clock(), io.StringIO()
+    bar = ProgressBar(stream=stream, now=clock)
+    given = bar.set_params
+    bar.set_params = lambda params: given(params | {"input_wait": lambda: share})
+    drive(bar, clock)
+    line = stream.getvalue().splitlines()[-1]
+    assert ("input-bound" in line) == bool(wanted) and wanted in line
+
+
+@pytest.mark.parametrize(
+    ("measures", "wanted"),
+    [
+        ({}, ""),
+        ({"staleness_mean": 0.0, "staleness_p95": 0.0}, ""),
+        ({"staleness_mean": 1.24, "staleness_p95": 3.0}, "staleness 1.2 (95%: 3)"),
+    ],
+)
+def test_staleness_shows_where_there_is_any(measures, wanted):
+    clock, stream = Clock(), io.StringIO()
+    bar = ProgressBar(stream=stream, now=clock)
+    given = bar.set_params
+    bar.set_params = lambda params: given(params | {"measures": lambda: measures})
+    drive(bar, clock)
+    line = stream.getvalue().splitlines()[-1]
+    assert ("staleness" in line) == bool(wanted) and wanted in line
+
+
 def test_lines_come_every_two_seconds_and_at_each_epochs_end():
     clock, stream = Clock(), io.StringIO()
     drive(ProgressBar(stream=stream, now=clock), clock, epochs=2, steps=5, logs={"loss": 1.0})

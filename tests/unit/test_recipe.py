@@ -459,6 +459,14 @@ def test_parse_overrides_gives_a_shared_name_to_both_builders_and_takes_the_last
     assert parse_overrides(build_recipe(), []) == ({}, {})
 
 
+def test_parse_overrides_gives_the_data_dir_to_who_takes_one():
+    takes = build_recipe(build_data=lambda split, *, data_dir=None: data_dir)
+    assert parse_overrides(takes, [], data_dir="a") == ({}, {"data_dir": "a"})
+    assert parse_overrides(takes, ["data_dir=b"], data_dir="a")[1] == {"data_dir": "b"}
+    assert parse_overrides(takes, [])[1] == {}
+    assert parse_overrides(build_recipe(), [], data_dir="a") == ({}, {})
+
+
 @pytest.mark.parametrize("override", ["unit=3", "split=test", "zzz=1"])
 def test_parse_overrides_of_an_unknown_name_lists_the_known_ones(override):
     def build_data(split, *, noise=0.5, units=4):

@@ -57,6 +57,8 @@ def test_resume_goes_on_with_the_same_model(run_dir):
     run_dir.create(build_config())
     longer = build_config(epochs=9, resume=True, strategy="ps", num_ps=1)
     run_dir.create(longer)
+    assert run_dir.read_config() == build_config()  # until its checkpoint has been found to fit
+    run_dir.write_config(longer)
     assert run_dir.read_config() == longer
 
 

@@ -1,10 +1,15 @@
 """Examples → this replica's batches: order, shards and sources."""
 
-from tfdist.data.batches import Segment, local_batches
+from tfdist.data.batches import local_batches
+from tfdist.data.indexed import IndexedSource
 from tfdist.data.order import epoch_indices, num_steps, part_slice, step_size, step_start
+from tfdist.data.segment import Segment
+from tfdist.data.shard import shard_source
 from tfdist.data.source import (
     ArraySource,
     SelfShardedSource,
+    ServedSource,
+    ShardedSource,
     Source,
     StreamSource,
     build_source,
@@ -15,8 +20,11 @@ from tfdist.data.tfds import TfdsSplit, tfds_split
 
 __all__ = [
     "ArraySource",
+    "IndexedSource",
     "Segment",
     "SelfShardedSource",
+    "ServedSource",
+    "ShardedSource",
     "Source",
     "StreamSource",
     "TfdsSplit",
@@ -26,6 +34,7 @@ __all__ = [
     "local_batches",
     "num_steps",
     "part_slice",
+    "shard_source",
     "step_size",
     "step_start",
     "take",

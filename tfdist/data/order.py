@@ -32,6 +32,13 @@ def epoch_indices(
     positions = tf.cast(start, tf.int64) + tf.range(tf.cast(size, tf.int64))
     if isinstance(size, int):
         positions = tf.ensure_shape(positions, [size])
+    return examples_at(positions, num_examples=num_examples, seed=seed, epoch=epoch, shuffle=shuffle)
+
+
+def examples_at(
+    positions: tf.Tensor, *, num_examples: int, seed: int, epoch: Any, shuffle: bool
+) -> tf.Tensor:
+    """Returns the examples at any positions (`[n]` int64) of a run through the data; see `epoch_indices`."""
     within = tf.math.floormod(positions, num_examples)
     if not shuffle or num_examples == 1:
         return within
@@ -59,16 +66,20 @@ def num_steps(*, num_examples: int, global_batch_size: int, drop_remainder: bool
     return whole if drop_remainder else whole + (rest > 0)
 
 
-def step_size(*, step: int, num_examples: int, global_batch_size: int) -> int:
+def step_size(*, step: int, num_examples: int, global_batch_size: int, drop_remainder: bool = False) -> int:
     """Returns the examples in the batch of a zero-based step; the last of a pass may be short."""
-    per_pass = num_steps(num_examples=num_examples, global_batch_size=global_batch_size)
+    per_pass = num_steps(
+        num_examples=num_examples, global_batch_size=global_batch_size, drop_remainder=drop_remainder
+    )
     within = step % per_pass
     return min(global_batch_size, num_examples - within * global_batch_size)
 
 
-def step_start(*, step: int, num_examples: int, global_batch_size: int) -> int:
+def step_start(*, step: int, num_examples: int, global_batch_size: int, drop_remainder: bool = False) -> int:
     """Returns the position of a zero-based step's first example."""
-    per_pass = num_steps(num_examples=num_examples, global_batch_size=global_batch_size)
+    per_pass = num_steps(
+        num_examples=num_examples, global_batch_size=global_batch_size, drop_remainder=drop_remainder
+    )
     lap, within = divmod(step, per_pass)
     return lap * num_examples + within * global_batch_size
 

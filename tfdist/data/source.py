@@ -1,4 +1,4 @@
-"""What `fit` accepts as data, brought to one of three forms: arrays, a stream of examples, an own pipeline."""
+"""What `fit` accepts as data, brought to one form: arrays, an indexed object, a stream, an own pipeline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfdist.data.tfds import TfdsSplit, load_split, parse_split
+from tfdist.data.indexed import IndexedSource, build_indexed, is_indexed
+from tfdist.data.tfds import TfdsSplit, load_arrays, load_split, parse_split
 from tfdist.errors import ConfigError
 
 DatasetFn = Callable[[tf.distribute.InputContext], tf.data.Dataset]
@@ -34,6 +35,10 @@ class ArraySource:
         """Returns the first examples, to build a model with."""
         return tf.nest.map_structure(lambda t: t[:size], self.tensors)
 
+    def take(self, indices: tf.Tensor) -> Any:
+        """Returns the examples at `indices` (`[n]` int64)."""
+        return take(self.tensors, indices)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class StreamSource:
@@ -42,10 +47,12 @@ class StreamSource:
     Attributes:
         dataset: Of single examples.
         num_examples: Examples in one pass, None where the dataset does not know.
+        num_files: Files that it reads, None where that is not known.
     """
 
     dataset: tf.data.Dataset
     num_examples: int | None
+    num_files: int | None = None
 
     def sample_batch(self, size: int) -> Any:
         """Returns the first examples, to build a model with."""
@@ -69,7 +76,46 @@ class SelfShardedSource:
         return tf.nest.map_structure(lambda t: t[:size], batch)
 
 
-Source = ArraySource | StreamSource | SelfShardedSource
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ShardedSource:
+    """One worker's own part of a stream; the parts may be of different lengths.
+
+    Attributes:
+        dataset: Of this worker's examples.
+        stream: All examples.
+    """
+
+    dataset: tf.data.Dataset
+    stream: StreamSource
+    num_examples: None = None
+
+    def sample_batch(self, size: int) -> Any:
+        """Returns the stream's first examples, on each worker the same, to build a model with."""
+        return self.stream.sample_batch(size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ServedSource:
+    """A stream whose examples other processes prepare, and hand to whichever worker asks next.
+
+    Attributes:
+        stream: All examples, as they are prepared.
+        num_readers: Workers that share them.
+        serve: Has a dataset prepared elsewhere, and returns what this worker gets of its elements. Every reader must
+            call it as often; each call starts afresh.
+    """
+
+    stream: StreamSource
+    num_readers: int
+    serve: Callable[[tf.data.Dataset], tf.data.Dataset]
+    num_examples: None = None
+
+    def sample_batch(self, size: int) -> Any:
+        """Returns the stream's first examples, on each worker the same, to build a model with."""
+        return self.stream.sample_batch(size)
+
+
+Source = ArraySource | IndexedSource | StreamSource | ShardedSource | ServedSource | SelfShardedSource
 
 
 def take(tensors: Any, indices: tf.Tensor) -> Any:
@@ -85,7 +131,8 @@ def build_source(
     Args:
         data: Arrays (`x`, `(x, y)` or `(x, y, sample_weight)`, each an array or a nest of arrays with examples
             along the first axis), a `tf.data.Dataset` of examples (batches are not told from examples), a
-            `TfdsSplit` or "tfds:NAME/SPLIT", or a callable `InputContext → Dataset` of per-replica batches.
+            `TfdsSplit` or "tfds:NAME/SPLIT", an object with `__len__` and `__getitem__` that yields examples, or a
+            callable `InputContext → Dataset` of per-replica batches.
         class_weight: Class → weight of its examples.
         sample_weight: `[num_examples]` weights, for arrays.
 
@@ -95,13 +142,15 @@ def build_source(
     Raises:
         ConfigError: If arrays differ in length, are empty, or weights do not fit the data.
     """
-    if isinstance(data, (ArraySource, StreamSource, SelfShardedSource)):
+    if isinstance(data, Source):
         source: Source = data
     elif isinstance(data, tf.data.Dataset):
         count = int(data.cardinality())
         source = StreamSource(dataset=data, num_examples=count if count >= 0 else None)
     elif isinstance(data, TfdsSplit) or (isinstance(data, str) and data.startswith("tfds:")):
         source = _from_split(data if isinstance(data, TfdsSplit) else parse_split(data))
+    elif is_indexed(data):
+        source = build_indexed(data)
     elif callable(data):
         source = SelfShardedSource(local_dataset=data)
     else:
@@ -137,10 +186,13 @@ def hold_out(source: Source, fraction: float) -> tuple[ArraySource, ArraySource]
 
 
 def _from_split(split: TfdsSplit) -> Source:
-    dataset, arrays = load_split(split)
+    loaded, num_files = load_split(split)
+    if not isinstance(loaded, tf.data.Dataset):
+        return loaded
+    arrays = load_arrays(loaded)
     if arrays is not None:
         return _from_arrays(arrays)
-    return StreamSource(dataset=dataset, num_examples=int(dataset.cardinality()))
+    return StreamSource(dataset=loaded, num_examples=int(loaded.cardinality()), num_files=num_files)
 
 
 def _from_arrays(data: Any) -> ArraySource:
@@ -201,10 +253,19 @@ def _weigh_classes(source: Source, table: tf.Tensor) -> Source:
 
     if isinstance(source, ArraySource):
         return ArraySource(tensors=weigh(*source.tensors))
+    if isinstance(source, IndexedSource):
+        return dataclasses.replace(source, map_batch=_compose(source.map_batch, weigh))
     if isinstance(source, SelfShardedSource):
         build = source.local_dataset
         return SelfShardedSource(local_dataset=lambda context: build(context).map(weigh))
-    return StreamSource(dataset=source.dataset.map(weigh_one), num_examples=source.num_examples)
+    if isinstance(source, ServedSource):
+        stream = dataclasses.replace(source.stream, dataset=source.stream.dataset.map(weigh_one))
+        return dataclasses.replace(source, stream=stream)
+    return dataclasses.replace(source, dataset=source.dataset.map(weigh_one))
+
+
+def _compose(first: Callable[..., Any] | None, then: Callable[..., Any]) -> Callable[..., Any]:
+    return then if first is None else lambda *batch: then(*first(*batch))
 
 
 def _weight_table(class_weight: Mapping[int, float]) -> tf.Tensor:

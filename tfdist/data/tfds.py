@@ -13,10 +13,12 @@ from typing import Any, TextIO
 import numpy as np
 import tensorflow as tf
 
+from tfdist.data.indexed import IndexedSource, build_indexed
 from tfdist.errors import ConfigError
 
 # Decoded examples up to this size are held in memory, where any batch can be addressed.
 IN_MEMORY_BYTES = 512 * 2**20
+_NUM_PARALLEL_READS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,14 +65,15 @@ def parse_split(text: str) -> TfdsSplit:
     return TfdsSplit(name=name, split=split)
 
 
-def load_split(split: TfdsSplit) -> tuple[tf.data.Dataset, Any | None]:
+def load_split(split: TfdsSplit) -> tuple[tf.data.Dataset | IndexedSource, int]:
     """Prepares and opens a split.
 
     Args:
         split: Which.
 
     Returns:
-        The dataset of examples, and the whole split as arrays where it fits into `IN_MEMORY_BYTES`.
+        The dataset of examples; of files in the `array_record` format, a source that reads any of them at once.
+        And the number of its files.
 
     Raises:
         ConfigError: If there is no such dataset, split or feature.
@@ -82,22 +85,41 @@ def load_split(split: TfdsSplit) -> tuple[tf.data.Dataset, Any | None]:
         # Three bars for a second's work tell nobody anything.
         tfds.disable_progress_bar()
     builder = _prepare(split, tfds)
-    read_config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     try:
+        num_files = len(builder.info.splits[split.split].file_instructions)
+        if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+            return _open_array_record(builder, split), num_files
         dataset = builder.as_dataset(
             split=split.split,
             shuffle_files=False,
-            read_config=read_config,
+            read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
             as_supervised=split.keys is None,
         )
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         raise ConfigError(f"TFDS cannot read split {split.split!r} of {builder.name!r}: {error}") from None
     if split.keys is not None:
         keys = split.keys
         dataset = dataset.map(lambda example: tuple(example[key] for key in keys))
     if split.map_example is not None:
-        dataset = dataset.map(split.map_example)
-    return dataset, _arrays(dataset)
+        dataset = dataset.map(split.map_example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return dataset, num_files
+
+
+def _open_array_record(builder: Any, split: TfdsSplit) -> IndexedSource:
+    source = build_indexed(builder.as_data_source(split=split.split), keys=split.keys)
+    # Its readers are made for several threads.
+    source = dataclasses.replace(source, num_parallel_reads=_NUM_PARALLEL_READS)
+    map_example = split.map_example
+    if map_example is None:
+        return source
+
+    def map_batch(*batch: Any) -> Any:
+        # Traced once on one example, to know what it returns.
+        spec = tf.function(map_example).get_concrete_function(*source.spec).structured_outputs
+        outputs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), spec)
+        return tf.map_fn(lambda example: map_example(*example), batch, fn_output_signature=outputs)
+
+    return dataclasses.replace(source, map_batch=map_batch)
 
 
 def _prepare(split: TfdsSplit, tfds: Any) -> Any:
@@ -155,7 +177,8 @@ def _cache_dir() -> str:
         return os.path.join(tempfile.gettempdir(), f"tfdist-{os.getuid()}")
 
 
-def _arrays(dataset: tf.data.Dataset) -> Any | None:
+def load_arrays(dataset: tf.data.Dataset) -> Any | None:
+    """Returns a whole dataset as arrays where it fits into `IN_MEMORY_BYTES`, else None."""
     count = int(dataset.cardinality())
     specs = tf.nest.flatten(dataset.element_spec)
     if count <= 0 or not all(isinstance(s, tf.TensorSpec) and s.shape.is_fully_defined() for s in specs):

@@ -24,11 +24,12 @@ def detect(env: Mapping[str, str]) -> bool:
         return True
 
 
-def build_cluster(env: Mapping[str, str]) -> Cluster:
+def build_cluster(env: Mapping[str, str], num_ps: int = 0) -> Cluster:
     """Reads TF_CONFIG.
 
     Args:
         env: The environment variables.
+        num_ps: Not asked for: TF_CONFIG says it.
 
     Returns:
         The cluster, with this process as its task.
@@ -36,4 +37,5 @@ def build_cluster(env: Mapping[str, str]) -> Cluster:
     Raises:
         ClusterError: If TF_CONFIG is malformed or contradicts itself.
     """
+    del num_ps
     return parse_tf_config(env[VARIABLE])

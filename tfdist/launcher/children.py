@@ -24,25 +24,32 @@ class Child:
         output: Where what it prints goes.
         command: Program and arguments.
         env: Its whole environment.
+        fds: Descriptors that it inherits, by their numbers here.
 
     Raises:
         LaunchError: If the program cannot be started.
     """
 
-    def __init__(self, output: TaskOutput, command: Sequence[str], env: Mapping[str, str]) -> None:
+    takes_orders = False  # whether its stdin is kept open for the launcher
+
+    def __init__(
+        self, output: TaskOutput, command: Sequence[str], env: Mapping[str, str], fds: Sequence[int] = ()
+    ) -> None:
         self.task: Task = output.task
         self.output = output
         self.exit_code: int | None = None
         self.asked_to_end = False
+        self.fault = ""  # why it was killed, where we know
         try:
             self.process = subprocess.Popen(
                 list(command),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if self.takes_orders else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 bufsize=0,
                 env=dict(env),
                 start_new_session=True,
+                pass_fds=fds,
             )
         except OSError as error:
             raise LaunchError(
@@ -55,6 +62,23 @@ class Child:
     def is_alive(self) -> bool:
         """Whether the process has not been seen to end."""
         return self.exit_code is None
+
+    @property
+    def stop_mark(self) -> str | None:
+        """What stays the same while the process is stopped, as by SIGSTOP; None if it is not."""
+        return read_stop_mark(self.process.pid)
+
+    def decode(self, stream: str, data: bytes) -> list[tuple[str, bytes]]:
+        """Says which of the task's streams brought what a pipe did.
+
+        Args:
+            stream: The pipe, `stdout` or `stderr`.
+            data: What was read; empty at its end.
+
+        Returns:
+            Streams and what they brought.
+        """
+        return [(stream, data)]
 
     def poll(self) -> bool:
         """Looks whether the process has ended since the last look.
@@ -76,6 +100,18 @@ class Child:
             self.exit_code = code if code >= 0 else 128 - code
         return True
 
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal to the process alone.
+
+        Args:
+            number: The signal.
+        """
+        self._send_here(number)
+
+    def _send_here(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(self.process.pid, number)
+
     def signal_group(self, number: signal.Signals) -> None:
         """Sends a signal to the process and all that it has started in its group.
 
@@ -85,10 +121,14 @@ class Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.group, number)
 
+    def cut(self) -> None:
+        """Ends the process here alone, which for a task on another machine breaks the connection to it."""
+        self._send_here(signal.SIGKILL)
+
     def reap(self) -> None:
         """Waits for the process, which must have ended or been killed, and closes its pipes."""
         self.process.wait()
-        for pipe in (self.process.stdout, self.process.stderr):
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             if pipe is not None:
                 pipe.close()
 
@@ -140,6 +180,17 @@ class Guard:
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):  # somebody has killed the guard; the job goes on
                 self._process.stdin.write(f"{line}\n".encode())
+
+
+def read_stop_mark(pid: int) -> str | None:
+    """Returns the processor time of a process that is stopped, as by SIGSTOP; None of one that is not."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The name before it may hold anything, brackets too.
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:  # no /proc on this system, or just gone
+        return None
+    return " ".join(word.decode() for word in fields[11:13]) if fields[:1] == [b"T"] else None
 
 
 def _open_exit_fd(pid: int) -> int | None:

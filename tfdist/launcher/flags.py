@@ -5,26 +5,31 @@ import dataclasses
 import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tfdist.cluster import find_nearest
 from tfdist.errors import ConfigError
-from tfdist.launcher.job import Job, build_python_command
+from tfdist.launcher.hosts import SSH_FLAGS, read_hosts, read_ssh_options
+from tfdist.launcher.job import Job, build_python_command, parse_num_workers
+from tfdist.launcher.places import WORLDS, World, build_place, count_workers
 
 _EXAMPLES = """\
 usage: python -m tfdist.launch [flags] script.py [its flags]
        python -m tfdist.launch [flags] -m module [its flags]
        python -m tfdist.launch [flags] -- program [its flags]
 
-Starts a local cluster and runs the same command in each of its processes.
+Starts a cluster, on this machine unless told otherwise, and runs the same command in each of its processes.
 
 examples:
   python -m tfdist.launch --num_workers=2 --strategy=multiworker train.py --epochs=5
   python -m tfdist.launch --num_workers=2 --num_ps=1 --strategy=ps -m tfdist.train
   python -m tfdist.launch --num_workers=2 --num_ps=1 --dry_run train.py
   python -m tfdist.launch --num_workers=3 -- sh -c 'echo $TF_CONFIG'
+  python -m tfdist.launch --slurm --nodes=4 --time=2:00:00 --strategy=multiworker train.py
+  python -m tfdist.launch --kubernetes --image=registry/me/train:1 --num_workers=4 --gpus=1 train.py
 
 With ps tasks there are 1 chief, the workers and the ps; without, worker 0 is the chief.
 In flag names - and _ are the same.
@@ -38,10 +43,14 @@ class LaunchFlags:
     Args:
         job: What to run.
         dry_run: Whether only to show it.
+        world: In what kind of place.
+        place: Where in it.
     """
 
     job: Job
     dry_run: bool
+    world: World
+    place: Any
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,16 +70,25 @@ def parse_flags(args: Sequence[str], env: Mapping[str, str]) -> LaunchFlags:
         env: The environment that the tasks start from.
 
     Returns:
-        The job, and whether it is only to be shown.
+        The job, where it runs, and whether it is only to be shown.
 
     Raises:
         ConfigError: If a flag is unknown or malformed, or the command is missing or does not exist.
     """
     own, mode, words = _split_command(args)
     flags = _PARSER.parse_args(own)
+    defaults = {name: _PARSER.get_default(name) for name in vars(flags)}
+    world, place = build_place(vars(flags), defaults)
+    hosts = read_hosts(flags.hosts, flags.hostfile)
+    num_slots = sum(host.num_slots for host in hosts)
+    default = str(num_slots) if hosts else count_workers(vars(flags), place)
+    min_workers, num_workers = parse_num_workers(flags.num_workers or default)
+    command = (_build_command if world.holds_program else _build_command_for_elsewhere)(mode, words)
+    if hosts and flags.python and command[0] == sys.executable:
+        command[0] = flags.python
     job = Job(
-        command=_build_command(mode, words),
-        num_workers=flags.num_workers,
+        command=command,
+        num_workers=num_workers,
         num_ps=flags.num_ps,
         strategy=flags.strategy,
         run_dir=os.path.abspath(os.path.expanduser(flags.run_dir)) if flags.run_dir else None,
@@ -78,16 +96,25 @@ def parse_flags(args: Sequence[str], env: Mapping[str, str]) -> LaunchFlags:
         grace_secs=flags.grace_secs,
         threads_per_task=flags.num_threads,
         max_restarts=flags.max_restarts,
+        restart_window_secs=flags.restart_window_secs,
+        hang_timeout_secs=flags.hang_timeout_secs,
+        min_workers=min_workers,
+        rescale_every_secs=flags.rescale_every_secs,
+        chaos=flags.chaos,
+        hosts=hosts,
+        ssh=read_ssh_options(flags),
+        listen_interface=flags.listen_interface,
+        exchange=flags.exchange,
     )
-    return LaunchFlags(job=job, dry_run=flags.dry_run)
+    return LaunchFlags(job=job, dry_run=flags.dry_run, world=world, place=place)
 
 
 def _build_parser() -> _Parser:
     parser = _Parser(prog="tfdist.launch", usage="", allow_abbrev=False, add_help=False)
     group = parser.add_argument_group("flags")
     add = group.add_argument
-    add("--num_workers", "--nproc_per_node", "--num_proc", "-np", "-n", type=int, default=1, metavar="N",
-        help="tasks that compute (default: 1)")  # fmt: skip
+    add("--num_workers", "--nproc_per_node", "--num_proc", "-np", "-n", metavar="N",
+        help="tasks that compute (default: 1, or all slots of --hosts); 2:4: at most 4, at least 2")  # fmt: skip
     add(
         "--num_ps",
         type=int,
@@ -101,18 +128,47 @@ def _build_parser() -> _Parser:
     add("--num_threads", type=int, metavar="N", help="threads of each task (default: cores / workers)")
     add("--max_restarts", type=int, default=0, metavar="N",
         help="how often killed tasks are started again, with TFDIST_RESTART=1, 2, … (default: 0)")  # fmt: skip
+    add("--restart_window_secs", type=float, default=3600.0, metavar="SECS",
+        help="restarts that are longer ago do not count (default: 3600)")  # fmt: skip
+    add("--hang_timeout_secs", type=float, default=0.0, metavar="SECS",
+        help="take a task that made steps and makes none for so long for dead (default: 0, never)")  # fmt: skip
+    add("--rescale_every_secs", type=float, metavar="SECS",
+        help="after so long with fewer workers save and go on with all (default: at the next failure)")  # fmt: skip
+    add("--chaos", default="", metavar="LIST",
+        help="failures to make, such as kill:worker:1@step=50,stop:ps:0@secs=20")  # fmt: skip
+    add(
+        "--hosts",
+        "-H",
+        metavar="LIST",
+        help="run on these machines by ssh: h1:2,h2:4, with slots for workers",
+    )
+    add("--hostfile", metavar="FILE", help="the same from a file: a line `h1 slots=2` for each")
+    for flag, keywords in SSH_FLAGS.items():
+        add(flag, *(["-i"] if flag == "--identity_file" else []), **keywords)
+    add("--listen_interface", metavar="NAME",
+        help="interface on which alone the hosts' servers listen, such as eth0 (default: all)")  # fmt: skip
+    add("--exchange", default="auto", metavar="NAME",
+        help="what carries gradients: collective, mpi (needs mpi4py) or auto (default: auto)")  # fmt: skip
     add("--dry_run", action="store_true", help="show every TF_CONFIG and command, and start nothing")
     add("-m", "--module", metavar="MODULE", help="run a module, as python -m does")
     add("-h", "--help", action="help", help="show this text")
+    for name, world in WORLDS.items():
+        group = parser.add_argument_group(f"with --{name}")
+        group.add_argument(f"--{name}", action="store_true", help=world.help)
+        for flag, keywords in world.flags.items():
+            group.add_argument(flag, **keywords)
     return parser
 
 
 _PARSER = _build_parser()
-_SWITCHES = ("--dry_run", "--help", "-h")
+_SWITCHES = ("--dry_run", "--help", "-h", *(f"--{name}" for name in WORLDS))
 _MODULE = ("-m", "--module")
+_NOTHING_TO_RUN = "nothing to run: name script.py, -m module, or -- program, after the flags (see --help)"
 _VALUED = (
     "--num_workers", "--nproc_per_node", "--num_proc", "-np", "-n", "--num_ps", "--strategy", "--run_dir",
-    "--grace_secs", "--num_threads", "--max_restarts",
+    "--grace_secs", "--num_threads", "--max_restarts", "--restart_window_secs", "--hang_timeout_secs",
+    "--rescale_every_secs", "--chaos", "--hosts", "-H", "--hostfile", *SSH_FLAGS, "-i",
+    "--listen_interface", "--exchange", *(flag for world in WORLDS.values() for flag in world.flags),
 )  # fmt: skip
 
 
@@ -144,11 +200,17 @@ def _split_command(args: Sequence[str]) -> tuple[list[str], str, list[str]]:
     return own, "script", []
 
 
+def _build_command_for_elsewhere(mode: str, words: Sequence[str]) -> list[str]:
+    """The image holds the program, so nothing can be looked up here."""
+    if not words or not words[0]:
+        raise ConfigError(_NOTHING_TO_RUN)
+    is_python = mode == "-m" or mode == "script" and words[0].endswith(".py")
+    return [*(["python"] if is_python else []), *(["-m"] if mode == "-m" else []), *words]
+
+
 def _build_command(mode: str, words: Sequence[str]) -> list[str]:
     if not words or not words[0]:
-        raise ConfigError(
-            "nothing to run: name script.py, -m module, or -- program, after the flags (see --help)"
-        )
+        raise ConfigError(_NOTHING_TO_RUN)
     if mode == "-m":
         _check_module(words[0])
         return build_python_command(words, module=True)

@@ -1,15 +1,37 @@
 """What is to be launched: `Job`, and the pure functions that say how its processes look."""
 
 import dataclasses
+import importlib.util
 import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
-from tfdist.cluster import Cluster, Task, canonical_strategy, check_strategy, render_tf_config
+from tfdist.cluster import (
+    Cluster,
+    Task,
+    canonical_strategy,
+    check_strategy,
+    render_tf_config,
+    split_address,
+)
+from tfdist.environments.mpi import drop_rank
 from tfdist.errors import ConfigError
+from tfdist.guests import LISTEN_VARIABLE
+from tfdist.launcher.hosts import Host, SshOptions
+from tfdist.sync_options import EXCHANGES
 
 RESTART_VARIABLE = "TFDIST_RESTART"  # How often the job was started before.
+ELASTIC = ("restart", "in_process")
+# By which MPI finds whoever has started it.
+PMI_RANK, PMI_SIZE, PMI_FD = "PMI_RANK", "PMI_SIZE", "PMI_FD"
+# Workers that exchange megabytes at each step would give their memory back to the system each time, and ask for it
+# again: the all-reduce of 4 MB took twice as long without these.
+_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 # What TensorFlow's inter-op pool needs at least. With fewer threads a ps job can hang: closures that send tensors
 # between worker and ps hold one thread each while they wait.
 _MIN_INTEROP_THREADS = 2
@@ -29,11 +51,25 @@ class Job:
         num_ps: Tasks that hold variables; None is 1 under the strategy `ps`, else 0.
         strategy: Any name of a strategy, handed to the tasks; None leaves the choice to the command.
         run_dir: Folder of the run; each task's whole output is kept in its `logs`. None keeps no logs.
-        env: The environment that every task starts from.
+        env: The environment that every task starts from, save for what makes this process a rank of MPI.
         grace_secs: How long tasks may take to end when they are asked to, before they are killed.
         threads_per_task: TensorFlow's intra-op threads in each task; None divides this machine's cores.
-        max_restarts: How often tasks that were killed are started again: a ps job's worker alone, all tasks for
-            any other. An exception is no reason: it would come again.
+        max_restarts: How often, within `restart_window_secs`, tasks that were killed, froze or lost the others are
+            started again: a ps job's worker alone, all tasks for any other. An exception is no reason: it would come
+            again.
+        restart_window_secs: Restarts that are longer ago are forgotten.
+        hang_timeout_secs: A task that makes steps and then none for so long is taken for dead; 0 waits forever.
+        min_workers: With how few workers the job may go on when some have died; None: only with all.
+        rescale_every_secs: After so long with fewer workers all places are taken again, by way of a checkpoint; None:
+            not before the next failure.
+        elastic: `restart` starts all tasks again; `in_process` lets the living workers of a sync job form a new cluster
+            at once, which the one that is started again joins later.
+        chaos: Failures to make, as `tfdist.launcher.chaos` reads them.
+        hosts: Machines to run on, by ssh; none: this one.
+        ssh: How they are reached.
+        listen_interface: Network interface on which alone their servers listen, such as `eth0`; None: all.
+        exchange: What carries gradients between the workers of `multiworker`: `collective`, TensorFlow's own; `mpi`,
+            for which this launcher stands in for `mpiexec`; `auto` lets the tasks choose.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -49,6 +85,16 @@ class Job:
     grace_secs: float = 10.0
     threads_per_task: int | None = None
     max_restarts: int = 0
+    restart_window_secs: float = 3600.0
+    hang_timeout_secs: float = 0.0
+    min_workers: int | None = None
+    rescale_every_secs: float | None = None
+    elastic: str = "restart"
+    chaos: str = ""
+    hosts: tuple[Host, ...] = ()
+    ssh: SshOptions = SshOptions()
+    listen_interface: str | None = None
+    exchange: str = "auto"
 
     def __post_init__(self) -> None:
         if self.strategy is not None:
@@ -56,16 +102,60 @@ class Job:
         if self.num_ps is None:
             object.__setattr__(self, "num_ps", 1 if self.strategy == "ps" else 0)
         object.__setattr__(self, "command", tuple(str(word) for word in self.command))
+        object.__setattr__(self, "env", drop_rank(self.env))
         if not self.command:
             raise ConfigError("the command is empty: name a script, -m module, or -- program")
+        if self.elastic not in ELASTIC:
+            raise ConfigError(f"elastic is {self.elastic!r}: it must be one of {', '.join(ELASTIC)}")
+        if self.elastic == "in_process" and self.hosts:
+            raise ConfigError("elastic is 'in_process' with hosts: it is for one machine; choose 'restart'")
+        self._check_exchange()
         _check_at_least("num_workers", self.num_workers, 1)
         _check_at_least("num_ps", self.num_ps, 0)
         _check_at_least("grace_secs", self.grace_secs, 0)
         _check_at_least("max_restarts", self.max_restarts, 0)
+        _check_at_least("restart_window_secs", self.restart_window_secs, 0)
+        _check_at_least("hang_timeout_secs", self.hang_timeout_secs, 0)
+        _check_at_least("rescale_every_secs", self.rescale_every_secs, 0)
+        _check_at_least("min_workers", self.min_workers, 1)
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ConfigError(
+                f"num_workers is {self.min_workers}:{self.num_workers}: write it as least:most, such as 2:4"
+            )
         _check_at_least("threads_per_task", self.threads_per_task, 1)
         if self.strategy is not None:
             placeholders = range(1, self.num_tasks + 1)
             check_strategy(build_cluster(self, placeholders), self.strategy)
+
+    def _check_exchange(self) -> None:
+        if self.exchange not in EXCHANGES:
+            raise ConfigError(f"exchange is {self.exchange!r}: it must be one of {', '.join(EXCHANGES)}")
+        if self.exchange != "mpi":
+            return
+        if self.num_ps or self.strategy not in (None, "multiworker"):
+            raise ConfigError(
+                f"exchange is 'mpi' with strategy {self.strategy or 'ps'!r}: only multiworker has it"
+            )
+        if self.elastic == "in_process":
+            raise ConfigError(
+                "exchange is 'mpi' with elastic 'in_process': MPI's processes cannot be formed anew; choose 'restart'"
+            )
+        if importlib.util.find_spec("mpi4py") is None:
+            raise ConfigError(
+                "exchange is 'mpi', and there is no mpi4py: pip install 'tfdist[mpi]', or choose 'auto'"
+            )
+
+    @property
+    def uses_mpi(self) -> bool:
+        """Whether the tasks can find each other by MPI."""
+        return (
+            self.exchange != "collective"
+            and self.strategy in (None, "multiworker")
+            and not self.num_ps
+            and self.num_workers > 1
+            and self.elastic == "restart"
+            and importlib.util.find_spec("mpi4py") is not None
+        )
 
     @property
     def has_chief(self) -> bool:
@@ -76,6 +166,25 @@ class Job:
     def num_tasks(self) -> int:
         """How many processes, all roles together."""
         return self.has_chief + self.num_workers + (self.num_ps or 0)
+
+
+def parse_num_workers(text: str) -> tuple[int | None, int]:
+    """Reads a number of workers, as torchrun's `--nnodes`.
+
+    Args:
+        text: `4`, or `2:4` for at least 2 and at most 4.
+
+    Returns:
+        The least, None if only the most will do; and the most.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    words = text.split(":")
+    if len(words) > 2 or not all(word.strip().isdecimal() for word in words):
+        raise ConfigError(f"num_workers {text!r}: write a number, or least:most such as 2:4")
+    least = int(words[0]) if len(words) == 2 else None
+    return least, int(words[-1])
 
 
 def build_cluster(job: Job, ports: Sequence[int]) -> Cluster:
@@ -110,7 +219,9 @@ def build_python_command(words: Sequence[str], *, module: bool = False) -> list[
     return [sys.executable, *(["-m"] if module else []), *words]
 
 
-def render_env(job: Job, cluster: Cluster, task: Task) -> dict[str, str]:
+def render_env(
+    job: Job, cluster: Cluster, task: Task, *, num_cores: int | None = None, num_sharing: int | None = None
+) -> dict[str, str]:
     """Says which environment variables a task gets on top of `job.env`.
 
     What the user has set stays, except for what describes the cluster.
@@ -119,12 +230,36 @@ def render_env(job: Job, cluster: Cluster, task: Task) -> dict[str, str]:
         job: The job.
         cluster: All its tasks.
         task: The one that is to be started.
+        num_cores: Of its machine; None: as this one's.
+        num_sharing: Workers that share them; None: all.
+
+    Returns:
+        Variables that are new or changed.
+    """
+    cores, sharing = num_cores or count_cores(), num_sharing or job.num_workers
+    own = {"TF_CONFIG": render_tf_config(cluster.with_task(task))}
+    if job.uses_mpi:
+        own |= {PMI_RANK: str(cluster.tasks.index(task)), PMI_SIZE: str(len(cluster.tasks))}
+        own |= _render_mpi(job, cluster, is_crowded=sharing > cores)
+    shared = render_shared_env(job, cores=cores, cores_per_task=max(1, cores // sharing))
+    if "no_grpc_proxy" in shared and not cluster.is_loopback:
+        hosts = {split_address(cluster.address(other))[0] for other in cluster.tasks}
+        own["no_grpc_proxy"] = ",".join([*filter(None, [job.env.get("no_proxy")]), *sorted(hosts)])
+    return shared | own
+
+
+def render_shared_env(job: Job, *, cores: int | None, cores_per_task: int | None) -> dict[str, str]:
+    """Says which environment variables every task of a job gets, wherever it runs.
+
+    Args:
+        job: The job.
+        cores: How many cores a task sees; None if nobody knows.
+        cores_per_task: How many of them it should use, unless the job says so.
 
     Returns:
         Variables that are new or changed.
     """
     added = {
-        "TF_CONFIG": render_tf_config(cluster.with_task(task)),
         "GRPC_FAIL_FAST": "use_caller",  # else a call to a server that is not up yet fails at once
         "TFDIST_LAUNCHED": "1",  # so that a task never launches a cluster in its turn
     }
@@ -133,12 +268,16 @@ def render_env(job: Job, cluster: Cluster, task: Task) -> dict[str, str]:
     if job.run_dir is not None:
         added["TFDIST_RUN_DIR"] = job.run_dir
     defaults = {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1"}
+    if job.strategy == "multiworker":
+        defaults |= _ALLOCATOR
     if job.env.get("http_proxy") or job.env.get("https_proxy") or job.env.get("grpc_proxy"):
         # gRPC would ask the proxy for 127.0.0.1. This variable is gRPC's own, so nothing else changes.
         kept = job.env.get("no_proxy")
         defaults["no_grpc_proxy"] = f"{kept},127.0.0.1" if kept else "127.0.0.1"
+    if job.listen_interface is not None:
+        added[LISTEN_VARIABLE] = job.listen_interface
     added.update({name: value for name, value in defaults.items() if not job.env.get(name)})
-    return added | _render_threads(job)
+    return added | _render_threads(job, cores, cores_per_task)
 
 
 def render_dry_run(job: Job, cluster: Cluster) -> str:
@@ -169,15 +308,30 @@ def count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _render_threads(job: Job) -> dict[str, str]:
-    """Divides the cores among the tasks that compute, by thread counts and never by pinning.
+def _render_mpi(job: Job, cluster: Cluster, *, is_crowded: bool) -> dict[str, str]:
+    """Keeps MPI to the network and the cores that the job has; what the user has set stays."""
+    settings = {}
+    # UCX, the network part of the `mpich` wheel, listens on every interface, even where all ranks share one memory.
+    interface = "lo" if cluster.is_loopback else job.listen_interface
+    if interface is not None:
+        settings["UCX_NET_DEVICES"] = interface
+    if is_crowded:
+        # A rank that waits keeps its core busy, which another would need.
+        settings["MPIR_CVAR_ENABLE_HEAVY_YIELD"] = "1"
+    return {name: value for name, value in settings.items() if not job.env.get(name)}
+
+
+def _render_threads(job: Job, cores: int | None, cores_per_task: int | None) -> dict[str, str]:
+    """Keeps a task to its share of the cores, by thread counts and never by pinning.
 
     A process that is pinned to one core before TensorFlow starts gets pools so small that ps training hangs.
     """
-    intra = job.threads_per_task or max(1, count_cores() // job.num_workers)
+    intra = job.threads_per_task or cores_per_task
+    if intra is None:
+        return {}
     inter = max(intra, _MIN_INTEROP_THREADS_PS if job.has_chief else _MIN_INTEROP_THREADS)
     threads = {"OMP_NUM_THREADS": intra, "TF_NUM_INTRAOP_THREADS": intra, "TF_NUM_INTEROP_THREADS": inter}
-    if job.has_chief and count_cores() < _MIN_INTEROP_THREADS_PS:
+    if job.has_chief and (cores or intra) < _MIN_INTEROP_THREADS_PS:
         threads["TF_GRPC_WORKER_CACHE_THREADS"] = _MIN_INTEROP_THREADS_PS
     # A flag was given for this very launch; it wins over what an environment carries along.
     told = {"OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"} if job.threads_per_task else set()

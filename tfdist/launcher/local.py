@@ -1,12 +1,22 @@
-"""Runs a job on this machine."""
+"""Runs a job, on this machine or on its hosts, as often as it takes."""
 
 import contextlib
+import dataclasses
 import os
 import secrets
+import tempfile
+import time
 
+from tfdist.heartbeat import VARIABLE as HEARTBEAT_VARIABLE
+from tfdist.launcher.chaos import Chaos, parse_chaos
 from tfdist.launcher.guard import MARK_VARIABLE
-from tfdist.launcher.job import RESTART_VARIABLE, Job, build_cluster, render_dry_run, render_env
+from tfdist.launcher.job import RESTART_VARIABLE, Job, build_cluster, render_dry_run
+from tfdist.launcher.machines import ThisMachine
+from tfdist.launcher.regroup import Regrouping
+from tfdist.launcher.restarts import Restarts
+from tfdist.launcher.ssh import FarMachines, Machines, render_dry_run_far
 from tfdist.launcher.supervisor import Supervisor
+from tfdist.launcher.watch import Watch
 from tfdist.ports import PortReservation
 
 
@@ -14,7 +24,7 @@ def run_local(job: Job) -> int:
     """Starts a job's processes on this machine and waits until all have ended.
 
     None of them outlives this process, even if it is killed. SIGINT, SIGTERM and SIGHUP are passed on to them.
-    If one is killed, all are started again, up to `job.max_restarts` times.
+    If one is killed, freezes or hangs, all are started again, up to `job.max_restarts` times.
 
     Args:
         job: What to run.
@@ -27,21 +37,59 @@ def run_local(job: Job) -> int:
         ConfigError: If the run_dir cannot be written.
         LaunchError: If a process cannot be started, or there are no free ports.
     """
-    num_restarts = 0
-    # All held to the end, so that each try has new ones: TensorFlow does not come up again on those of a cluster that
-    # died.
-    with contextlib.ExitStack() as reservations:
+    restarts = Restarts(job)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tfdist-"))
+        machines: Machines = FarMachines(job) if job.hosts else ThisMachine()
+        stack.enter_context(machines)
+        watch = Watch(folder, hang_timeout_secs=job.hang_timeout_secs)
+        placeholders = build_cluster(job, range(1, job.num_tasks + 1))
+        failures = parse_chaos(job.chaos, placeholders, has_hosts=bool(job.hosts))
+        chaos = Chaos(failures, run_dir=job.run_dir, started_at=time.monotonic())
         while True:
-            mark = f"{os.getpid()}-{secrets.token_hex(8)}"
-            own = {MARK_VARIABLE: mark, RESTART_VARIABLE: str(num_restarts)}
-            reservation = reservations.enter_context(PortReservation(job.num_tasks))
-            cluster = build_cluster(job, reservation.ports)
-            envs = {task: {**job.env, **render_env(job, cluster, task), **own} for task in cluster.tasks}
-            supervisor = Supervisor(job, cluster, mark, num_restarts=num_restarts)
-            code = supervisor.run(envs)
-            if not supervisor.is_worth_a_restart:
+            # Of an elastic job no more than there is room for on the hosts that are left.
+            num_workers = max(restarts.min_workers, int(min(restarts.num_workers, machines.num_slots)))
+            sized = dataclasses.replace(job, num_workers=num_workers, min_workers=None)
+            supervisor, code = _run_once(sized, machines, restarts, watch, chaos)
+            if supervisor.is_rescaling:
+                restarts.rescale()
+            elif supervisor.is_worth_a_restart:
+                restarts.use()
+                restarts.resize(num_lost=supervisor.num_lost)
+            else:
                 return code
-            num_restarts = supervisor.num_restarts + 1
+
+
+def _run_once(
+    job: Job, machines: Machines, restarts: Restarts, watch: Watch, chaos: Chaos
+) -> tuple[Supervisor, int]:
+    mark = f"{os.getpid()}-{secrets.token_hex(8)}"
+    cluster = machines.reserve(job)
+    own = {MARK_VARIABLE: mark, RESTART_VARIABLE: str(restarts.num_tries)}
+    envs = {
+        task: {**machines.build_env(job, cluster, task), **own, HEARTBEAT_VARIABLE: watch.path(task)}
+        for task in cluster.tasks
+    }
+    regrouping = None
+    if job.elastic == "in_process" and not job.has_chief and isinstance(machines, ThisMachine):
+        regrouping = Regrouping(
+            watch,
+            path=watch.fresh_path("members"),
+            reserve=machines.hold_ports,
+            min_members=restarts.min_workers,
+        )
+        envs = {task: env | regrouping.render_env(task) for task, env in envs.items()}
+    supervisor = Supervisor(
+        job,
+        cluster,
+        mark,
+        machines=machines,
+        restarts=restarts,
+        watch=watch,
+        chaos=chaos,
+        regrouping=regrouping,
+    )
+    return supervisor, supervisor.run(envs)
 
 
 def render_dry_run_local(job: Job) -> str:
@@ -56,5 +104,7 @@ def render_dry_run_local(job: Job) -> str:
     Raises:
         LaunchError: If there are no free ports.
     """
+    if job.hosts:
+        return render_dry_run_far(job)
     with PortReservation(job.num_tasks) as reservation:
         return render_dry_run(job, build_cluster(job, reservation.ports))

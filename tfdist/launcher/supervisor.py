@@ -1,59 +1,82 @@
-"""Watches the processes of a job: reads what they print, sees them end, and decides what follows."""
+"""Watches the processes of a job: sees them end, freeze and hang, and decides what follows."""
 
-import contextlib
-import os
-import selectors
-import shutil
 import signal
-import sys
 import time
-from typing import IO
 
 from tfdist.cluster import Cluster, Task
-from tfdist.launcher import guard
-from tfdist.launcher.children import Child, Guard
+from tfdist.errors import PEER_LOST_CODE
+from tfdist.heartbeat import DUMP_SIGNAL
+from tfdist.launcher.chaos import CUT, SIGNALS, Chaos, Failure
+from tfdist.launcher.children import Child
 from tfdist.launcher.job import Job
-from tfdist.launcher.logs import Display, TaskOutput, log_path, open_log, render_prefix
-from tfdist.launcher.signals import SignalInbox
+from tfdist.launcher.logs import log_path
+from tfdist.launcher.memory import MemoryWatch
+from tfdist.launcher.processes import Processes, is_no_fault, render_exit
+from tfdist.launcher.recovery import Recovery
+from tfdist.launcher.regroup import Regrouping
+from tfdist.launcher.restarts import Restarts
+from tfdist.launcher.ssh import Machines
+from tfdist.launcher.watch import FROZEN_SECS, Watch
 
-SERVER_GRACE_SECS = (
-    1.0  # for the workers and ps of a ps job whose chief is gone: they never return by themselves
-)
+# For the workers and ps of a ps job whose chief is gone: they never return by themselves.
+SERVER_GRACE_SECS = 1.0
 SETTLE_SECS = 60.0  # after this long, workers that outlive their peers are mentioned
-_DRAIN_SECS = 1.0
-# 128 + SIGHUP, SIGINT, SIGTERM: whoever sent them meant it.
-_ASKED_TO_END = (129, 130, 143)
+# Before a restart. What the others could save then is what they share: only a file may be half-written.
+_RESTART_GRACE_SECS = 0.3
+_ECHO_SECS = 5.0  # how long the end of the peer that others have lost may take to be seen
+_DUMP_SECS = 1.0  # for the stacks of a task that hangs to reach its log
+_LOOK_SECS = 0.5  # between two looks at the tasks' records
+_FAILED_LOOK_SECS = 0.05  # while a failure is being got over
+_CHAOS_LOOK_SECS = 0.005
 _POLL_SECS = 0.02  # only where the system cannot wake us when a process ends
-_CHUNK_BYTES = 2**16
 
 
 class Supervisor:
     """Starts a job's processes and stays until all have ended.
 
     The job ends well when every task has ended with 0, or in a ps job when the chief has. It fails with the first
-    task that ends otherwise, unless this process had asked for the end already; then all the others are stopped.
+    task that ends otherwise, unless this process had asked for the end already or `Recovery` knows how to go on; then
+    all the others are stopped.
 
     Args:
         job: What to run.
         cluster: Its tasks with their addresses.
         mark: Value of `TFDIST_JOB` that marks the processes of this job.
-        num_restarts: Those of `job.max_restarts` that are used up.
+        machines: Where they are started.
+        restarts: Those that are left.
+        watch: Reads the tasks' records.
+        chaos: Failures to make.
+        regrouping: Forms clusters of the living; None: when a worker of a sync job dies all start again.
     """
 
-    def __init__(self, job: Job, cluster: Cluster, mark: str, *, num_restarts: int = 0) -> None:
-        self.num_restarts = num_restarts
+    def __init__(
+        self,
+        job: Job,
+        cluster: Cluster,
+        mark: str,
+        *,
+        machines: Machines,
+        restarts: Restarts,
+        watch: Watch,
+        chaos: Chaos,
+        regrouping: Regrouping | None = None,
+    ) -> None:
+        self.is_rescaling = False
         self._job = job
         self._cluster = cluster
         self._mark = mark
-        self._children: list[Child] = []
-        self._display = Display(job.env)
-        self._selector = selectors.DefaultSelector()
-        self._cause: Child | None = None
+        self._machines = machines
+        self._restarts = restarts
+        self._watch = watch
+        self._chaos = chaos
+        self._regrouping = regrouping
+        self._memory = MemoryWatch()
         self._told_by: signal.Signals | None = None
         self._stop_signal: signal.Signals | None = None
-        self._kill_at = float("inf")
-        self._last_exit_at = float("inf")
-        self._num_hidden = 0
+        self._kill_at = self._last_exit_at = float("inf")
+        self._next_look = 0.0
+        self._echo: Child | None = None
+        self._echo_until = self._dump_until = float("inf")
 
     def run(self, envs: dict[Task, dict[str, str]]) -> int:
         """Runs the job to its end.
@@ -69,92 +92,130 @@ class Supervisor:
             ConfigError: If the run_dir cannot be written.
             LaunchError: If a process cannot be started.
         """
-        with contextlib.ExitStack() as stack:
-            outputs = {task: stack.enter_context(self._open_output(task)) for task in envs}
-            self._envs = envs
-            self._guard = Guard(self._mark)
-            stack.callback(self._guard.dismiss)
-            with SignalInbox(self._kill) as inbox:
-                self._selector.register(inbox, selectors.EVENT_READ)
-                try:
-                    for task, env in envs.items():
-                        self._start(outputs[task], env)
-                    while any(child.is_alive for child in self._children):
-                        self._step(inbox)
-                finally:
-                    self._finish(inbox)
-        return self._report()
-
-    def _open_output(self, task: Task) -> contextlib.closing[TaskOutput]:
-        log = open_log(self._job.run_dir, task) if self._job.run_dir else None
-        return contextlib.closing(TaskOutput(task, log))
+        self._processes = Processes(self._job, self._cluster, self._mark, envs, machines=self._machines)
+        self._recovery = Recovery(
+            self._job,
+            self._cluster,
+            self._processes,
+            restarts=self._restarts,
+            watch=self._watch,
+            regrouping=self._regrouping,
+        )
+        with self._processes:
+            for task in envs:
+                self._watch.forget(task)
+                self._processes.start(task, {})
+            while self._processes.alive:
+                self._step()
+            self._processes.speaker = self._cause or self._echo
+        code = self._report()
+        self._processes.note(f"ended with code {code}")
+        return code
 
     @property
     def is_worth_a_restart(self) -> bool:
-        """Whether the job failed because a task was killed, nobody having asked for its end, and may try again."""
-        return self._was_killed(self._cause) and self._told_by is None and self._has_restarts_left
+        """Whether the job failed by no fault of its program, nobody having asked for its end, and may try again."""
+        return is_no_fault(self._cause) and self._told_by is None and self._restarts.has_left
 
     @property
-    def _has_restarts_left(self) -> bool:
-        return self.num_restarts < self._job.max_restarts
+    def num_lost(self) -> int:
+        """How many workers died."""
+        return self._recovery.num_lost
 
-    def _was_killed(self, child: Child | None) -> bool:
-        return child is not None and (child.exit_code or 0) > 128 and child.exit_code not in _ASKED_TO_END
+    @property
+    def _cause(self) -> Child | None:
+        """The first task to fail; its lines alone are shown from then on."""
+        return self._processes.speaker
 
-    def _start(self, output: TaskOutput, env: dict[str, str]) -> None:
-        if sys.stdout.isatty() and output.task == self._cluster.chief:
-            prefix = render_prefix(output.task, colour=None)
-            env = env | {"COLUMNS": str(max(20, shutil.get_terminal_size().columns - len(prefix)))}
-        child = Child(output, self._job.command, env)
-        self._children.append(child)
-        self._guard.add(child.group)
-        for stream in ("stdout", "stderr"):
-            pipe = getattr(child.process, stream)
-            self._selector.register(pipe, selectors.EVENT_READ, (child, stream, pipe))
-        if child.exit_fd is not None:
-            self._selector.register(child.exit_fd, selectors.EVENT_READ)
-
-    def _step(self, inbox: SignalInbox) -> None:
-        self._read(self._wait_secs())
-        inbox.clear()
+    def _step(self) -> None:
+        ended = self._processes.wait(self._wait_secs())
         now = time.monotonic()
-        ended = [child for child in self._children if child.poll()]
         for child in sorted(ended, key=self._exit_order):
             self._note_exit(child, now)
-        if self._stop_signal is None and (inbox.received or self._display.broken):
-            self._obey(inbox.received[0] if inbox.received else signal.SIGPIPE)
-        elif inbox.received and self._told_by is None:
+        received = self._processes.received
+        if self._stop_signal is None and (received or self._processes.display.broken):
+            self._obey(received[0] if received else signal.SIGPIPE)
+        elif received and self._told_by is None:
             self._kill()  # the tasks are being stopped anyway: the person at the keyboard is tired of waiting
         if self._stop_signal is not None:
             self._ask_to_end(self._stop_signal)
         if now >= self._kill_at:
             self._kill()
+        if now >= self._next_look and self._stop_signal is None:
+            self._next_look = now + self._look_secs
+            self._look(now)
         if now - self._last_exit_at > SETTLE_SECS:
             self._last_exit_at = float("inf")
-            alive = ", ".join(str(child.task) for child in self._children if child.is_alive)
-            self._say(f"{alive} still run {SETTLE_SECS:g} s after the others ended; Ctrl-C ends them")
+            alive = ", ".join(str(child.task) for child in self._processes.alive)
+            self._processes.say(
+                f"{alive} still run {SETTLE_SECS:g} s after the others ended; Ctrl-C ends them"
+            )
 
     def _wait_secs(self) -> float:
-        if any(child.is_alive and child.exit_fd is None for child in self._children):
+        if not self._processes.can_wake:
             return _POLL_SECS
-        return max(0.0, min(1.0, self._kill_at - time.monotonic()))
+        return max(0.0, min(self._look_secs, self._kill_at - time.monotonic()))
 
-    def _read(self, timeout_secs: float) -> None:
-        """Takes what the tasks have printed by now."""
-        for key, _ in self._selector.select(timeout_secs):
-            if key.data is None:
+    @property
+    def _look_secs(self) -> float:
+        if not self._chaos.is_over:
+            return _CHAOS_LOOK_SECS
+        return _LOOK_SECS if self._restarts.failed_at is None else _FAILED_LOOK_SECS
+
+    def _look(self, now: float) -> None:
+        """Does what time and the tasks' records ask for."""
+        alive = self._processes.alive
+        self._memory.look(alive)
+        for failure in self._chaos.take_due(self._watch.read, self._cluster, now):
+            self._make(failure, alive, now)
+        self._look_for_told(alive)
+        if self._echo is not None and now >= self._echo_until:
+            self._fail(self._echo, now)
+        if now >= self._dump_until:
+            self._stop(signal.SIGKILL, 0)
+        elif self._dump_until == float("inf"):
+            self._look_for_stalls(alive, now)
+        if self._stop_signal is None and self._recovery.look(now):
+            self.is_rescaling = True
+            self._processes.say("saving, to go on with all workers")
+            self._stop(signal.SIGTERM, self._job.grace_secs)
+
+    def _make(self, failure: Failure, alive: list[Child], now: float) -> None:
+        for child in alive:
+            if child.task == failure.task:
+                self._processes.say(f"chaos: {failure}")
+                self._restarts.failed_at = now
+                if failure.action == CUT:
+                    child.cut()
+                else:
+                    child.signal_group(SIGNALS[failure.action])
+
+    def _look_for_told(self, alive: list[Child]) -> None:
+        """Lets the job end, or go on without it, where SIGTERM came to a task that only serves."""
+        for child in alive:
+            if self._watch.state(child.task) != "told" or self._stop_signal is not None:
                 continue
-            self._take(*key.data)
+            if self._recovery.may_spare(child):
+                self._recovery.let_go(child, "was told to go")
+            else:
+                self._obey(signal.SIGTERM)
 
-    def _take(self, child: Child, stream: str, pipe: IO[bytes]) -> None:
-        data = pipe.read(_CHUNK_BYTES)
-        if not data:
-            self._selector.unregister(pipe)
-        lines = child.output.receive(stream, data)
-        if self._cause is not None and child is not self._cause:
-            self._num_hidden += len(lines)  # what the others say now is the echo of the failure
+    def _look_for_stalls(self, alive: list[Child], now: float) -> None:
+        for child in self._watch.find_frozen(alive, now):
+            child.fault = f"was stopped for {FROZEN_SECS:g} s, and killed"
+            child.signal_group(signal.SIGKILL)
+        hung = self._watch.find_hung(alive, now)
+        if hung is None:
             return
-        self._display.show(child.task, stream, lines)
+        what = f"made no step for {self._job.hang_timeout_secs:g} s"
+        self._processes.say(f"{hung.task} {what}; its stacks go to its log")
+        hung.fault = f"{what}, and was killed"
+        self._processes.speaker = hung
+        self._recovery.note_failure(now)
+        self._dump_until = now + _DUMP_SECS
+        for child in alive:
+            if self._watch.read(child.task) is not None:  # which says that it knows the signal
+                child.send(DUMP_SIGNAL)
 
     def _exit_order(self, child: Child) -> tuple[bool, bool]:
         """Orders ends that were seen in the same moment, on a busy machine, from likely cause to likely echo."""
@@ -163,45 +224,36 @@ class Supervisor:
         return not is_good_end, not is_killed
 
     def _note_exit(self, child: Child, now: float) -> None:
-        self._forget_exit_fd(child)
-        if self._stop_signal is not None:
+        child.fault = child.fault or self._memory.explain(child)
+        beat = self._watch.read(child.task)
+        step = f" at step {beat.step}" if beat is not None and beat.step else ""
+        self._processes.note(f"{child.task} {render_exit(child)}{step}")
+        if self._stop_signal is not None or self._cause is not None or self._recovery.survives(child, now):
             return
-        is_worker = self._job.has_chief and child.task.type == "worker"
-        if is_worker and self._was_killed(child) and self._has_restarts_left:
-            self._replace(child)
+        if child.exit_code == PEER_LOST_CODE:
+            # Somebody else's end is the cause, and may be seen only after its echo: leaving takes TensorFlow seconds.
+            if self._echo is None:
+                self._echo, self._echo_until = child, now + _ECHO_SECS
         elif child.exit_code != 0:
-            self._cause = child
-            if any(other.is_alive for other in self._children):
-                self._say(f"{child.task} {_render_exit(child.exit_code)}; stopping the others")
-            # Before another try there is nothing to wait for: what the others could save is what they share.
-            grace_secs = SERVER_GRACE_SECS if self.is_worth_a_restart else self._job.grace_secs
-            self._stop(signal.SIGTERM, grace_secs)
+            self._fail(child, now)
         elif not self._job.has_chief:
             self._last_exit_at = now
         elif child.task.type == "chief":
             self._stop(signal.SIGTERM, SERVER_GRACE_SECS)
 
-    def _replace(self, child: Child) -> None:
-        """Starts a ps job's worker again on its own port: the chief gives its work to others until it is back."""
-        self.num_restarts += 1
-        self._say(
-            f"{child.task} {_render_exit(child.exit_code)}; starting it again "
-            f"({self.num_restarts} of {self._job.max_restarts})"
-        )
-        self._start(child.output, self._envs[child.task])
-
-    def _forget_exit_fd(self, child: Child) -> None:
-        if child.exit_fd is not None:
-            self._selector.unregister(child.exit_fd)
-            os.close(child.exit_fd)
-            child.exit_fd = None
+    def _fail(self, child: Child, now: float) -> None:
+        self._processes.speaker = child
+        self._recovery.note_failure(now)
+        if self._processes.alive:
+            self._processes.say(f"{child.task} {render_exit(child)}; stopping the others")
+        self._stop(signal.SIGTERM, _RESTART_GRACE_SECS if self.is_worth_a_restart else self._job.grace_secs)
 
     def _obey(self, number: signal.Signals) -> None:
         self._told_by = number
         if number == signal.SIGPIPE:  # nobody reads our output any more, as after `| head`
             self._stop(signal.SIGTERM, self._job.grace_secs)
             return
-        self._say(
+        self._processes.say(
             f"{number.name}: asking the tasks to end (up to {self._job.grace_secs:g} s; "
             "another signal kills them at once)"
         )
@@ -213,67 +265,40 @@ class Supervisor:
 
     def _ask_to_end(self, number: signal.Signals) -> None:
         """Passes the signal on; in a ps job to the chief first, which may need the servers to save its work."""
-        alive = [child for child in self._children if child.is_alive]
+        alive = self._processes.alive
+        chief: list[Child] = []
         if self._job.has_chief:
             chief = [child for child in alive if child.task.type == "chief"]
             if not chief:
                 self._kill_at = min(self._kill_at, time.monotonic() + SERVER_GRACE_SECS)
-            alive = chief or alive
-        for child in alive:
+        for child in chief or alive:
             if not child.asked_to_end:
                 child.asked_to_end = True
-                child.signal_group(number)
+                # A server without a chief has nothing to save, and would wait for the chief that it tells of SIGTERM.
+                is_idle_server = self._watch.state(child.task) == "started" and self._job.has_chief
+                child.signal_group(signal.SIGKILL if is_idle_server and not chief else number)
 
     def _kill(self) -> None:
         self._kill_at = float("inf")
-        for child in self._children:
-            if child.is_alive:
-                child.signal_group(signal.SIGKILL)
-
-    def _finish(self, inbox: SignalInbox) -> None:
-        """Ends what is left (also of finished tasks: whatever they started) and takes the last output."""
-        guard.kill_job([child.group for child in self._children], self._mark)
-        for child in self._children:
-            self._forget_exit_fd(child)
-        self._selector.unregister(inbox)
-        deadline = time.monotonic() + _DRAIN_SECS
-        while self._selector.get_map() and time.monotonic() < deadline:
-            self._read(deadline - time.monotonic())
-        self._selector.close()
-        for child in self._children:
-            child.reap()
+        self._processes.kill()
 
     def _report(self) -> int:
         """Shows the first cause, as the last thing, and gives the job's exit code."""
-        cause = self._cause
+        cause, processes = self._cause, self._processes
         if cause is None or cause.exit_code is None:
             return 128 + self._told_by if self._told_by else 0
-        if self._num_hidden and self._job.run_dir:
-            self._say(f"{self._num_hidden} later lines of the other tasks are in {self._job.run_dir}/logs")
+        if processes.num_hidden and self._job.run_dir:
+            processes.say(
+                f"{processes.num_hidden} later lines of the other tasks are in {self._job.run_dir}/logs"
+            )
+        tail = list(cause.output.tail)
         # A mistake in the settings is one line: once is enough.
-        is_said = (
-            cause.exit_code == 2 and cause.output.tail and cause.output.tail[-1] == self._display.last_shown
-        )
-        if cause.output.tail and not is_said:
-            self._say(f"the last lines of {cause.task}, the first task to fail:")
-            self._display.show(cause.task, "stderr", list(cause.output.tail))
+        is_said = cause.exit_code == 2 and tail and tail[-1] == processes.display.last_shown
+        if tail and not is_said:
+            processes.say(f"the last lines of {cause.task}, the first task to fail:")
+            processes.display.show(cause.task, "stderr", tail)
         end = f"; whole output: {log_path(self._job.run_dir, cause.task)}" if self._job.run_dir else ""
         if self.is_worth_a_restart:
-            end += f"; starting all tasks again ({self.num_restarts + 1} of {self._job.max_restarts})"
-        self._say(f"{cause.task} {_render_exit(cause.exit_code)}{end}")
+            end += f"; starting all tasks again ({self._restarts.num_recent + 1} of {self._job.max_restarts})"
+        processes.say(f"{cause.task} {render_exit(cause)}{end}")
         return cause.exit_code
-
-    def _say(self, text: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # nobody listens; the tasks must still be looked after
-            print(f"tfdist.launch: {text}", file=sys.stderr, flush=True)
-
-
-def _render_exit(code: int | None) -> str:
-    if code is None:
-        return "did not end"
-    if code <= 128:
-        return f"exited with code {code}"
-    try:
-        return f"was killed by {signal.Signals(code - 128).name} (exit code {code})"
-    except ValueError:
-        return f"exited with code {code}"

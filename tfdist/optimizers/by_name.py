@@ -11,7 +11,8 @@ from tfdist.optimizers.schedules import build_schedule, parse_choice
 if TYPE_CHECKING:
     import keras
 
-# Name → the class in keras.optimizers, what differs from that class's defaults, and the learning rate if none is given.
+# Name → the class in keras.optimizers or tfdist.optimizers, what differs from that class's defaults, and the learning
+# rate if none is given.
 _OPTIMIZERS: dict[str, tuple[str, dict[str, Any], float]] = {
     "sgd": ("SGD", {}, 0.1),
     "momentum": ("SGD", {"momentum": 0.9}, 0.05),
@@ -19,15 +20,24 @@ _OPTIMIZERS: dict[str, tuple[str, dict[str, Any], float]] = {
     "rmsprop": ("RMSprop", {}, 1e-3),
     "adam": ("Adam", {}, 1e-3),
     "adamw": ("AdamW", {}, 1e-3),
+    "ftrl": ("Ftrl", {}, 0.05),
+    "lamb": ("Lamb", {}, 1e-3),
+    "lars": ("LARS", {"momentum": 0.9}, 1.0),
+    "lazy_momentum": ("LazySGD", {"momentum": 0.9}, 0.05),
+    "lazy_rmsprop": ("LazyRMSprop", {}, 1e-3),
+    "lazy_adam": ("LazyAdam", {}, 1e-3),
+    "lazy_ftrl": ("LazyFtrl", {}, 0.05),
 }
 OPTIMIZERS = tuple(_OPTIMIZERS)
-_WITH_MOMENTUM = ("sgd", "momentum", "rmsprop")
+_WITHOUT_DECAY = ("ftrl", "lazy_ftrl")
+_WITH_MOMENTUM = ("sgd", "momentum", "rmsprop", "lars", "lazy_momentum", "lazy_rmsprop")
 
 
 def build_optimizer(
     name: str,
     *,
     learning_rate: float | None = None,
+    rate_factor: float = 1.0,
     schedule: str = "constant",
     warmup_steps: int = 0,
     total_steps: int | None = None,
@@ -39,18 +49,25 @@ def build_optimizer(
     use_ema: bool = False,
     ema_momentum: float = 0.99,
 ) -> keras.optimizers.Optimizer:
-    """Builds a stock Keras optimizer, so that a model saved with it loads in plain Keras.
+    """Builds an optimizer: a stock one of Keras, so that a model saved with it loads in plain Keras, or one of ours.
+
+    The lazy ones are for tables of which a step touches few rows; `tfdist.optimizers.lazy` says what changes. `lars`
+    is for very large batches.
 
     Args:
-        name: One of `OPTIMIZERS`, in any case: sgd, momentum (SGD with 0.9), adagrad, rmsprop, adam, adamw.
-        learning_rate: The rate at its highest; None takes the optimizer's own: sgd 0.1, momentum and adagrad 0.05,
-            the others 0.001.
+        name: One of `OPTIMIZERS`, in any case: sgd, momentum (SGD with 0.9), adagrad, rmsprop, adam, adamw, ftrl, lamb,
+            lars, lazy_momentum, lazy_rmsprop, lazy_adam, lazy_ftrl.
+        learning_rate: The rate at its highest; None takes the optimizer's own: sgd 0.1, momentum, adagrad, ftrl and
+            their lazy forms 0.05, lars 1, the others 0.001.
+        rate_factor: What the rate, given or the optimizer's own, is multiplied by; see `rate_factor` of `large_batch`.
         schedule: One of `SCHEDULES`: constant, cosine, step; see `build_schedule`.
         warmup_steps: Batches over which the rate first rises linearly.
         total_steps: Batches in the whole run; cosine and step need it.
-        momentum: For sgd, momentum and rmsprop; None takes 0.9 for momentum and 0 for the two others.
+        momentum: For sgd, momentum, rmsprop and lars, and the lazy forms of momentum and rmsprop; None takes 0.9 for
+            momentum and lars and 0 for the others.
         weight_decay: Share of each weight taken off per step, times the learning rate (decoupled, whatever the
-            optimizer); None takes 0.004 for adamw and none for the others.
+            optimizer but lars, for which it is part of the gradient); None takes 0.004 for adamw and none for the
+            others.
         clipnorm: Longest gradient of one variable, in L2 norm.
         global_clipnorm: Longest gradient of all variables together, in L2 norm; excludes `clipnorm`.
         gradient_accumulation_steps: Batches whose mean gradient makes one update.
@@ -72,6 +89,11 @@ def build_optimizer(
                 f"momentum={momentum!r}: {name} has no momentum; leave it out, or choose {', '.join(_WITH_MOMENTUM)}."
             )
         kwargs["momentum"] = momentum
+    if weight_decay and name in _WITHOUT_DECAY:
+        raise ConfigError(
+            f"weight_decay={weight_decay!r}: {name} computes each weight anew from its sums, so that it would come to "
+            "nothing; leave it out."
+        )
     if clipnorm is not None and global_clipnorm is not None:
         raise ConfigError(
             f"clipnorm={clipnorm!r} with global_clipnorm={global_clipnorm!r}: choose one of them; clipnorm looks at "
@@ -91,7 +113,7 @@ def build_optimizer(
     _check_ranges(kwargs)
     rate = build_schedule(
         schedule,
-        learning_rate=default_rate if learning_rate is None else learning_rate,
+        learning_rate=(default_rate if learning_rate is None else learning_rate) * rate_factor,
         total_steps=total_steps,
         warmup_steps=warmup_steps,
     )
@@ -99,7 +121,10 @@ def build_optimizer(
     # Here, not at the top: OPTIMIZERS must be known to processes that start without TensorFlow.
     import keras
 
-    return getattr(keras.optimizers, class_name)(learning_rate=rate, **kwargs)
+    from tfdist.optimizers import lars, lazy  # as above
+
+    home = lazy if name.startswith("lazy_") else lars if name == "lars" else keras.optimizers
+    return getattr(home, class_name)(learning_rate=rate, **kwargs)
 
 
 def _check_ranges(kwargs: dict[str, Any]) -> None:

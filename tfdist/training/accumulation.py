@@ -16,7 +16,7 @@ from tfdist import keras_internals
 
 
 class Accumulation:
-    """The gradients of consecutive batches on one worker.
+    """The gradients of consecutive batches on one worker: one run of them, or several.
 
     Args:
         optimizer: One with `gradient_accumulation_steps`.
@@ -26,7 +26,8 @@ class Accumulation:
     def __init__(self, optimizer: keras.optimizers.Optimizer, *, phase: int) -> None:
         self._num_steps = optimizer.gradient_accumulation_steps
         self._accumulators = keras_internals.accumulators(optimizer)
-        self._num_carried = phase
+        self._carries = phase > 0
+        self._has_used_carried = False
         self._num_summed = phase
         self._sums: dict[int, tf.Tensor] = {}
 
@@ -49,15 +50,18 @@ class Accumulation:
             return None
         total = [self._sums[id(v)] + self._carried(v) for v in variables]
         self._sums.clear()
+        self._has_used_carried = self._carries
+        self._num_summed = 0
         return [t / self._num_steps for t in total]
 
     def keep(self) -> None:
         """Leaves what was not applied to the closure that goes on; call it once, at the end."""
-        if self._num_carried and self._num_summed == self._num_steps:
+        if self._has_used_carried:
             for accumulator in self._accumulators.values():
                 accumulator.assign(tf.zeros_like(accumulator))
         for key, value in self._sums.items():
             self._accumulators[key].assign_add(value)
 
     def _carried(self, variable: keras.Variable) -> Any:
-        return self._accumulators[id(variable)] if self._num_carried else 0.0
+        carries = self._carries and not self._has_used_carried
+        return self._accumulators[id(variable)] if carries else 0.0

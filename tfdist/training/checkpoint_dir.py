@@ -7,10 +7,12 @@ import dataclasses
 import logging
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tfdist.errors import ConfigError
-from tfdist.training.checkpoint import Snapshot, parse_checkpoint, write_checkpoint
+from tfdist.training.checkpoint import Snapshot, read_checkpoint, write_checkpoint
 
 _log = logging.getLogger("tfdist")
 
@@ -24,6 +26,8 @@ class Checkpoints:
         every_steps: Optimizer steps between two checkpoints; None: only at an epoch's end.
         every_secs: Seconds between two checkpoints; None: only at an epoch's end.
         keep: How many of the newest are kept.
+        why: Why a run goes on from them, for the line that says so.
+        config: What each file tells of the run besides its state, as JSON holds it.
 
     Raises:
         ConfigError: If a number is not positive.
@@ -33,6 +37,8 @@ class Checkpoints:
     every_steps: int | None = None
     every_secs: float | None = None
     keep: int = 3
+    why: str = ""
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks the numbers.
@@ -49,26 +55,24 @@ class Checkpoints:
         """Returns the checkpoints that lie there, the newest first."""
         return sorted(Path(self.directory).glob("epoch-*-step-*.npz"), reverse=True)
 
-    def read_newest(self) -> tuple[bytes, Path] | None:
+    def read_newest(self) -> tuple[Snapshot, Path] | None:
         """Returns the newest checkpoint that is whole, and its file; None if there is none.
 
         One that is not whole is passed over with a warning.
         """
         for path in self.files():
             try:
-                content = path.read_bytes()
-                parse_checkpoint(content, name=str(path))
+                return read_checkpoint(path), path
             except (ConfigError, OSError) as error:
                 _log.warning("%s Going on from the one before.", error)
-            else:
-                return content, path
         return None
 
 
 class CheckpointWriter:
     """Writes snapshots in a thread, one at a time, and removes the oldest once a newer one is whole.
 
-    A disk that is full or gone is warned of, each time; training goes on, and nothing that was whole is removed.
+    A disk that is full or gone is warned of, each time, and so are numbers that are not finite, which are not kept;
+    training goes on, and nothing that was whole is removed.
 
     Args:
         checkpoints: The folder.
@@ -84,8 +88,11 @@ class CheckpointWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def write(self, snapshot: Snapshot) -> None:
-        """Starts writing, once the one before is done."""
+        """Starts writing, once the one before is done; waits for the end if the snapshot is no copy."""
         self.wait()
+        if not snapshot.is_copy:
+            self._write(snapshot)
+            return
         # No daemon: the interpreter waits for it when it ends.
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="tfdist-checkpoint")
         self._thread.start()
@@ -97,6 +104,9 @@ class CheckpointWriter:
 
     def _write(self, snapshot: Snapshot) -> None:
         folder = Path(self._checkpoints.directory)
+        if not snapshot.is_finite:
+            _log.warning("%s is not kept: it holds NaN or infinite numbers", snapshot.file_name)
+            return
         try:
             write_checkpoint(folder / snapshot.file_name, snapshot)
         except OSError as error:

@@ -9,7 +9,7 @@ through TensorFlow's atomic `assign_add`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -18,15 +18,26 @@ import tensorflow as tf
 from tfdist import keras_internals
 from tfdist.errors import ConfigError
 from tfdist.training.accumulation import Accumulation
-from tfdist.training.replica import returned_names, scalar_logs
+from tfdist.training.metrics import returned_names, scalar_logs
+from tfdist.training.replica import SEED_STRIDE
+from tfdist.training.staleness import StepStaleness
+from tfdist.training.step_check import UNCHECKED, StepCheck, run_if
 
 
 class CapturingScope(keras.StatelessScope):
-    """A stateless scope that counts how often each variable was assigned."""
+    """A stateless scope that counts how often each variable was assigned.
 
-    def __init__(self, state_mapping: list[tuple[keras.Variable, Any]]) -> None:
+    Args:
+        state_mapping: Variables and the values that they have at first.
+        outer: The scope around it, whose values hold where this one has none.
+    """
+
+    def __init__(
+        self, state_mapping: list[tuple[keras.Variable, Any]], *, outer: CapturingScope | None = None
+    ) -> None:
         super().__init__(state_mapping=state_mapping)
         self.num_updates: dict[int, int] = {}
+        self._outer = outer
 
     def add_update(self, update: tuple[keras.Variable, Any]) -> None:
         """Captures one assignment."""
@@ -37,6 +48,8 @@ class CapturingScope(keras.StatelessScope):
     def get_current_value(self, variable: keras.Variable) -> Any:
         """Returns the captured value, or the variable itself: regularizers ask for all of them here."""
         value = super().get_current_value(variable)
+        if value is None and self._outer is not None:
+            return self._outer.get_current_value(variable)
         return keras_internals.native(variable) if value is None else value
 
 
@@ -54,12 +67,12 @@ class SharedStep:
         local = {id(v) for v in [*self._metrics, *self._seeds]}
         counters = [keras_internals.batch_counter(o) for o in self._optimizers]
         statistics = [v for v in model.non_trainable_variables if id(v) not in local]
+        self._counter_ids = {id(v) for v in counters}
         self._added = list({id(v): v for v in [*counters, *statistics]}.values())
-        self._assigned = [
-            v
-            for v in keras_internals.all_variables(model, self._optimizers)
-            if id(v) not in local | {id(a) for a in self._added}
+        self._shared = [
+            v for v in keras_internals.all_variables(model, self._optimizers) if id(v) not in local
         ]
+        self._assigned = [v for v in self._shared if id(v) not in {id(a) for a in self._added}]
         for optimizer in self._optimizers:
             _check_supported(optimizer, len(self._optimizers))
         accumulating = [o for o in self._optimizers if o.gradient_accumulation_steps]
@@ -67,62 +80,134 @@ class SharedStep:
         self.accumulation_steps = self._accumulating.gradient_accumulation_steps if self._accumulating else 1
 
     def train(
-        self, batches: Sequence[Any], step: Any, *, phase: int = 0
-    ) -> list[tuple[list[Any], dict[str, Any]]]:
-        """Runs a step for each batch: one, or those whose gradients are accumulated.
+        self,
+        batches: Sequence[Any],
+        step: Any,
+        limit: Any = None,
+        *,
+        phase: int = 0,
+        sums_states: bool = False,
+        scales_by_staleness: bool = False,
+    ) -> tuple[list[Any], dict[str, Any], Any]:
+        """Runs a step for each batch.
 
         Args:
             batches: Nests as `keras.Model.train_step` takes them.
             step: Steps before the first of them, int64 scalar: fixes the random streams.
+            limit: Largest loss that passes the check; None checks nothing.
             phase: How many batches of the accumulation came before the first one.
+            sums_states: Nobody asks for the metrics between two of the steps.
+            scales_by_staleness: Multiply the learning rate by `1 / (1 + staleness)`.
 
         Returns:
-            For each batch its own metric state, and the logs that are no metrics.
+            The metric states, the logs that are no metrics, and `[steps, 3]` float32: the check's verdict, the loss,
+            and the staleness. Each has one row a step, but summed states have one.
         """
         if self._draws is None:
             self._draws = self._count_draws(batches[0])
-        if self._accumulating is None:
-            return [self._run("train", batch, step + i) for i, batch in enumerate(batches)]
-        accumulation = Accumulation(self._accumulating, phase=phase)
-        with keras_internals.accumulating_with(self._accumulating, accumulation.gather):
-            results = [self._run("train", batch, step + i) for i, batch in enumerate(batches)]
-        accumulation.keep()
+        accumulation = None
+        with contextlib.ExitStack() as stack:
+            if self._accumulating is not None:
+                accumulation = Accumulation(self._accumulating, phase=phase)
+                stack.enter_context(
+                    keras_internals.accumulating_with(self._accumulating, accumulation.gather)
+                )
+            results = self._train_each(batches, step, limit, phase, scales_by_staleness)
+        if accumulation is not None:
+            accumulation.keep()
+        states, extras, reports = zip(*results, strict=True)
+        rows = [tf.stack(values) for values in zip(*states, strict=True)]
+        if sums_states:
+            rows = [tf.reduce_sum(row, axis=0, keepdims=True) for row in rows]
+        extra = {name: tf.stack([e[name] for e in extras]) for name in extras[0]}
+        return rows, extra, tf.stack(reports)
+
+    def _train_each(
+        self, batches: Sequence[Any], step: Any, limit: Any, phase: int, scales: bool
+    ) -> list[tuple[list[Any], dict[str, Any], Any]]:
+        period = self.accumulation_steps
+        results = []
+        read: dict[int, Any] = {}
+        num_own = 0
+        for i, batch in enumerate(batches):
+            added = self._read_added()
+            if (phase + i) % period == 0 or not read:
+                read, num_own = {id(v): value for v, value in added if id(v) in self._counter_ids}, 0
+            staleness = StepStaleness(
+                before=read,
+                num_own=num_own,
+                period=period,
+                applies=(phase + i + 1) % period == 0,
+                inverse=scales,
+            )
+            state, extra, verdict = self._run("train", batch, step + i, limit, added, staleness)
+            results.append((state, extra, tf.concat([verdict, [staleness.value]], axis=0)))
+            num_own += 1
         return results
 
     def test(self, batches: Sequence[Any], step: Any) -> list[tuple[list[Any], dict[str, Any]]]:
         """Returns for each batch its own metric state, and the logs that are no metrics."""
-        return [self._run("test", batch, step) for batch in batches]
+        return [self._run("test", batch, step, None, self._read_added())[:2] for batch in batches]
 
     def predict(self, batch: Any) -> Any:
         """Returns the model's outputs for a batch."""
         with tf.distribute.ReplicaContext(_DEFAULT_STRATEGY, 0), CapturingScope([]):
             return self._model.predict_step(batch)
 
-    def _run(self, kind: str, batch: Any, step: Any) -> tuple[list[Any], dict[str, Any]]:
-        added = [(v, tf.identity(keras_internals.native(v))) for v in self._added]
+    def _read_added(self) -> list[tuple[keras.Variable, Any]]:
+        return [(v, tf.identity(keras_internals.native(v))) for v in self._added]
+
+    def _run(
+        self,
+        kind: str,
+        batch: Any,
+        step: Any,
+        limit: Any,
+        added: list[tuple[keras.Variable, Any]],
+        staleness: StepStaleness | None = None,
+    ) -> tuple[list[Any], dict[str, Any], Any]:
         scope = CapturingScope([*added, *self._local_state(step)])
-        with self._as_single_device(), scope:
+        check = None if limit is None else StepCheck(limit)
+        with self._as_single_device(check, scope, staleness), scope:
             outputs = getattr(self._model, f"{kind}_step")(batch)
-        self._write(scope, added)
+        self._write(scope, added, check)
         self.returned[kind] = returned_names(outputs)
         state = [tf.identity(scope.get_current_value(v)) for v in self._metrics]
-        return state, scalar_logs(outputs, self._metric_names)
+        if check is not None:
+            state = [tf.where(check.is_sound, value, tf.zeros_like(value)) for value in state]
+        # No None: a closure's results must be tensors.
+        verdict = UNCHECKED if check is None else check.verdict
+        return state, scalar_logs(outputs, self._metric_names), tf.convert_to_tensor(verdict)
 
-    def _local_state(self, step: Any) -> list[tuple[keras.Variable, Any]]:
+    def _local_state(self, step: Any, part: Any = 0) -> list[tuple[keras.Variable, Any]]:
         state: list[tuple[keras.Variable, Any]] = [(v, tf.zeros(v.shape, v.dtype)) for v in self._metrics]
         for variable, draws in zip(self._seeds, self._draws or [0] * len(self._seeds), strict=True):
             start = tf.cast(keras_internals.native(variable), tf.int64)
-            moved = start + tf.stack([tf.zeros([], tf.int64), tf.cast(step, tf.int64) * draws])
+            shift = tf.stack([tf.cast(part, tf.int64) * SEED_STRIDE, tf.cast(step, tf.int64) * draws])
+            moved = tf.math.floormod(start + shift, 2**32)
             state.append((variable, tf.cast(moved, variable.dtype)))
         return state
 
-    def _write(self, scope: CapturingScope, added: list[tuple[keras.Variable, Any]]) -> None:
+    def _write(
+        self, scope: CapturingScope, added: list[tuple[keras.Variable, Any]], check: StepCheck | None
+    ) -> None:
         for variable, before in added:
             if id(variable) in scope.num_updates:
-                keras_internals.native(variable).assign_add(scope.get_current_value(variable) - before)
-        for variable in self._assigned:
-            if id(variable) in scope.num_updates:
+                change = scope.get_current_value(variable) - before
+                # Whoever accumulates counts every batch: the chief says by it which batches belong together.
+                if check is not None and not (self._accumulating and id(variable) in self._counter_ids):
+                    change = tf.where(check.is_sound, change, tf.zeros_like(change))
+                keras_internals.native(variable).assign_add(change)
+        assigned = [v for v in self._assigned if id(v) in scope.num_updates]
+
+        def assign() -> None:
+            for variable in assigned:
                 keras_internals.native(variable).assign(scope.get_current_value(variable))
+
+        if check is None:
+            assign()
+        elif assigned:
+            run_if(check.is_sound, assign)
 
     def _count_draws(self, batch: Any) -> list[int]:
         """Returns how far one step moves each seed generator, by tracing one that is thrown away."""
@@ -133,7 +218,7 @@ class SharedStep:
                 if self._accumulating is not None:
                     never = keras_internals.accumulating_with(self._accumulating, lambda *_: None)
                     stack.enter_context(never)
-                stack.enter_context(self._as_single_device())
+                stack.enter_context(self._as_single_device(None, scope, None))
                 stack.enter_context(scope)
                 self._model.train_step(batch)
 
@@ -141,32 +226,101 @@ class SharedStep:
         tf.function(throw_away, autograph=False).get_concrete_function(specs)
         return [scope.num_updates.get(id(v), 0) for v in self._seeds]
 
-    def _as_single_device(self) -> _SingleDevice:
-        return _SingleDevice(self._optimizers)
+    def _as_single_device(
+        self, check: StepCheck | None, scope: CapturingScope, staleness: StepStaleness | None
+    ) -> contextlib.AbstractContextManager[None]:
+        def wrap(optimizer: keras.optimizers.Optimizer, apply: Callable[..., Any]) -> Callable[..., Any]:
+            inner = apply if check is None else self._checked(optimizer, apply, check, scope)
+            if staleness is None:
+                return inner
+
+            def apply_measured(grads: Sequence[Any], trainable_variables: Any = None) -> Any:
+                grads = list(grads)
+                with staleness.measure(optimizer, grads):
+                    return inner(grads, trainable_variables)
+
+            return apply_measured
+
+        note_loss = None if check is None else check.note_loss
+        return as_single_device(self._model, self._optimizers, wrap, note_loss=note_loss)
+
+    def _checked(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        apply: Callable[..., Any],
+        check: StepCheck,
+        scope: CapturingScope,
+    ) -> Callable[..., Any]:
+        def apply_sound(grads: Sequence[Any], trainable_variables: Any = None) -> None:
+            is_sound = check.judge(optimizer, grads, check.own_loss)
+            if self._accumulating is not None:
+                # Which batches are summed is fixed when the step is traced: one that is left out adds zeros.
+                apply([_zero_unless(is_sound, g) for g in grads], trainable_variables)
+                return
+            assigned: list[keras.Variable] = []
+
+            def run() -> list[Any]:
+                inner = CapturingScope([], outer=scope)
+                with inner:
+                    apply(grads, trainable_variables)
+                assigned.extend(v for v in self._shared if id(v) in inner.num_updates)
+                return [tf.convert_to_tensor(inner.get_current_value(v)) for v in assigned]
+
+            # What Keras assigns in a branch leaves it as the branch's result.
+            keep = lambda: [tf.convert_to_tensor(scope.get_current_value(v)) for v in assigned]  # noqa: E731
+            values = tf.cond(is_sound, run, keep)
+            for variable, value in zip(assigned, tf.nest.flatten(values), strict=True):
+                scope.add_update((variable, value))
+
+        return apply_sound
 
 
-class _SingleDevice:
-    """Lets Keras see one replica, so that no loss is scaled and no gradient exchanged."""
+@contextlib.contextmanager
+def as_single_device(
+    model: keras.Model,
+    optimizers: Sequence[keras.optimizers.Optimizer],
+    apply: Callable[..., Any],
+    *,
+    loss_correction: Callable[..., Any] = lambda *args: None,
+    note_loss: Callable[..., None] | None = None,
+) -> Iterator[None]:
+    """Lets Keras see one replica, so that it scales no loss and exchanges no gradient by itself.
 
-    def __init__(self, optimizers: list[keras.optimizers.Optimizer]) -> None:
-        self._context = tf.distribute.ReplicaContext(_DEFAULT_STRATEGY, 0)
-        self._binding = keras_internals.ReplicaBinding(
-            variables=[],
-            optimizers=optimizers,
-            apply=lambda optimizer, apply: apply,
-            loss_correction=lambda *args: None,
-        )
+    Args:
+        model: Whose step runs inside.
+        optimizers: Those whose `apply` it may call.
+        apply: `(optimizer, its apply) → the apply to use`.
+        loss_correction: As in `ReplicaBinding`.
+        note_loss: As in `ReplicaBinding`.
 
-    def __enter__(self) -> None:
-        self._context.__enter__()
-        self._binding.install()
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self._binding.remove()
-        self._context.__exit__(*exc_info)
+    Yields:
+        While it is in force.
+    """
+    binding = keras_internals.ReplicaBinding(
+        variables=[],
+        optimizers=optimizers,
+        apply=apply,
+        loss_correction=loss_correction,
+        model=model,
+        note_loss=note_loss,
+    )
+    with tf.distribute.ReplicaContext(_DEFAULT_STRATEGY, 0):
+        binding.install()
+        try:
+            yield
+        finally:
+            binding.remove()
 
 
 _DEFAULT_STRATEGY = tf.distribute.get_strategy()
+
+
+def _zero_unless(condition: Any, grad: Any) -> Any:
+    if grad is None:
+        return None
+    if isinstance(grad, tf.IndexedSlices):
+        return tf.IndexedSlices(_zero_unless(condition, grad.values), grad.indices, grad.dense_shape)
+    return tf.where(condition, grad, tf.zeros_like(grad))
 
 
 def _check_supported(optimizer: keras.optimizers.Optimizer, num_optimizers: int) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -13,32 +15,69 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.data import (
-    ArraySource,
-    SelfShardedSource,
-    Source,
-    epoch_indices,
-    local_batches,
-    step_size,
-    step_start,
-    take,
-)
+from tfdist.data import ArraySource, SelfShardedSource, Source
 from tfdist.errors import ConfigError
-from tfdist.training.closure import SharedStep
+from tfdist.heartbeat import Heart
+from tfdist.training.dispatch import Dispatch, timed
+from tfdist.training.feeds import Feed, OwnFeed, Part, ResidentFeed, SentFeed
+from tfdist.training.input_position import InputPosition
+from tfdist.training.input_wait import InputWait
+from tfdist.training.message import OneMessage, Scheduled
 from tfdist.training.metrics import add_states, metric_results, select_logs, zero_state
+from tfdist.training.parts import PartsInFlight
 from tfdist.training.plan import BatchPlan, FinishedStep
+from tfdist.training.ps_options import PsOptions
+from tfdist.training.staleness import StalenessRecord
+from tfdist.training.step_check import SOUND
+from tfdist.training.union_step import UnionStep
 
-# Closures in flight for each worker: enough that a slow one does not hold up the others.
-_WINDOW_PER_WORKER = 16
+# For each worker so many steps in flight, or so many closures: enough that a slow one does not hold up the others.
+_STEPS_PER_WORKER = 16
+_CLOSURES_PER_WORKER = 6
 _RETRY_SECS = 0.1
 # Data sets that the workers keep at once: training, validation, and one or two more.
 _MAX_FEEDS = 4
 
 
-class CoordinatorLoop:
-    """Runs epochs, evaluation and prediction of a built model through a `ClusterCoordinator`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
+    """Batches that one worker must take together: one, or those whose gradients are accumulated.
 
-    num_replicas = 1
+    Attributes:
+        parts: Of each batch.
+        phase: How many batches of the accumulation came before.
+        is_boundary: Whether nothing may be in flight behind it.
+    """
+
+    parts: list[Part]
+    phase: int
+    is_boundary: bool
+
+    @property
+    def shape(self) -> Any:
+        """What must be equal in runs that share a closure."""
+        return [part.size for part in self.parts], self.phase
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Call:
+    """A closure to schedule."""
+
+    closure: OneMessage
+    args: tuple[Any, ...]
+    num_steps: int = 1
+    is_boundary: bool = False
+    is_new: bool = False
+
+
+class CoordinatorLoop:
+    """Runs epochs, evaluation and prediction of a built model through a `ClusterCoordinator`.
+
+    Attributes:
+        num_replicas: Among how many workers a batch is divided.
+    """
+
+    num_readers = 1
 
     def __init__(
         self,
@@ -46,38 +85,201 @@ class CoordinatorLoop:
         coordinator: tf.distribute.coordinator.ClusterCoordinator,
         model: keras.Model,
         num_workers: int,
+        heart: Heart,
     ) -> None:
+        self._heart = heart
         self._coordinator = coordinator
         self._model = model
         self._num_workers = num_workers
         names = set(metric_results(model, zero_state(model)))
-        self._step = SharedStep(model=model, metric_names=names)
-        self._feeds: collections.OrderedDict[int, _Feed] = collections.OrderedDict()
+        self._step = UnionStep(model=model, metric_names=names, num_parts=num_workers)
+        self._apply_functions: dict[Any, Any] = {}
+        self._feeds: collections.OrderedDict[int, Feed] = collections.OrderedDict()
         self._num_scheduled = 0
+        self._options = PsOptions()
+        self.num_replicas = 1
+        self.input_wait = InputWait()
+        self._dispatch = Dispatch(num_workers=num_workers)
+        self._staleness = StalenessRecord()
+        self._parts = PartsInFlight(num_places=num_workers, fetch=self._fetch, end_late=self._end_late)
+        self._num_dropped = 0
+        self._position = InputPosition()
 
     def start(self) -> None:
         """Goes on counting where the model stands: random streams and accumulation follow the step's number."""
         if self._model.optimizer is not None:
             self._num_scheduled = int(keras_internals.batch_counter(self._model.optimizer).numpy())
 
+    def share_out(self, options: PsOptions) -> None:
+        """Says how the next epochs' steps are shared out.
+
+        Raises:
+            ConfigError: If the model's cannot be.
+        """
+        if options.mode == "sync":
+            self._step.check()
+        if options.num_backup_workers >= self._num_workers:
+            raise ConfigError(
+                f"num_backup_workers={options.num_backup_workers} with num_workers={self._num_workers}: somebody's "
+                f"part must count; give at most {self._num_workers - 1}, or more workers."
+            )
+        self._options = options
+        self.num_replicas = self._num_workers if options.mode == "sync" else 1
+
     def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
         """Trains over the plan's steps, yielding once a finished step, with the logs where `plan.wants_logs`."""
+        self.input_wait.begin_epoch()
+        self._dispatch.begin_epoch()
+        self._staleness.begin_epoch()
+        self._num_dropped = 0
         self._state = plan.metrics or zero_state(self._model)
+        if self._options.mode == "sync":
+            yield from self._train_together(source, plan)
+            return
         extra: dict[str, Any] = {}
-        results = self._results("train", source, plan)
-        for step, ((part, extra), is_boundary) in enumerate(results, start=plan.first_step):
-            self._state = add_states(self._state, part)
-            logs = self._logs("train", self._state, extra) if plan.wants_logs(step) else None
-            yield FinishedStep(step=step, logs=logs, is_boundary=is_boundary)
+        step = plan.first_step
+        for ((states, extras, report), secs), call, is_boundary in self._results(
+            "train", self._train_calls(source, plan)
+        ):
+            self._dispatch.end_closure(float(secs), num_steps=call.num_steps)
+            for i, (fault, loss, staleness) in enumerate(report):
+                if i < (len(states[0]) if states else 0):
+                    self._state = add_states(self._state, [rows[i] for rows in states])
+                self._staleness.add(float(staleness))
+                if fault == SOUND:
+                    extra = {name: values[i] for name, values in extras.items()}
+                logs = self._logs("train", self._state, extra) if plan.wants_logs(step) else None
+                yield FinishedStep(
+                    step=step,
+                    logs=logs,
+                    is_boundary=is_boundary and i == call.num_steps - 1,
+                    fault=int(fault),
+                    loss=float(loss),
+                )
+                step += 1
         self.epoch_logs = self._logs("train", self._state, extra)
 
+    def _train_together(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
+        self._parts.wait_for_late()  # of an epoch that was given up
+        feed = self._feed(source)
+        batches = feed.batches(plan, self._num_workers)
+        if isinstance(feed, SentFeed):
+            batches = self._timed(batches)
+        extra: dict[str, Any] = {}
+        for step, parts in enumerate(batches, start=plan.first_step):
+            is_boundary = plan.is_boundary(step)
+            results, shares = self._compute_parts(feed, parts, plan, step)
+            states, extras, losses = zip(*results, strict=True)
+            total = sum(shares)
+            fault, loss = self._apply_parts(shares, np.sum(losses, dtype=np.float32) / total, plan)
+            self._num_scheduled += 1
+            if fault == SOUND:
+                for state in states:
+                    self._state = add_states(self._state, state)
+                extra = {name: sum(own[name] for own in extras) / total for name in extras[0]}
+                self._staleness.add(0.0)
+            logs = self._logs("train", self._state, extra) if plan.wants_logs(step) else None
+            yield FinishedStep(
+                step=step, logs=logs, is_boundary=is_boundary, fault=int(fault), loss=float(loss)
+            )
+        self._parts.wait_for_late()
+        self.epoch_logs = self._logs("train", self._state, extra)
+
+    def _compute_parts(
+        self, feed: Feed, parts: Sequence[Part], plan: BatchPlan, step: int
+    ) -> tuple[list[Any], list[float]]:
+        """Returns the results of the parts that count, and of each worker's place the share of its part, or 0."""
+        num_examples = sum(part.size or 0 for part in parts)
+        num_spare = self._options.num_backup_workers
+        calls: dict[int, tuple[Part, _Call, float]] = {}
+
+        def start(part: Part, place: int) -> Scheduled:
+            call = self._part_call(feed, part, plan, place=place, num_examples=num_examples)
+            scheduled, trace_secs = self._schedule(call, "train")
+            calls[place] = part, call, trace_secs
+            return scheduled
+
+        # Those that nobody has time for are not always the last ones.
+        first = step % len(parts) if num_spare else 0
+        starts = [functools.partial(start, part) for part in [*parts[first:], *parts[:first]]]
+        ended = self._parts.run(starts, num_wanted=min(len(parts), self._num_workers - num_spare))
+        for _, call, trace_secs in calls.values():
+            if call.is_new:
+                self._dispatch.end_compile(trace_secs, num_steps=1)
+        shares = [0.0] * (self._num_workers if num_spare else len(parts))
+        for place, (_, secs) in ended.items():
+            self._dispatch.end_closure(float(secs), num_steps=1)
+            shares[place] = (calls[place][0].size or 0) / num_examples
+        self._num_dropped += num_examples - sum(calls[place][0].size or 0 for place in ended)
+        return [result for result, _ in ended.values()], shares
+
+    def _part_call(self, feed: Feed, part: Part, plan: BatchPlan, *, place: int, num_examples: int) -> _Call:
+        key = ("part", part.size, plan.shuffle, plan.seed)
+        is_new = key not in feed.closures
+        if is_new:
+            feed.closures[key] = self._build_part(feed.read(part.size, plan))
+        numbers = [self._num_scheduled, place, (part.size or 0) / num_examples]
+        args = feed.pack([part]), tf.constant(numbers, tf.float64)
+        return _Call(closure=feed.closures[key], args=args, is_new=is_new)
+
+    def _end_late(self, result: Any) -> None:
+        self._dispatch.end_closure(float(result[1]), num_steps=1)
+
+    def _apply_parts(self, shares: list[float], loss: Any, plan: BatchPlan) -> Any:
+        limits = [] if plan.loss_limit is None else [tf.constant(plan.loss_limit(), tf.float32)]
+        num_parts, all_count = len(shares), not self._options.num_backup_workers
+        key = (num_parts, len(limits), all_count)
+        if key not in self._apply_functions:
+            self._apply_functions[key] = tf.function(
+                lambda shares, loss, *limit: self._step.apply_parts(
+                    num_parts, loss, *limit, shares=None if all_count else shares
+                ),
+                autograph=False,
+            )
+        # Not on a worker, where it might be run again if that dies; nor on the chief, past which all weights would go.
+        with tf.device(keras_internals.native(self._model.trainable_variables[0]).device):
+            args = tf.constant(shares, tf.float32), tf.constant(loss, tf.float32)
+            return self._apply_functions[key](*args, *limits).numpy()
+
+    def measures(self) -> dict[str, Any]:
+        """Returns of the epoch so far `dispatch_share` (see `Dispatch`), and `StalenessRecord.summary`.
+
+        With backup workers also `num_dropped`, the examples whose parts were late.
+        """
+        share = self._dispatch.share
+        measures = ({} if share is None else {"dispatch_share": share}) | self._staleness.summary()
+        return measures | ({"num_dropped": self._num_dropped} if self._options.num_backup_workers else {})
+
     def snapshot_metrics(self) -> list[Any]:
-        """Returns the metrics' state so far."""
+        """Returns the metrics' state so far, once no step is in flight."""
+        # Those that an abandoned epoch left would step on with weights that are restored meanwhile.
+        self._coordinator.join()
         return self._state
 
-    def broadcast(self, content: bytes) -> bytes:
+    def snapshot_sync(self) -> dict[str, np.ndarray]:
+        """Returns nothing: what the workers share lies in the model."""
+        return {}
+
+    def restore_sync(self, arrays: dict[str, np.ndarray]) -> None:
+        """Takes nothing."""
+
+    def snapshot_input(self) -> bytes:
+        """Returns where the stream stands that the chief reads; at a boundary nothing was read ahead of it."""
+        return self._position.save()
+
+    def own_part(self, source: Source, shard: str) -> Source:
+        """Returns the source: the chief reads streams alone, and sends each example to one worker."""
+        del shard
+        return source
+
+    def broadcast(self, content: bytes, *, source: int = 0) -> bytes:
         """Returns the bytes: only the chief runs the program."""
+        del source
         return content
+
+    def own_metrics(self) -> list[Any]:
+        """Returns the metrics' state so far."""
+        return self._state
 
     def vote(self, values: list[float]) -> list[float]:
         """Returns the values: only the chief runs the program."""
@@ -87,77 +289,183 @@ class CoordinatorLoop:
         """Returns the metrics over the plan's steps."""
         state = zero_state(self._model)
         last: dict[str, Any] = {}
-        for (part, extra), _ in self._results("test", source, plan):
+        for ((part, extra),), _, _ in self._results("test", self._other_calls("test", source, plan)):
             state, last = add_states(state, part), extra
         return self._logs("test", state, last)
 
     def predict(self, source: Source, plan: BatchPlan) -> Any:
         """Returns the outputs as arrays in the data's order."""
-        batches = [outputs for outputs, _ in self._results("predict", source, plan)]
+        results = self._results("predict", self._other_calls("predict", source, plan))
+        batches = [outputs for outputs, _, _ in results]
         return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *batches)
 
     def _logs(self, kind: str, state: list[Any], extra: dict[str, Any]) -> dict[str, Any]:
         return select_logs(metric_results(self._model, state), self._step.returned.get(kind), extra)
 
-    def _results(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[tuple[Any, bool]]:
-        """Schedules every batch once, and yields the results in order and whether they end at a boundary."""
-        pending: collections.deque[Any] = collections.deque()
-        step = plan.first_step
-        for function, args, size in self._calls(kind, source, plan):
-            pending.append(self._coordinator.schedule(function, args=args))
-            is_boundary = kind == "train" and any([plan.is_boundary(step + i) for i in range(size)])
-            step += size
-            room = 0 if is_boundary else _WINDOW_PER_WORKER * self._num_workers - 1
-            while len(pending) > room:
-                results = self._fetch(pending.popleft())
-                for i, result in enumerate(results):
-                    yield result, is_boundary and not pending and i == len(results) - 1
-        while pending:
-            for result in self._fetch(pending.popleft()):
-                yield result, False
+    def _results(self, kind: str, calls: Iterable[_Call]) -> Iterator[tuple[Any, _Call, bool]]:
+        """Schedules every closure once, and yields in order its result and whether nothing is in flight behind it."""
+        pending: collections.deque[tuple[Any, _Call, float]] = collections.deque()
+        num_steps = 0
 
-    def _fetch(self, value: Any) -> Any:
+        def finish() -> tuple[Any, _Call, bool]:
+            nonlocal num_steps
+            value, call, trace_secs = pending.popleft()
+            num_steps -= call.num_steps
+            self._beat(kind)
+            result = self._fetch(value)
+            if call.is_new and kind == "train":
+                self._dispatch.end_compile(trace_secs, num_steps=call.num_steps)
+            return result, call, call.is_boundary and not pending
+
+        for call in calls:
+            while pending and num_steps + call.num_steps > self._max_steps(call.num_steps):
+                yield finish()
+            value, trace_secs = self._schedule(call, kind)
+            pending.append((value, call, trace_secs))
+            num_steps += call.num_steps
+            while call.is_boundary and pending:
+                yield finish()
+        while pending:
+            yield finish()
+
+    def _schedule(self, call: _Call, kind: str) -> tuple[Scheduled, float]:
+        """Returns what is on its way, and how long it took to trace a function that is new."""
+        start = time.perf_counter()
+        if call.is_new and kind == "train":
+            self._dispatch.begin_compile()
+        value = self._coordinator.schedule(call.closure.function, args=call.args)
+        return Scheduled(value, call.closure), time.perf_counter() - start
+
+    def _max_steps(self, num_steps: int) -> int:
+        """Returns how many batches may be in flight with closures of so many."""
+        if (bound := self._options.max_staleness) is not None:
+            # What is in flight is finished in order. A step can miss those before it that were in flight when it began,
+            # and those behind it that are when it ends: twice as many, without itself.
+            return (bound // 2 + 1) * self._step.accumulation_steps
+        return self._num_workers * max(_STEPS_PER_WORKER, _CLOSURES_PER_WORKER * num_steps)
+
+    def _beat(self, kind: str) -> None:
+        if kind != "train":
+            self._heart.beat()
+
+    def _fetch(self, scheduled: Scheduled) -> Any:
         while True:
             try:
-                return self._coordinator.fetch(value)
+                return scheduled.closure.unpack(self._coordinator.fetch(scheduled.value))
             except tf.errors.OpError:
                 # The worker may have died while its result was on the way: then TensorFlow runs the step elsewhere, and
                 # the result will come. An error of the step itself is the coordinator's too: raised here.
                 self._coordinator.done()
                 time.sleep(_RETRY_SECS)
 
-    def _calls(
-        self, kind: str, source: Source, plan: BatchPlan
-    ) -> Iterator[tuple[Any, tuple[Any, ...], int]]:
+    def _train_calls(self, source: Source, plan: BatchPlan) -> Iterator[_Call]:
         feed = self._feed(source)
-        batches = feed.batches(plan)
-        while True:
-            period = self._step.accumulation_steps if kind == "train" else 1
-            phase = self._num_scheduled % period
-            group = list(itertools.islice(batches, period - phase))
-            if not group:
-                return
-            sizes, addresses = zip(*group, strict=True)
-            key = (kind, sizes, phase, plan.shuffle, plan.seed)
-            if key not in feed.functions:
+        scales = self._options.staleness_lr == "inverse"
+        # Whoever goes back to a batch needs the metrics up to it.
+        sums_states = not plan.log_every_steps and plan.loss_limit is None
+        for runs in self._grouped(self._runs(feed, plan)):
+            parts = [part for run in runs for part in run.parts]
+            sizes = tuple(part.size for part in parts)
+            phase = runs[0].phase
+            limits = [] if plan.loss_limit is None else [plan.loss_limit()]
+            key = ("train", sizes, phase, plan.shuffle, plan.seed, len(limits), sums_states, scales)
+            is_new = key not in feed.closures
+            if is_new:
                 reads = [feed.read(size, plan) for size in sizes]
-                feed.functions[key] = self._build_function(kind, reads, phase)
-            yield feed.functions[key], (addresses, tf.constant(self._num_scheduled, tf.int64)), len(group)
-            if kind == "train":
-                self._num_scheduled += len(group)
+                feed.closures[key] = self._build_train(
+                    reads, phase=phase, sums_states=sums_states, scales_by_staleness=scales
+                )
+            yield _Call(
+                closure=feed.closures[key],
+                args=(feed.pack(parts), tf.constant([self._num_scheduled, *limits], tf.float64)),
+                num_steps=len(parts),
+                is_boundary=runs[-1].is_boundary,
+                is_new=is_new,
+            )
+            self._num_scheduled += len(parts)
 
-    def _build_function(self, kind: str, reads: Sequence[Callable[..., Any]], phase: int) -> Any:
-        def closure(addresses: Any, step: Any) -> Any:
-            batches = [read(*address) for read, address in zip(reads, addresses, strict=True)]
+    def _runs(self, feed: Feed, plan: BatchPlan) -> Iterator[_Run]:
+        batches = feed.batches(plan)
+        if isinstance(feed, SentFeed):
+            batches = self._timed(batches)
+        step, num_before = plan.first_step, self._num_scheduled
+        period = self._step.accumulation_steps
+        while True:
+            phase = num_before % period
+            parts = [batch[0] for batch in itertools.islice(batches, period - phase)]
+            if not parts:
+                return
+            is_boundary = any([plan.is_boundary(step + i) for i in range(len(parts))])
+            step, num_before = step + len(parts), num_before + len(parts)
+            yield _Run(parts=parts, phase=phase, is_boundary=is_boundary)
+
+    def _grouped(self, runs: Iterator[_Run]) -> Iterator[list[_Run]]:
+        """Yields as many equal runs as a closure is to hold, or one: other numbers would be traced for each."""
+        waiting: list[_Run] = []
+        for run in runs:
+            if waiting and run.shape != waiting[0].shape:
+                yield from ([one] for one in waiting)
+                waiting = []
+            waiting.append(run)
+            if len(waiting) >= max(self._num_steps() // self._step.accumulation_steps, 1):
+                yield waiting
+                waiting = []
+            elif run.is_boundary:
+                yield from ([one] for one in waiting)
+                waiting = []
+        yield from ([one] for one in waiting)
+
+    def _num_steps(self) -> int:
+        num_steps = self._options.steps_per_loop or self._dispatch.choose_steps()
+        bound = self._options.max_staleness
+        return num_steps if bound is None else min(num_steps, max((bound // 2 + 1) // self._num_workers, 1))
+
+    def _other_calls(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[_Call]:
+        feed = self._feed(source)
+        for parts in feed.batches(plan):
+            size = parts[0].size
+            key = (kind, size, plan.shuffle, plan.seed)
+            if key not in feed.closures:
+                feed.closures[key] = self._build_other(kind, feed.read(size, plan))
+            args = feed.pack(parts), tf.constant([self._num_scheduled], tf.float64)
+            yield _Call(closure=feed.closures[key], args=args)
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Measures how long the chief reads, while which it hands nothing out."""
+        for num_read in itertools.count():
+            start = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            # After the first one the step is compiled.
+            self.input_wait.end_step(time.perf_counter() - start, counts=num_read != 1)
+            yield batch
+
+    def _build_train(self, reads: Sequence[Callable[..., Any]], **options: Any) -> OneMessage:
+        def steps(packed: Any, numbers: Any) -> Any:
+            batches = [read(packed, place) for place, read in enumerate(reads)]
+            limit = [tf.cast(number, tf.float32) for number in tf.unstack(numbers)[1:]]
+            return self._step.train(batches, tf.cast(numbers[0], tf.int64), *limit, **options)
+
+        return OneMessage(timed(steps))
+
+    def _build_part(self, read: Callable[..., Any]) -> OneMessage:
+        def part_of_step(packed: Any, numbers: Any) -> Any:
+            step, place = tf.cast(numbers[0], tf.int64), tf.cast(numbers[1], tf.int32)
+            return self._step.compute_part(read(packed, 0), place, tf.cast(numbers[2], tf.float32), step)
+
+        return OneMessage(timed(part_of_step))
+
+    def _build_other(self, kind: str, read: Callable[..., Any]) -> OneMessage:
+        def closure(packed: Any, numbers: Any) -> Any:
+            batch = read(packed, 0)
             if kind == "predict":
-                return [self._step.predict(batch) for batch in batches]
-            if kind == "test":
-                return self._step.test(batches, step)
-            return self._step.train(batches, step, phase=phase)
+                return self._step.predict(batch)
+            return self._step.test([batch], tf.cast(numbers[0], tf.int64))
 
-        return tf.function(closure, autograph=False)
+        return OneMessage(closure)
 
-    def _feed(self, source: Source) -> _Feed:
+    def _feed(self, source: Source) -> Feed:
         feed = self._feeds.pop(id(source), None)
         if feed is None:
             feed = self._new_feed(source)
@@ -167,122 +475,9 @@ class CoordinatorLoop:
             self._feeds.popitem(last=False)
         return feed
 
-    def _new_feed(self, source: Source) -> _Feed:
+    def _new_feed(self, source: Source) -> Feed:
         if isinstance(source, ArraySource):
-            return _ResidentFeed(source, self._coordinator)
+            return ResidentFeed(source, self._coordinator)
         if isinstance(source, SelfShardedSource):
-            return _OwnFeed(source, self._coordinator, self._num_workers)
-        return _SentFeed(source)
-
-
-class _ResidentFeed:
-    """Arrays held whole by every worker; a batch is addressed by (epoch, start)."""
-
-    def __init__(
-        self, source: ArraySource, coordinator: tf.distribute.coordinator.ClusterCoordinator
-    ) -> None:
-        self._source = source
-        self.functions: dict[Any, Any] = {}
-        tensors = source.tensors
-        dataset = coordinator.create_per_worker_dataset(
-            lambda: tf.data.Dataset.from_tensors(tensors).repeat()
-        )
-        self._iterator = iter(dataset)
-
-    def batches(self, plan: BatchPlan) -> Iterator[tuple[int, tuple[Any, ...]]]:
-        size = plan.global_batch_size
-        num_examples = self._source.num_examples
-        for step in range(plan.first_step, plan.num_steps or 0):
-            here = step_size(step=step, num_examples=num_examples, global_batch_size=size)
-            start = step_start(step=step, num_examples=num_examples, global_batch_size=size)
-            address = tf.constant([plan.epoch, start], tf.int64)
-            yield here, (self._iterator, address)
-
-    def read(self, size: int | None, plan: BatchPlan) -> Callable[..., Any]:
-        num_examples = self._source.num_examples
-
-        def read(iterator: Any, address: tf.Tensor) -> Any:
-            indices = epoch_indices(
-                num_examples=num_examples,
-                seed=plan.seed,
-                epoch=address[0],
-                start=address[1],
-                size=size,
-                shuffle=plan.shuffle,
-            )
-            return take(next(iterator), indices)
-
-        return read
-
-
-class _SentFeed:
-    """A stream that the chief reads once and sends, batch by batch, to the workers."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self.functions: dict[Any, Any] = {}
-
-    def batches(self, plan: BatchPlan) -> Iterator[tuple[int | None, tuple[Any, ...]]]:
-        for segment in local_batches(
-            self._source,
-            epoch=plan.epoch,
-            seed=plan.seed,
-            shuffle=plan.shuffle,
-            global_batch_size=plan.global_batch_size,
-            num_replicas=1,
-            replica_ids=[0],
-            first_step=plan.first_step,
-            num_steps=plan.num_steps,
-        ):
-            for parts, _ in segment.dataset:
-                yield None, (parts[0],)
-
-    def read(self, size: int | None, plan: BatchPlan) -> Callable[..., Any]:
-        del size, plan
-        return lambda batch: batch
-
-
-class _OwnFeed:
-    """A pipeline that shards itself: each worker reads its own part, one batch a step."""
-
-    def __init__(
-        self,
-        source: SelfShardedSource,
-        coordinator: tf.distribute.coordinator.ClusterCoordinator,
-        num_workers: int,
-    ) -> None:
-        self._source = source
-        self._num_workers = num_workers
-        self.functions: dict[Any, Any] = {}
-        with coordinator.strategy.scope():
-            self._num_started = tf.Variable(0, dtype=tf.int32, trainable=False)
-        self._iterator = iter(coordinator.create_per_worker_dataset(self._open))
-
-    def _open(self) -> tf.data.Dataset:
-        """Runs on each worker: the order in which they come says which part each of them reads."""
-        part = self._num_started.assign_add(1, read_value=True) - 1
-        parts = [self._source.local_dataset(self._context(i)) for i in range(self._num_workers)]
-        variants = [lambda p=p: tf.data.experimental.to_variant(p) for p in parts]
-        chosen = tf.switch_case(part % self._num_workers, variants)
-        return tf.data.experimental.from_variant(chosen, parts[0].element_spec)
-
-    def _context(self, index: int) -> tf.distribute.InputContext:
-        return tf.distribute.InputContext(
-            num_input_pipelines=self._num_workers, input_pipeline_id=index, num_replicas_in_sync=1
-        )
-
-    def batches(self, plan: BatchPlan) -> Iterator[tuple[int | None, tuple[Any, ...]]]:
-        if plan.num_steps is None:
-            raise ConfigError(
-                "a pipeline that shards itself has no known length under ps; pass steps_per_epoch "
-                "(or validation_steps), and let the dataset repeat."
-            )
-        for _ in range(plan.first_step, plan.num_steps):
-            yield None, (self._iterator,)
-
-    def read(self, size: int | None, plan: BatchPlan) -> Callable[..., Any]:
-        del size, plan
-        return lambda iterator: next(iterator)
-
-
-_Feed = _ResidentFeed | _SentFeed | _OwnFeed
+            return OwnFeed(source, self._coordinator, self._num_workers)
+        return SentFeed(source, self._position)

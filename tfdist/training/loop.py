@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import keras
 
 from tfdist.data import Source, num_steps
-from tfdist.errors import NonFiniteError
+from tfdist.errors import ConfigError
+from tfdist.heartbeat import Heart
+from tfdist.training.input_wait import InputWait
+from tfdist.training.on_nan import OnNan
 from tfdist.training.plan import BatchPlan, FinishedStep
 from tfdist.training.saver import Loop as SavedLoop
 from tfdist.training.saver import Saver
@@ -21,12 +23,16 @@ class Loop(SavedLoop, Protocol):
 
     epoch_logs: dict[str, Any]
     num_replicas: int
+    input_wait: InputWait
 
-    def start(self) -> None:
-        """Prepares for training."""
+    def own_part(self, source: Source, shard: str) -> Source:
+        """Returns what of a source this process reads."""
 
     def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
         """Yields once a step."""
+
+    def measures(self) -> dict[str, Any]:
+        """Returns what this strategy alone measures of the epoch so far, by the names that `metrics.jsonl` has."""
 
     def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
         """Returns logs."""
@@ -37,7 +43,10 @@ class Loop(SavedLoop, Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """How long and in what order `run_fit` trains; the fields mean what they mean in `keras.Model.fit`."""
+    """How long and in what order `run_fit` trains; the fields mean what they mean in `keras.Model.fit`.
+
+    `steps_per_epoch` is known, unless only the data's end will tell.
+    """
 
     global_batch_size: int
     epochs: int
@@ -49,7 +58,8 @@ class FitOptions:
     validation_steps: int | None
     validation_freq: int | Sequence[int]
     shown: bool
-    stop_on_nan: bool
+    drop_remainder: bool
+    steps_per_loop: int | None
 
 
 def run_fit(
@@ -61,6 +71,8 @@ def run_fit(
     options: FitOptions,
     callbacks: keras.callbacks.CallbackList,
     saver: Saver,
+    heart: Heart,
+    on_nan: OnNan,
 ) -> None:
     """Trains; the history is in the callback list's own `History`.
 
@@ -72,13 +84,16 @@ def run_fit(
         options: How long and in what order.
         callbacks: Those that run on this task.
         saver: Says where to go on, and keeps the state.
+        heart: Is told of each step.
+        on_nan: Says what to do with a step whose numbers are wrong.
     """
     model.stop_training = False
     callbacks.on_train_begin()
     resumed = saver.restore()
     loop.start()
+    if resumed is None and on_nan.goes_back:
+        saver.save(epoch=options.initial_epoch, step=0, at_epoch_end=True)
     logs: dict[str, Any] = {}
-    steps = plan_steps(source, options.global_batch_size, options.steps_per_epoch)
     first_epoch = options.initial_epoch if resumed is None else resumed.epoch
     for epoch in range(first_epoch, options.epochs):
         callbacks.on_epoch_begin(epoch)
@@ -87,14 +102,21 @@ def run_fit(
             seed=options.seed,
             shuffle=options.shuffle,
             global_batch_size=options.global_batch_size,
-            num_steps=steps,
-            first_step=resumed.step if resumed is not None and epoch == first_epoch else 0,
-            metrics=resumed.metrics if resumed is not None and epoch == first_epoch else None,
+            num_steps=options.steps_per_epoch,
+            first_step=0 if resumed is None else resumed.step,
+            drop_remainder=options.drop_remainder,
+            input_state=b"" if resumed is None else resumed.input_state,
+            metrics=None if resumed is None else resumed.metrics,
             is_boundary=saver.is_boundary,
-            log_every_steps=_log_every(callbacks, steps, shown=options.shown),
+            is_saved=saver.is_saving,
+            log_every_steps=_log_every(callbacks, options.steps_per_epoch, shown=options.shown),
+            steps_per_loop=options.steps_per_loop,
+            num_steps_after=(options.epochs - epoch - 1) * (options.steps_per_epoch or 0),
+            is_due=saver.is_due,
+            loss_limit=on_nan.loss_limit,
         )
-        check = _FiniteLoss(epoch, plan.first_step) if options.stop_on_nan else None
-        _train(loop, model, source, plan, callbacks, saver, check)
+        resumed = None  # the epochs after this one begin at their start
+        _train(loop, model, source, plan, callbacks, saver, heart, on_nan)
         logs = dict(loop.epoch_logs)
         if validation is not None and _is_due(epoch, options.validation_freq):
             logs |= {f"val_{k}": v for k, v in _validate(loop, validation, options, callbacks).items()}
@@ -108,11 +130,26 @@ def run_fit(
     callbacks.on_train_end(logs=logs)
 
 
-def plan_steps(source: Source, global_batch_size: int, steps: int | None) -> int | None:
-    """Returns the steps of a pass, or None where only the data's end will tell."""
-    if steps is not None or source.num_examples is None:
+def plan_steps(
+    source: Source, global_batch_size: int, steps: int | None, *, drop_remainder: bool = False
+) -> int | None:
+    """Returns the steps of a pass, or None where only the data's end will tell.
+
+    Raises:
+        ConfigError: If `drop_remainder` would leave nothing.
+    """
+    if source.num_examples is None:
         return steps
-    return num_steps(num_examples=source.num_examples, global_batch_size=global_batch_size)
+    if drop_remainder and source.num_examples < global_batch_size:
+        raise ConfigError(
+            f"drop_remainder leaves out all of the {source.num_examples} examples, fewer than "
+            f"global_batch_size={global_batch_size}; take a smaller batch, or keep the remainder."
+        )
+    if steps is not None:
+        return steps
+    return num_steps(
+        num_examples=source.num_examples, global_batch_size=global_batch_size, drop_remainder=drop_remainder
+    )
 
 
 def _train(
@@ -122,7 +159,8 @@ def _train(
     plan: BatchPlan,
     callbacks: keras.callbacks.CallbackList,
     saver: Saver,
-    check: _FiniteLoss | None,
+    heart: Heart,
+    on_nan: OnNan,
 ) -> None:
     steps = loop.train_epoch(source, plan)
     step = plan.first_step
@@ -131,37 +169,20 @@ def _train(
         try:
             finished = next(steps)
         except StopIteration:
-            if check is not None:
-                check(step, loop.epoch_logs)
+            on_nan.check_logs(step - 1, plan, loop.epoch_logs)
             return
+        instead = on_nan.after_step(finished, plan)
         callbacks.on_train_batch_end(step, finished.logs)
         step += 1
-        if check is not None and finished.logs is not None:
-            check(step, finished.logs)
-        if finished.is_boundary:
+        heart.beat(plan.total_steps(step))
+        if instead is not None:
+            plan, steps = instead, loop.train_epoch(source, instead)
+        elif finished.is_boundary:
             saver.save(epoch=plan.epoch, step=step)
         if model.stop_training and plan.wants_logs(0):
             # Callbacks that look at each batch see the same logs everywhere, so all workers stop here together.
             loop.epoch_logs = dict(finished.logs or {})
             return
-
-
-class _FiniteLoss:
-    """Ends a run whose loss is no number any more, before a checkpoint keeps what is left of the weights."""
-
-    def __init__(self, epoch: int, first_step: int) -> None:
-        self._epoch = epoch
-        self._last_good = first_step
-
-    def __call__(self, step: int, logs: dict[str, Any]) -> None:
-        loss = logs.get("loss")
-        if isinstance(loss, float) and not math.isfinite(loss):
-            raise NonFiniteError(
-                f"the loss became {loss} in epoch {self._epoch + 1}, between steps {self._last_good + 1} and {step}; "
-                "lower the learning rate, clip the gradients (clipnorm), or look at those examples. The checkpoints "
-                "from before are kept."
-            )
-        self._last_good = step
 
 
 def _validate(

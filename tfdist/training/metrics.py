@@ -75,3 +75,19 @@ _functions: weakref.WeakKeyDictionary[keras.Model, tuple[Any, Any]] = weakref.We
 def _as_number(value: Any) -> Any:
     array = keras.ops.convert_to_numpy(value)
     return float(array) if array.ndim == 0 else array
+
+
+def scalar_logs(logs: Any, metric_names: set[str]) -> dict[str, tf.Tensor]:
+    """Returns what a `train_step` reports beside its metrics: scalar tensors by name."""
+    if not isinstance(logs, dict):
+        return {}
+    return {
+        name: value
+        for name, value in logs.items()
+        if name not in metric_names and tf.is_tensor(value) and value.shape.rank == 0
+    }
+
+
+def returned_names(logs: Any) -> list[str] | None:
+    """Returns the names of a step's logs, None where it returned no dict."""
+    return list(logs) if isinstance(logs, dict) else None

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from tfdist.training.step_check import SOUND
+
 
 def _never(step: int) -> bool:
     del step
@@ -20,11 +22,19 @@ class BatchPlan:
         epoch: Zero-based; with `seed` it fixes the order.
         num_steps: Where the pass ends, counted in steps from its start; None: with the data.
         first_step: Where it begins, when it goes on after an interruption.
+        drop_remainder: Leave out a last batch that is short.
+        input_state: Where the input stood before `first_step`, as the loop saved it; empty: to be found again.
         metrics: The metrics' state after the steps left out; None: zeros.
         is_boundary: Asked once a step, in order: is the state to be looked at when it, and nothing after it, is
             finished?
+        is_saved: Whether a checkpoint follows the pass.
         log_every_steps: Logs are computed at each such step; under several workers that is a collective,
             so all processes must agree on it.
+        steps_per_loop: Steps to make in one call of a graph, where nobody looks in between; None: as many as are
+            worth it for the `num_steps_after` of the epochs after this one.
+        is_due: Whether a checkpoint follows a zero-based step by its number; unlike `is_boundary`, asked at any time.
+        loss_limit: Asked once a step for the largest loss that it may have; a step with a larger one, or with a
+            loss or gradients that are not finite, changes nothing and reports a fault. None checks nothing.
     """
 
     epoch: int = 0
@@ -33,9 +43,24 @@ class BatchPlan:
     global_batch_size: int
     num_steps: int | None = None
     first_step: int = 0
+    drop_remainder: bool = False
+    input_state: bytes = b""
     metrics: list[Any] | None = None
     is_boundary: Callable[[int], bool] = _never
+    is_saved: bool = False
     log_every_steps: int = 0
+    steps_per_loop: int | None = 1
+    num_steps_after: int = 0
+    is_due: Callable[[int], bool] = _never
+    loss_limit: Callable[[], float] | None = None
+
+    def total_steps(self, num_steps: int) -> int:
+        """Returns the steps since the run began, when `num_steps` of this pass are done."""
+        return self.epoch * (self.num_steps or 0) + num_steps
+
+    def is_watched(self, step: int) -> bool:
+        """Tells whether logs or a checkpoint are due after zero-based `step`, before the next one begins."""
+        return self.wants_logs(step) or self.is_due(step)
 
     def wants_logs(self, step: int) -> bool:
         """Tells whether the logs after zero-based `step` are wanted."""
@@ -48,10 +73,16 @@ class FinishedStep:
 
     Attributes:
         step: Zero-based in its epoch.
+        first_step: The first of those that `fault` is about, where it was found later; None: this one alone.
         logs: The metrics over the epoch so far, where they were wanted.
         is_boundary: Whether nothing after it has begun, and the state may be looked at.
+        fault: What was wrong with its numbers, one of those in `step_check`; it has changed nothing then.
+        loss: The batch's, where it was checked.
     """
 
     step: int
     logs: dict[str, Any] | None
     is_boundary: bool
+    first_step: int | None = None
+    fault: int = SOUND
+    loss: float = 0.0

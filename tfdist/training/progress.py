@@ -15,6 +15,8 @@ from tfdist.training.epoch_clock import EpochClock
 STYLES = ("rich", "plain", "auto")
 _BAR_SECS = 0.2
 _LINE_SECS = 2.0
+# From this share of waiting on a faster input would be felt.
+_INPUT_BOUND_SHARE = 0.05
 
 Logs = Mapping[str, Any] | Callable[[], Mapping[str, Any] | None] | None
 
@@ -120,7 +122,7 @@ class _Bar:
 
 
 class ProgressBar(keras.callbacks.Callback):
-    """Shows epoch, step, loss, metrics, examples/s and the time left.
+    """Shows epoch, step, loss, metrics, examples/s, how far input holds it up, and the time left.
 
     Batch logs may be a mapping, None (the latest still hold), or a callable that gives one of them. They are
     looked at only when a picture is due, so that steps need not wait for a device.
@@ -226,6 +228,18 @@ class ProgressBar(keras.callbacks.Callback):
         batch_size = self.params.get("global_batch_size")
         if secs_per_step and batch_size:
             parts.append(f"{batch_size / secs_per_step:,.0f} examples/s")
+        get_share = self.params.get("input_wait")
+        share = get_share and get_share()
+        if share and share >= _INPUT_BOUND_SHARE:
+            parts.append(f"input-bound {share:.0%}")
+        get_measures = self.params.get("measures")
+        measures = get_measures() if get_measures else {}
+        if measures.get("staleness_mean"):
+            parts.append(f"staleness {measures['staleness_mean']:.1f} (95%: {measures['staleness_p95']:.0f})")
+        if measures.get("straggler"):
+            parts.append(
+                f"straggler: worker {measures['slowest_worker']}, {measures['straggler']:.1f} times the median"
+            )
         secs_left = self._clock.secs_left(steps=num_steps, num_more_epochs=num_epochs - self._epoch - 1)
         if secs_left is not None:
             parts.append(f"ETA {render_secs(secs_left)}")

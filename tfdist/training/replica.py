@@ -1,148 +1,38 @@
-"""One replica's step: Keras runs as if it were alone, and only sums cross to the other replicas.
-
-Inside `SoleReplica` TensorFlow reports a single replica and each Keras variable *is* this replica's own
-copy, so `train_step` (Keras's or the model's own), clipping, accumulation, averaging and loss scaling do
-what they do on one device. The one place where replicas meet is `exchange`: gradients are weighted by
-the replica's share of the global batch, summed over replicas, and handed to the optimizer. All replicas
-then apply the same update to equal copies.
-"""
+"""A sync strategy's step: a `SoleReplica` for each local replica, and what is brought together between steps."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.errors import ConfigError
-from tfdist.training.metrics import metric_results, zero_state
+from tfdist.exchange import Carrier, reduce_all
+from tfdist.optimizers.one_pass import in_one_pass
+from tfdist.training.compute import Compute, Computed, time_calls
+from tfdist.training.metrics import metric_results, returned_names, scalar_logs, zero_state
+from tfdist.training.sharing import DelayedGradients, SharedGradients, Sharing
+from tfdist.training.sole_replica import SoleReplica
+from tfdist.training.step_check import UNCHECKED, StepCheck, side_variables
 
 # A prime far from the steps' counters: replica r draws from seed + r * stride.
-_SEED_STRIDE = 1_000_003
-_DEFAULT_STRATEGY = tf.distribute.get_strategy()
-
-
-class SoleReplica(tf.distribute.ReplicaContext):
-    """The replica context that Keras sees during a step: a strategy of one replica, with a real `all_reduce`."""
-
-    def __init__(
-        self,
-        *,
-        outer: tf.distribute.ReplicaContext,
-        local_index: int,
-        local_size: Any,
-        global_size: Any,
-    ) -> None:
-        super().__init__(_DEFAULT_STRATEGY, local_index)
-        self.outer = outer
-        self.local_size = local_size
-        self.global_size = global_size
-        self.share = tf.cast(local_size, tf.float32) / tf.cast(global_size, tf.float32)
-        self.binding: keras_internals.ReplicaBinding | None = None
-        self.num_applied = 0
-
-    def __enter__(self) -> SoleReplica:
-        super().__enter__()
-        self._install()
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self._remove()
-        super().__exit__(*exc_info)
-
-    def _install(self) -> None:
-        if self.binding is not None:
-            self.binding.install()
-
-    def _remove(self) -> None:
-        if self.binding is not None:
-            self.binding.remove()
-
-    def exchange(self, values: Sequence[Any]) -> list[Any]:
-        """Sums each tensor over all replicas; not differentiable."""
-        # MirroredStrategy lets the other replicas' threads run inside this call: they bind their own.
-        self._remove()
-        try:
-            with self.outer:
-                return list(self.outer.all_reduce(tf.distribute.ReduceOp.SUM, list(values)))
-        finally:
-            self._install()
-
-    def all_reduce(self, reduce_op: Any, value: Any, options: Any = None) -> Any:
-        """Sums (or averages) over all replicas, differentiably: what `BatchNormalization(synchronized=True)` calls.
-
-        The backward pass weights each replica's upstream gradient by its share of the batch, since the
-        shares are applied to the gradients only after it.
-        """
-        del options
-        mean = "MEAN" in str(reduce_op).upper()
-        replicas = self.outer.num_replicas_in_sync
-
-        @tf.custom_gradient
-        def reduce(*tensors: Any) -> Any:
-            # A replica without examples holds one of zeros (see _at_least_one): it must not be counted.
-            present = [t * tf.cast(self.share > 0, t.dtype) for t in tensors]
-            sums = self.exchange(present)
-            outputs = [s / replicas for s in sums] if mean else sums
-
-            def grad(*upstream: Any) -> list[Any]:
-                shares = [tf.cast(self.share, g.dtype) for g in upstream]
-                total = self.exchange([g * s for g, s in zip(upstream, shares, strict=True)])
-                scale = 1 / replicas if mean else 1.0
-                return [tf.math.divide_no_nan(t, s) * scale for t, s in zip(total, shares, strict=True)]
-
-            return outputs, grad
-
-        return tf.nest.pack_sequence_as(value, tf.nest.flatten(reduce(*tf.nest.flatten(value))))
-
-    def wrap_apply(
-        self, optimizer: keras.optimizers.Optimizer, apply: Callable[..., Any]
-    ) -> Callable[..., Any]:
-        """Returns `optimizer.apply` with the exchange in front of it."""
-
-        def apply_global(grads: Sequence[Any], trainable_variables: Any = None) -> Any:
-            grads = list(grads)
-            present = [i for i, g in enumerate(grads) if g is not None]
-            sums = self.exchange([self._weighted(grads[i]) for i in present])
-            for i, total in zip(present, sums, strict=True):
-                grads[i] = total
-            self.num_applied += 1
-            return apply(grads, trainable_variables)
-
-        return apply_global
-
-    def _weighted(self, grad: Any) -> Any:
-        if isinstance(grad, tf.IndexedSlices):
-            return tf.IndexedSlices(self._weighted(grad.values), grad.indices, grad.dense_shape)
-        # multiply_no_nan: a replica without examples contributes zero, whatever its model made of padding.
-        return tf.math.multiply_no_nan(grad, tf.cast(self.share, grad.dtype))
-
-    def loss_correction(self, values: Any, sample_weight: Any, mask: Any, reduction: str | None) -> Any:
-        """Returns the factor that makes Σ share·loss over replicas the loss of the whole batch.
-
-        Keras divides by what this replica holds; where that is not its number of examples (a sum, valid
-        elements under a mask, a sum of weights) the global count takes its place.
-        """
-        if reduction in (None, "none"):
-            return None
-        grow = tf.math.divide_no_nan(1.0, self.share)
-        if reduction == "sum":
-            return grow
-        if reduction == "mean_with_sample_weight" and sample_weight is not None:
-            local = tf.reduce_sum(tf.cast(sample_weight, tf.float32))
-        elif mask is not None:
-            local = tf.reduce_sum(tf.cast(mask, tf.float32))
-        else:
-            return None
-        local *= tf.cast(self.share > 0, local.dtype)  # An example of padding is none.
-        (total,) = self.exchange([local])
-        return tf.math.divide_no_nan(local, total) * grow
+SEED_STRIDE = 1_000_003
 
 
 class ReplicaStep:
-    """Runs a model's `train_step`, `test_step` or `predict_step` on every replica of a sync strategy."""
+    """Runs a model's `train_step`, `test_step` or `predict_step` on every replica of a sync strategy.
+
+    Attributes:
+        sharing: What the replicas do with their gradients; functions traced before it was changed keep the old way.
+        carrier: What sums between replicas go by; None: the strategy.
+        jit: Computes gradients by XLA; None: as TensorFlow does.
+        num_seen: Examples that this process's replicas have trained on by themselves.
+    """
 
     def __init__(
         self,
@@ -156,81 +46,253 @@ class ReplicaStep:
         self._optimizers = list(optimizers)
         self._variables = keras_internals.all_variables(model, self._optimizers)
         self._metric_ids = {id(v) for v in model.metrics_variables}
+        self._side_ids = {id(v) for v in side_variables(model)}
         self.returned: dict[str, list[str] | None] = {}
-        self._num_local = len(strategy.extended.worker_devices)
+        self.sharing: Sharing = SharedGradients()
+        self.carrier: Carrier | None = None
+        self.jit: Compute | None = None
+        self.num_seen = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self.num_local = len(strategy.extended.worker_devices)
         self._average_fn: Callable[[], Any] | None = None
         self._metric_state_fn: Callable[[], Any] | None = None
-        self._sum_fns: dict[bool, Callable[..., Any]] = {}
-        self._metric_names = set(metric_results(model, zero_state(model)))
+        self._sum_fns: dict[Any, Callable[..., Any]] = {}
+        self.metric_names = set(metric_results(model, zero_state(model)))
 
-    def train(self, parts: Sequence[Any], global_size: Any) -> Any:
+    def train(
+        self, parts: Sequence[Any], global_size: Any, limit: Any = None, *, has_more: Any = None
+    ) -> Any:
         """Runs one optimizer step; see `_run`."""
-        return self._run("train", parts, global_size)
+        return self._run("train", parts, global_size, limit, has_more)
 
-    def test(self, parts: Sequence[Any], global_size: Any) -> Any:
+    def test(self, parts: Sequence[Any], global_size: Any, *, has_more: Any = None) -> Any:
         """Updates the metrics on one batch; see `_run`."""
-        return self._run("test", parts, global_size)
+        return self._run("test", parts, global_size, has_more=has_more)
 
     def predict(self, parts: Sequence[Any], global_size: Any) -> Any:
         """Returns the outputs for one whole global batch, in order, on every replica."""
         return self._run("predict", parts, global_size)
 
-    def _run(self, kind: str, parts: Sequence[Any], global_size: Any) -> Any:
+    def _run(
+        self, kind: str, parts: Sequence[Any], global_size: Any, limit: Any = None, has_more: Any = None
+    ) -> Any:
         """Runs the step on each local replica.
 
         Args:
             kind: `train`, `test` or `predict`.
             parts: One nest of tensors for each local replica; a leading axis may be empty.
             global_size: Examples in the whole batch, int32 scalar; None where replicas must add them up.
+            limit: Largest loss that passes the check; None checks nothing.
+            has_more: Whether this process has examples for another step, where each reads its own: a bool scalar.
 
         Returns:
-            For `train` and `test` the logs that are no metrics, averaged over the batch's examples.
+            For `train` and `test` the logs that are no metrics, averaged over the batch's examples (where replicas step
+            by themselves: this one's share of that average); for `train` with `[4]` float64 beside them: the check's
+            verdict, the loss, and the seconds until gradients were there and until they were exchanged. Where
+            `has_more` is given, a pair of that and of the number of processes that have.
         """
-        return self._strategy.run(self._replica_fn, args=(kind, tuple(parts), global_size))
+        args = (kind, tuple(parts), global_size, limit, has_more)
+        return self._strategy.run(self._replica_fn, args=args)
 
-    def _replica_fn(self, kind: str, parts: tuple[Any, ...], global_size: Any) -> Any:
+    def _replica_fn(
+        self, kind: str, parts: tuple[Any, ...], global_size: Any, limit: Any, has_more: Any
+    ) -> Any:
         outer = tf.distribute.get_replica_context()
         local_index = local_replica_index(outer, len(parts))
         part = parts[local_index]
         first = tf.nest.flatten(part)[0]
         local_size = tf.shape(first)[0] if first.shape[0] is None else first.shape[0]
+        num_more = None
         if global_size is None:
-            sizes = [tf.convert_to_tensor(local_size)]
-            (global_size,) = outer.all_reduce(tf.distribute.ReduceOp.SUM, sizes)
+            # In one exchange: how many examples there are now, and who has any for another step.
+            tells = has_more is not None and local_index == 0
+            counts = tf.stack([local_size, tf.cast(has_more, tf.int32) if tells else 0])
+            (sums,) = outer.all_reduce(tf.distribute.ReduceOp.SUM, [counts])
+            global_size, num_more = sums[0], sums[1]
+        check = None if limit is None else StepCheck(limit)
         sole = SoleReplica(
-            outer=outer, local_index=local_index, local_size=local_size, global_size=global_size
+            outer=outer,
+            local_index=local_index,
+            local_size=local_size,
+            global_size=global_size,
+            check=check,
+            carrier=self.carrier,
+            is_local=self.sharing.is_local and kind == "train",
         )
+        self._bind(sole, local_index)
+        result: Any
+        if kind == "train":
+            result = self._train_part(sole, part)
+        else:
+            with sole.guarding(self._metric_ids), after_reading(part), sole:
+                outputs = getattr(self._model, f"{kind}_step")(_at_least_one(part, local_size))
+            if kind == "predict":
+                return tf.nest.map_structure(lambda t: outer.all_gather(t[:local_size], axis=0), outputs)
+            self.returned[kind] = returned_names(outputs)
+            result = self._weighted_logs(outputs, sole)
+        return result if has_more is None else (result, num_more)
+
+    def _bind(self, sole: SoleReplica, local_index: int) -> None:
         local = [(v, self._local(v, local_index)) for v in self._variables]
+        sole.bound = local
         sole.binding = keras_internals.ReplicaBinding(
             variables=local,
             optimizers=self._optimizers,
-            apply=sole.wrap_apply,
+            apply=lambda optimizer, apply: self.sharing.wrap_apply(
+                sole, optimizer, in_one_pass(optimizer, apply)
+            ),
             loss_correction=sole.loss_correction,
+            model=self._model,
+            note_loss=None if sole.check is None else sole.check.note_loss,
         )
-        guarded = [] if isinstance(local_size, int) and local_size > 0 else self._metrics_of(local)
-        before = [tf.identity(v) for v in guarded]
-        with sole:
-            outputs = getattr(self._model, f"{kind}_step")(_at_least_one(part, local_size))
-        if kind == "train" and not sole.num_applied and self._model.trainable_variables:
+
+    def _train_part(self, sole: SoleReplica, part: Any) -> tuple[dict[str, Any], Any]:
+        check = sole.check
+        side = [] if check is None else [own for v, own in sole.bound if id(v) in self._side_ids]
+        before = [tf.identity(v) for v in side]
+        with tf.control_dependencies(tf.nest.flatten(part)):
+            started_at = tf.timestamp()
+        with sole.guarding(self._metric_ids), after_reading(part), sole:
+            if isinstance(self.sharing, DelayedGradients):
+                self.sharing.begin_step(sole)
+            outputs, self.returned["train"] = self._step(sole, _at_least_one(part, sole.local_size))
+        if not sole.num_applied and self._model.trainable_variables:
             raise ConfigError(
                 f"{type(self._model).__name__}.train_step changed no weights through a Keras optimizer; "
                 "replicas can only stay equal if updates go through optimizer.apply or apply_gradients."
             )
-        for variable, old in zip(guarded, before, strict=True):
-            variable.assign(tf.where(local_size > 0, variable, old))
-        if kind == "predict":
-            return tf.nest.map_structure(lambda t: outer.all_gather(t[:local_size], axis=0), outputs)
-        self.returned[kind] = returned_names(outputs)
-        return self._weighted_logs(outputs, sole)
+        if self.sharing.is_local:
+            self.num_seen.assign_add(tf.cast(sole.local_size, tf.int64))
+        if check is not None:
+            check.undo(side, before)
+        logs = self._weighted_logs(outputs, sole)
+        verdict = tf.convert_to_tensor(UNCHECKED if check is None else check.verdict)
+        secs = tf.stack([sole.ready_at - started_at, sole.exchanged_at - sole.ready_at])
+        return logs, tf.concat([tf.cast(verdict, tf.float64), secs], 0)
+
+    def _step(self, sole: SoleReplica, part: Any) -> tuple[Any, list[str] | None]:
+        if self.jit is None:
+            outputs = self._model.train_step(part)
+            return outputs, returned_names(outputs)
+        found = self._compute(sole, self.jit, part, jit=True)
+        self.jit.optimizer.apply(found.gradients, found.variables)
+        return found.logs, found.names
+
+    def _compute(self, sole: SoleReplica, compute: Compute, part: Any, *, jit: bool) -> Computed:
+        return compute.run(
+            part,
+            variables=sole.bound,
+            loss_correction=sole.loss_correction,
+            note_loss=None if sole.check is None else sole.check.note_loss,
+            jit=jit,
+        )
+
+    def time_compute(self, compute: Compute, parts: Sequence[Any], *, jit: bool) -> float:
+        """Returns the seconds of a forward and backward pass that changes nothing; every process must call it.
+
+        Args:
+            compute: Of the model.
+            parts: One nest of tensors for each local replica.
+            jit: Whether by XLA.
+        """
+
+        def run(parts: Sequence[Any]) -> Any:
+            outer = tf.distribute.get_replica_context()
+            index = local_replica_index(outer, len(parts))
+            size = tf.nest.flatten(parts[index])[0].shape[0]
+            # As if the part were the whole batch: nobody exchanges anything.
+            sole = SoleReplica(
+                outer=outer, local_index=index, local_size=size, global_size=size, is_local=True
+            )
+            self._bind(sole, index)
+            side = [own for v, own in sole.bound if id(v) in self._side_ids]
+            before = [tf.identity(v) for v in side]
+            with sole:
+                found = self._compute(sole, compute, parts[index], jit=jit)
+            for variable, value in zip(side, before, strict=True):
+                variable.assign(value)
+            with tf.control_dependencies(tf.nest.flatten(found.gradients, expand_composites=True)):
+                return tf.timestamp()
+
+        compiled = tf.function(lambda parts: self._strategy.run(run, args=(parts,)), autograph=False)
+        return time_calls(lambda: self.first_local(compiled(parts)).numpy())
 
     def _weighted_logs(self, outputs: Any, sole: SoleReplica) -> dict[str, Any]:
-        own = scalar_logs(outputs, self._metric_names)
+        own = scalar_logs(outputs, self.metric_names)
         if not own:
             return {}
         # Every replica must exchange in the same order: dictionaries keep the order the step wrote.
         weighted = [tf.cast(v, tf.float32) * sole.share for v in own.values()]
+        if sole.is_local:
+            return dict(zip(own, weighted, strict=True))
+        # After the weights have moved, for the same reason.
+        moved = [tf.identity(own) for _, own in sole.bound]
+        with tf.control_dependencies(moved):
+            weighted = [tf.identity(v) for v in weighted]
         sums = sole.outer.all_reduce(tf.distribute.ReduceOp.SUM, weighted)
         return dict(zip(own, sums, strict=True))
+
+    def apply_waiting(self, limit: float | None) -> tuple[int, float]:
+        """Applies the gradients that wait for the next step; every process must call it.
+
+        Args:
+            limit: Largest loss that passes the check; None checks nothing.
+
+        Returns:
+            What was wrong with them, and their loss.
+        """
+        sharing = self.sharing
+        assert isinstance(sharing, DelayedGradients)
+        (optimizer,) = self._optimizers
+
+        def apply(*limits: Any) -> Any:
+            outer = tf.distribute.get_replica_context()
+            check = StepCheck(*limits) if limits else None
+            sole = SoleReplica(
+                outer=outer, local_index=0, local_size=1, global_size=1, check=check, carrier=self.carrier
+            )
+            self._bind(sole, 0)
+            with sole:
+                sharing.apply_rest(sole, optimizer, type(optimizer).apply.__get__(optimizer))
+            return tf.convert_to_tensor(UNCHECKED if check is None else check.verdict)
+
+        key = ("waiting", limit is None)
+        if key not in self._sum_fns:
+            self._sum_fns[key] = tf.function(
+                lambda *limits: self._strategy.run(apply, args=limits), autograph=False
+            )
+        limits = [] if limit is None else [tf.constant(limit, tf.float32)]
+        fault, loss = self.first_local(self._sum_fns[key](*limits)).numpy()
+        return int(fault), float(loss)
+
+    def build(self, function: Callable[[tf.distribute.ReplicaContext], Any]) -> Callable[[], np.ndarray]:
+        """Compiles a function of the replica context that the strategy gives.
+
+        Args:
+            function: Returns a tensor.
+
+        Returns:
+            What runs it on every replica, and returns the result of this process's first; every process must call it.
+        """
+        compiled = tf.function(
+            lambda: self._strategy.run(lambda: function(tf.distribute.get_replica_context())), autograph=False
+        )
+        # Traced by itself: TensorFlow would take many functions from one place for one that is traced again and again.
+        traced: list[Any] = []
+
+        def run() -> np.ndarray:
+            if not traced:
+                traced.append(compiled.get_concrete_function())
+            return self.first_local(traced[0]()).numpy()
+
+        return run
+
+    def own_variable(self, variable: keras.Variable) -> tf.Variable:
+        """Returns the TensorFlow variable of this process's first replica."""
+        return self._local(variable, 0)
+
+    def first_local(self, value: Any) -> Any:
+        """Returns the value of this process's first replica."""
+        return self._strategy.experimental_local_results(value)[0]
 
     def spread_seeds(self) -> None:
         """Gives each replica its own random streams, replica 0 keeping the model's: masks must differ."""
@@ -239,10 +301,10 @@ class ReplicaStep:
         def spread() -> None:
             context = tf.distribute.get_replica_context()
             index = context.replica_id_in_sync_group
-            own = [self._local(s, local_replica_index(context, self._num_local)) for s in states]
+            own = [self._local(s, local_replica_index(context, self.num_local)) for s in states]
             first = [tf.where(index == 0, tf.cast(s, tf.int64), 0) for s in own]
             base = context.all_reduce(tf.distribute.ReduceOp.SUM, first)
-            shift = tf.cast(index, tf.int64) * tf.constant([_SEED_STRIDE, 0], tf.int64)
+            shift = tf.cast(index, tf.int64) * tf.constant([SEED_STRIDE, 0], tf.int64)
             for variable, value in zip(own, base, strict=True):
                 variable.assign(tf.cast(tf.math.floormod(value + shift, 2**32), variable.dtype))
 
@@ -260,8 +322,8 @@ class ReplicaStep:
 
         def average() -> None:
             context = tf.distribute.get_replica_context()
-            own = [self._local(v, local_replica_index(context, self._num_local)) for v in kept]
-            means = context.all_reduce(tf.distribute.ReduceOp.MEAN, [tf.identity(v) for v in own])
+            own = [self._local(v, local_replica_index(context, self.num_local)) for v in kept]
+            means = reduce_all(context, tf.distribute.ReduceOp.MEAN, [tf.identity(v) for v in own])
             for variable, value in zip(own, means, strict=True):
                 variable.assign(value)
 
@@ -276,9 +338,9 @@ class ReplicaStep:
 
             def total() -> list[Any]:
                 context = tf.distribute.get_replica_context()
-                index = local_replica_index(context, self._num_local)
+                index = local_replica_index(context, self.num_local)
                 own = [tf.identity(self._local(v, index)) for v in self._model.metrics_variables]
-                return list(context.all_reduce(tf.distribute.ReduceOp.SUM, own)) if own else []
+                return reduce_all(context, tf.distribute.ReduceOp.SUM, own)
 
             self._metric_state_fn = tf.function(lambda: self._strategy.run(total))
         state = self._metric_state_fn()
@@ -289,7 +351,7 @@ class ReplicaStep:
 
         def share_out(values: Sequence[Any]) -> None:
             context = tf.distribute.get_replica_context()
-            index = local_replica_index(context, self._num_local)
+            index = local_replica_index(context, self.num_local)
             is_first = context.replica_id_in_sync_group == 0
             for variable, value in zip(self._model.metrics_variables, values, strict=True):
                 self._local(variable, index).assign(tf.where(is_first, value, tf.zeros_like(value)))
@@ -298,52 +360,39 @@ class ReplicaStep:
             [tf.convert_to_tensor(value) for value in state]
         )
 
-    def sum_first(self, values: Sequence[tf.Tensor], *, everyone: bool = False) -> list[Any]:
-        """Sums tensors over processes, of each its first replica's; every process must call it.
+    def sum_first(self, values: np.ndarray) -> np.ndarray:
+        """Sums an array over processes, of each its first replica's; every process must call it.
 
         Args:
-            values: int32 or float32, of one shape everywhere.
-            everyone: False counts the first process alone: a broadcast.
-
-        Returns:
-            Arrays.
+            values: `[n]`, of one length everywhere.
         """
+        dtype = tf.as_dtype(values.dtype)
 
-        def total(values: Sequence[tf.Tensor]) -> list[Any]:
+        def total(values: tf.Tensor) -> Any:
             context = tf.distribute.get_replica_context()
-            place = context.replica_id_in_sync_group
-            counts = (place % self._num_local == 0) if everyone else (place == 0)
-            counted = [tf.where(counts, v, tf.zeros_like(v)) for v in values]
-            return list(context.all_reduce(tf.distribute.ReduceOp.SUM, counted))
+            is_first = context.replica_id_in_sync_group % self.num_local == 0
+            counted = tf.where(is_first, values, tf.zeros_like(values))
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, counted)
 
-        if everyone not in self._sum_fns:
-            self._sum_fns[everyone] = tf.function(
-                lambda v: self._strategy.run(total, args=(v,)), autograph=False
+        if dtype not in self._sum_fns:
+            self._sum_fns[dtype] = tf.function(
+                lambda v: self._strategy.run(total, args=(v,)),
+                autograph=False,
+                input_signature=[tf.TensorSpec([None], dtype)],  # one trace for every length
             )
-        sums = self._sum_fns[everyone](list(values))
-        return [self._strategy.experimental_local_results(v)[0].numpy() for v in sums]
+        sums = self._sum_fns[dtype](values)
+        return self._strategy.experimental_local_results(sums)[0].numpy()
 
     def _local(self, variable: keras.Variable, index: int) -> tf.Variable:
         return self._strategy.experimental_local_results(keras_internals.native(variable))[index]
 
-    def _metrics_of(self, local: Sequence[tuple[keras.Variable, tf.Variable]]) -> list[tf.Variable]:
-        return [own for variable, own in local if id(variable) in self._metric_ids]
 
+def after_reading(batch: Any) -> contextlib.AbstractContextManager[None]:
+    """Makes a step begin when its batch is there.
 
-def scalar_logs(logs: Any, metric_names: set[str]) -> dict[str, tf.Tensor]:
-    """Returns what a `train_step` reports beside its metrics: scalar tensors by name."""
-    if not isinstance(logs, dict):
-        return {}
-    return {
-        name: value
-        for name, value in logs.items()
-        if name not in metric_names and tf.is_tensor(value) and value.shape.rank == 0
-    }
-
-
-def returned_names(logs: Any) -> list[str] | None:
-    """Returns the names of a step's logs, None where it returned no dict."""
-    return list(logs) if isinstance(logs, dict) else None
+    What needs no data would not wait: the optimizer's counter would move once more where a stream ends inside a step.
+    """
+    return tf.control_dependencies(tf.nest.flatten(batch))
 
 
 def local_replica_index(context: tf.distribute.ReplicaContext, num_local: int) -> int:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tfdist.config import RunConfig
 from tfdist.errors import ConfigError
@@ -91,6 +91,8 @@ class RunDir:
     def create(self, config: RunConfig) -> None:
         """Makes the folder this run's own; for the chief alone, once, before anything is written into it.
 
+        A run that is gone on with keeps its config until its checkpoint has been found to fit; see `write_config`.
+
         Args:
             config: What is about to run; written to `config_file`.
 
@@ -98,8 +100,16 @@ class RunDir:
             ConfigError: As for `check`.
         """
         self.check(config)
-        if config.mode == "train":
-            write_atomically(self.config_file, config.to_json())
+        if config.mode == "train" and not config.resume:
+            self.write_config(config)
+
+    def write_config(self, config: RunConfig) -> None:
+        """Replaces `config_file`.
+
+        Args:
+            config: What it shall hold.
+        """
+        write_atomically(self.config_file, config.to_json())
 
     def read_config(self) -> RunConfig:
         """Reads what `create` wrote.
@@ -196,12 +206,28 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: If the disk or the folder refuses; `path` is then as it was.
     """
-    data = content.encode() if isinstance(content, str) else content
+    with open_atomically(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def open_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a file that is there once the context ends, or, if anything stops it, is not.
+
+    Args:
+        path: The file; one that exists is replaced.
+
+    Yields:
+        Where to write.
+
+    Raises:
+        OSError: If the disk or the folder refuses; `path` is then as it was.
+    """
     # In the same folder, since a rename is atomic only inside one file system.
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import collections
+import dataclasses
 import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import keras
+import numpy as np
+import tensorflow as tf
 
-from tfdist.errors import Preempted
-from tfdist.training.checkpoint import Snapshot, apply_snapshot, parse_checkpoint, take_snapshot
+from tfdist import keras_internals
+from tfdist.errors import Preempted, Regroup
+from tfdist.members import Members
+from tfdist.strategies import is_peer_loss
+from tfdist.training.callback_state import restore_callbacks, take_callbacks
+from tfdist.training.checkpoint import (
+    Snapshot,
+    apply_snapshot,
+    parse_checkpoint,
+    render_checkpoint,
+    take_snapshot,
+)
 from tfdist.training.checkpoint_dir import Checkpoints, CheckpointWriter
+from tfdist.training.input_position import check_order
 
-# What Keras's own callbacks remember: History, EarlyStopping, ReduceLROnPlateau, ModelCheckpoint. A callback of one's
-# own lists the attributes in `state_names`; they must be what JSON can hold.
-_STATE_NAMES = ("history", "epoch", "best", "wait", "best_epoch", "stopped_epoch", "cooldown_counter")
 _log = logging.getLogger("tfdist")
 # How often workers agree on what time says, in seconds: a vote is an exchange.
 _VOTE_SECS = 1.0
@@ -26,13 +37,32 @@ _MAX_STEPS_BETWEEN_VOTES = 1000
 
 
 class Loop(Protocol):
-    """What the saver needs of a strategy's loop."""
+    """What the saver, and whoever goes back to what it saved, need of a strategy's loop."""
+
+    @property
+    def num_readers(self) -> int:
+        """Processes that run the program, each of which reads the data."""
+
+    def start(self) -> None:
+        """Prepares for training with the weights that the model has now."""
 
     def snapshot_metrics(self) -> list[Any]:
         """Brings the replicas together, and returns the metrics' state so far; every process must call it."""
 
-    def broadcast(self, content: bytes) -> bytes:
-        """Returns the chief's bytes on every process."""
+    def snapshot_sync(self) -> dict[str, np.ndarray]:
+        """Returns what a checkpoint must hold of the way in which workers share, by name."""
+
+    def restore_sync(self, arrays: dict[str, np.ndarray]) -> None:
+        """Takes what `snapshot_sync` returned."""
+
+    def snapshot_input(self) -> bytes:
+        """Returns where the input stands; empty where that cannot be saved."""
+
+    def broadcast(self, content: bytes, *, source: int = 0) -> bytes:
+        """Returns the bytes of one process, by default the chief's, on every process."""
+
+    def own_metrics(self) -> list[Any]:
+        """Returns the metrics' state of this process alone."""
 
     def vote(self, values: list[float]) -> list[float]:
         """Returns the sums over all processes."""
@@ -50,6 +80,10 @@ class Saver:
         callbacks: Whose simple state is kept too.
         is_chief: Whether this process reads and writes.
         say: Takes the line that tells what was resumed.
+        num_steps: Of an epoch; None if unknown.
+        order: What the order of an epoch's examples follows from; see `check_order`.
+        members: Tells when the cluster is to be formed anew; None if it never is.
+        carried: What this process brings along from the cluster before; None if it was not in it.
     """
 
     def __init__(
@@ -61,7 +95,19 @@ class Saver:
         callbacks: keras.callbacks.CallbackList,
         is_chief: bool,
         say: Callable[[str], None],
+        num_steps: int | None = None,
+        order: Mapping[str, Any] | None = None,
+        members: Members | None = None,
+        carried: Snapshot | None = None,
     ) -> None:
+        self._steps_per_epoch = num_steps
+        self._order = dict(order or {})
+        self._members = members if num_steps is not None else None
+        self._carried = carried
+        self._epoch = self._step = 0
+        self._counted = 0
+        self._counted_metrics: list[Any] = []
+        self._is_regrouping = False
         self._checkpoints = checkpoints
         self._loop = loop
         self._model = model
@@ -81,28 +127,132 @@ class Saver:
             self._previous_handler = signal.signal(signal.SIGTERM, self._note_signal)
         return self
 
-    def __exit__(self, *exc_info: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._previous_handler is not None:
             signal.signal(signal.SIGTERM, self._previous_handler)
         if self._writer is not None:
             self._writer.wait()
+        if self._members is not None and isinstance(error, tf.errors.OpError) and is_peer_loss(error):
+            raise Regroup(self._rescue()) from error
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether there are checkpoints."""
+        return self._checkpoints is not None
 
     def restore(self) -> Snapshot | None:
-        """Brings the newest whole checkpoint back; None if there is none."""
-        if self._checkpoints is None:
-            return None
-        newest = self._checkpoints.read_newest() if self._is_chief else None
-        # From the chief to all: its folder need not be theirs, and nobody may see another checkpoint than it did.
-        content = self._loop.broadcast(b"" if newest is None else newest[0])
-        if not content:
-            return None
-        snapshot = parse_checkpoint(content, name=str(newest[1] if newest else "of the chief"))
-        apply_snapshot(snapshot, self._model)
-        restore_callbacks(self._callbacks, snapshot.extra.get("callbacks", {}))
-        if newest is not None:
+        """Brings back the newest whole checkpoint, or what the members of a re-formed cluster carry; None: nothing.
+
+        Raises:
+            ConfigError: If it is of another model, or its place in the data is another now.
+        """
+        snapshot: Snapshot | None
+        path: Path | None = None
+        if self._members is not None:
+            self._counted_metrics = [np.zeros_like(metric) for metric in self._loop.own_metrics()]
+        if self._members is not None and self._members.generation > 0:
+            snapshot = self._agree()
+            apply_snapshot(snapshot, self._model)
+        else:
+            snapshot, path = self._apply_newest()
+        if snapshot is not None:
+            check_order(snapshot.extra.get("order", {}), self._order, step=snapshot.step)
+            self._go_on_from(snapshot)
+        if snapshot is not None and path is not None:
             where = f"after epoch {snapshot.epoch}" + (f" and {snapshot.step} steps" if snapshot.step else "")
-            self._say(f"resumed {where} from {newest[1]}")
+            why = self._checkpoints.why if self._checkpoints is not None else ""
+            self._say(f"resumed {where} from {path}" + (f": {why}" if why else ""))
         return snapshot
+
+    def go_back(self) -> Snapshot | None:
+        """Brings the weights of the newest whole checkpoint back, in the middle of a run; None if there is none.
+
+        Callbacks keep what they have seen since. Every process must call it.
+        """
+        if self._writer is not None:
+            self._writer.wait()
+        return self._apply_newest()[0]
+
+    def _apply_newest(self) -> tuple[Snapshot | None, Path | None]:
+        if self._checkpoints is None:
+            return None, None
+        newest = self._checkpoints.read_newest() if self._is_chief else None
+        snapshot, path = newest or (None, None)
+        if self._loop.num_readers > 1:
+            # From the chief to all: its folder need not be theirs, and nobody may see another checkpoint than it did.
+            content = self._loop.broadcast(path.read_bytes() if path else b"")
+            snapshot = parse_checkpoint(content, name="of the chief") if content else None
+        if snapshot is not None:
+            apply_snapshot(snapshot, self._model)
+            self._loop.restore_sync(snapshot.arrays)
+        return snapshot, path
+
+    def _go_on_from(self, snapshot: Snapshot) -> None:
+        restore_callbacks(self._callbacks, snapshot.extra.get("callbacks", {}), snapshot.arrays)
+        self._epoch, self._step, self._counted = snapshot.epoch, snapshot.step, self._count()
+        if self._members is not None and snapshot.metrics and self._is_chief:
+            self._counted_metrics = snapshot.metrics  # the first replica's; the others begin with zeros
+
+    def _agree(self) -> Snapshot:
+        """Gives every member the state of the one that came furthest, which may be a step ahead of the others."""
+        assert self._members is not None
+        own, rank = self._carried, self._members.rank
+        steps = [0.0] * self._members.num_members
+        if own is not None:
+            steps[rank] = 1.0 + own.epoch * (self._steps_per_epoch or 0) + own.step
+        steps = self._loop.vote(steps)
+        source = steps.index(max(steps))
+        content = render_checkpoint(own) if own is not None and rank == source else b""
+        snapshot = parse_checkpoint(self._loop.broadcast(content, source=source), name="of a member")
+        if not snapshot.extra.get("metrics_are_parts"):
+            return snapshot
+        # What each has counted itself; the share of those that are gone is gone with them.
+        parts = self._counted_metrics if own is None else own.metrics
+        if not parts:
+            return snapshot
+        flat = np.concatenate([np.ravel(part) for part in parts])
+        sums = np.split(
+            np.array(self._loop.vote(flat.tolist())), np.cumsum([np.size(part) for part in parts])[:-1]
+        )
+        metrics = [
+            np.reshape(total, np.shape(part)).astype(part.dtype)
+            for total, part in zip(sums, parts, strict=True)
+        ]
+        return dataclasses.replace(snapshot, metrics=metrics)
+
+    def _rescue(self) -> Snapshot:
+        """Takes the state after the last step that this process has finished; the others cannot be asked any more."""
+        has_moved = self._count() > self._counted
+        step = self._step + has_moved
+        # Metrics may have moved in a step that the weights have not made.
+        metrics = self._loop.own_metrics() if has_moved else self._counted_metrics
+        return self._take(self._epoch, step, metrics, metrics_are_parts=True)
+
+    def _take(
+        self, epoch: int, step: int, metrics: list[Any], *, input_state: bytes = b"", **extra: Any
+    ) -> Snapshot:
+        states, arrays = take_callbacks(self._callbacks)
+        config = {} if self._checkpoints is None else dict(self._checkpoints.config)
+        return take_snapshot(
+            self._model,
+            epoch=epoch,
+            step=step,
+            metrics=metrics,
+            extra={"callbacks": states, "config": config, "order": self._order, **extra},
+            arrays={**arrays, **self._loop.snapshot_sync()},
+            input_state=input_state,
+            # The variables are gone before a cluster is formed anew.
+            outlives_variables=self._members is not None,
+        )
+
+    def _count(self) -> int:
+        optimizer = self._model.optimizer
+        return 0 if optimizer is None else int(keras_internals.batch_counter(optimizer).numpy())
+
+    def is_due(self, step: int) -> bool:
+        """Tells whether a checkpoint follows zero-based `step` of an epoch by its number."""
+        every = None if self._checkpoints is None else self._checkpoints.every_steps
+        return every is not None and (step + 1) % every == 0
 
     def is_boundary(self, step: int) -> bool:
         """Says, once a step and in order, whether the state is to be saved when it is finished.
@@ -113,8 +263,10 @@ class Saver:
         if self._checkpoints is None:
             return False
         self._num_steps += 1
-        every = self._checkpoints.every_steps
-        due = every is not None and (step + 1) % every == 0
+        if self._members is not None:
+            self._step = step + 1
+            self._counted, self._counted_metrics = self._count(), self._loop.own_metrics()
+        due = self.is_due(step)
         if self._num_steps >= self._next_vote:
             due |= self._vote()
         return due
@@ -129,33 +281,32 @@ class Saver:
 
         Raises:
             Preempted: If some process was told to end by SIGTERM.
+            Regroup: If the cluster is to be formed anew.
         """
         if self._checkpoints is None:
             return
         if at_epoch_end:
             self._vote()
+            self._epoch, self._step = epoch, step
+            self._counted_metrics = [np.zeros_like(metric) for metric in self._counted_metrics]
         metrics = [] if at_epoch_end else self._loop.snapshot_metrics()
         self._last_save_at = time.monotonic()
         must = at_epoch_end or self._is_stopping
         if self._writer is not None and (must or not self._writer.is_busy):
-            self._write(self._writer, epoch, step, metrics)
+            input_state = b"" if at_epoch_end else self._loop.snapshot_input()
+            self._writer.write(self._take(epoch, step, metrics, input_state=input_state))
         if self._is_stopping:
             self._leave(epoch, step)
-
-    def _write(self, writer: CheckpointWriter, epoch: int, step: int, metrics: list[Any]) -> None:
-        extra = {"callbacks": callback_states(self._callbacks)}
-        snapshot = take_snapshot(self._model, epoch=epoch, step=step, metrics=metrics, extra=extra)
-        if snapshot.is_finite:
-            writer.write(snapshot)
-        else:
-            _log.warning("%s is not kept: it holds NaN or infinite numbers", snapshot.file_name)
+        if self._is_regrouping:
+            self._loop.vote([0.0])  # Nobody leaves while another still takes part in the exchange before.
+            raise Regroup(self._take(epoch, step, metrics))
 
     def _leave(self, epoch: int, step: int) -> None:
         if self._writer is not None:
             self._writer.wait()
             where = f"after epoch {epoch}" + (f" and {step} steps" if step else "")
             self._say(f"SIGTERM: the state {where} is saved; the same command with --resume goes on from it")
-        self._loop.vote([0.0] * 4)  # Nobody leaves while the chief still writes.
+        self._loop.vote([0.0])  # Nobody leaves while the chief still writes.
         raise Preempted
 
     def _note_signal(self, number: int, frame: Any) -> None:
@@ -168,47 +319,12 @@ class Saver:
         now, every = time.monotonic(), self._checkpoints.every_secs
         due = self._is_chief and every is not None and now - self._last_save_at >= every
         secs = max(now - self._last_vote_at, 1e-6)
-        num_due, num_told, total_secs, num_voters = self._loop.vote(
-            [float(due), float(self._was_told), secs, 1.0]
+        has_news = self._members is not None and self._members.has_news
+        num_due, num_told, num_with_news, total_secs, num_voters = self._loop.vote(
+            [float(due), float(self._was_told), float(has_news), secs, 1.0]
         )
-        self._is_stopping = num_told > 0
+        self._is_stopping, self._is_regrouping = num_told > 0, num_with_news > 0
         steps = round((self._num_steps - self._last_vote) * _VOTE_SECS * num_voters / total_secs)
         self._last_vote, self._last_vote_at = self._num_steps, now
         self._next_vote = self._num_steps + min(max(1, steps), _MAX_STEPS_BETWEEN_VOTES)
-        return num_due > 0 or self._is_stopping
-
-
-def callback_states(callbacks: keras.callbacks.CallbackList) -> dict[str, dict[str, Any]]:
-    """Returns what callbacks remember from one epoch to the next, by class and place among those of the class."""
-    return {
-        key: {name: _plain(vars(callback)[name]) for name in _state_names(callback) if name in vars(callback)}
-        for key, callback in _by_class(callbacks)
-    }
-
-
-def restore_callbacks(callbacks: keras.callbacks.CallbackList, states: dict[str, dict[str, Any]]) -> None:
-    """Gives callbacks back what `callback_states` took; after `on_train_begin`, which would reset it."""
-    for key, callback in _by_class(callbacks):
-        for name, value in states.get(key, {}).items():
-            setattr(callback, name, value)
-
-
-def _by_class(callbacks: keras.callbacks.CallbackList) -> Iterator[tuple[str, Any]]:
-    # Workers leave the chief's writers out of their lists: a place in the whole list would not be the same everywhere.
-    seen: collections.Counter[str] = collections.Counter()
-    for callback in callbacks.callbacks:
-        name = type(callback).__name__
-        yield f"{name} {seen[name]}", callback
-        seen[name] += 1
-
-
-def _state_names(callback: Any) -> Sequence[str]:
-    return getattr(callback, "state_names", _STATE_NAMES)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value.item() if hasattr(value, "item") else value
+        return num_due > 0 or self._is_stopping or self._is_regrouping

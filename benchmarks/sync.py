@@ -1,0 +1,211 @@
+"""Synchronous training of two workers, one core each, against what else there is.
+
+    python benchmarks/sync.py [--rounds=5] [--only=cnn] [--write=docs/benchmarks.md]
+
+Every round runs each contender once, in turn, in fresh processes: the same model, initial weights, batches and
+optimizer, float32, one core and one thread for each worker. Efficiency is the rate of communicating workers ÷ that of
+as many isolated ones at the same time, each on its share of the batch. `torch` and `tf_keras` are installed into
+environments of their own. Where losses after 10 steps differ by more than 1e-4 the row is void.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from figures import ROOT, Row, parse_options, render_spread, show, take_turns
+from sync_models import CONTESTS
+
+FOLDER = Path(__file__).parent
+TIMEOUT_SECS = 300
+PARTS = ("cnn", "resnet", "mlp", "allreduce", "local_sgd")
+SIZES = {"64 MB": str(64 * 2**20), "1 MB": str(2**20), "10 KB": str(10 * 2**10)}
+Figures = dict[str, Any]
+
+
+class Arena:
+    """Starts contenders, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._pythons: dict[str, Path] = {}
+        self.losses: dict[str, dict[str, float]] = {}
+        self.most: dict[str, list[float]] = {}  # efficiencies that a free exchange would reach
+
+    def run(self, contender: str, contest: str) -> Figures:
+        """Runs a contender to its end, and returns its figures."""
+        weights = self._folder / f"{contest}.npz"
+        if not weights.exists():
+            self._call([self._own("sync_programs.py", "weights", contest, "-", str(weights))])
+        out = self._folder / "out.json"
+        words = (contest, str(out), str(weights))
+        outs = [out]
+        if contender.startswith("torch-"):
+            port = _free_port()
+            program = [str(self._python("torch")), str(FOLDER / "sync_torch.py"), contender[6:], *words]
+            self._call([[*program, str(rank), port] for rank in range(2)])
+        elif contender == "tf_keras":
+            self._call([self._launch(str(self._python("tf_keras")), "sync_tf_keras.py", "-", *words)])
+        elif contender == "isolated":
+            outs = [self._folder / f"out-{rank}.json" for rank in range(2)]
+            own = [(contest, str(path), str(weights), str(rank)) for rank, path in enumerate(outs)]
+            self._call([self._own("sync_programs.py", "isolated", *words) for words in own])
+        elif contender == "keras":
+            self._call([self._own("sync_programs.py", "keras", *words)])
+        else:
+            self._call([self._launch(sys.executable, "sync_programs.py", contender, *words)])
+        found = [json.loads(path.read_text()) for path in outs]
+        for path in outs:
+            path.unlink()
+        if contender == "isolated":
+            rate = sum(f["rate"] for f in found)
+            # In lock step, each would last as long as the slower of the two.
+            secs = [max(pair) for pair in zip(*(f["secs"] for f in found), strict=True)]
+            at_most = CONTESTS[contest].global_batch / statistics.mean(secs)
+            self.most.setdefault(contest, []).append(at_most / rate)
+            return {"rate": rate}
+        if "loss" in found[0]:
+            self.losses.setdefault(contest, {})[contender] = found[0]["loss"]
+        return dict(found[0])
+
+    def _own(self, program: str, *words: str) -> list[str]:
+        return [sys.executable, str(FOLDER / program), *words]
+
+    def _launch(self, python: str, program: str, *words: str) -> list[str]:
+        flags = ["--strategy=multiworker", "--num_workers=2", "--num_threads=1"]
+        command = ["--", python, str(FOLDER / program), *words]
+        return [sys.executable, "-m", "tfdist.launch", *flags, *command]
+
+    def _call(self, commands: Sequence[Sequence[str]]) -> None:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        processes = [
+            subprocess.Popen(c, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for c in commands
+        ]
+        for process, command in zip(processes, commands, strict=True):
+            said, _ = process.communicate(timeout=TIMEOUT_SECS)
+            if process.returncode:
+                raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{said[-4000:]}")
+
+    def _python(self, peer: str) -> Path:
+        """Returns the interpreter of a peer's environment, which is made when it is first asked for."""
+        if peer not in self._pythons:
+            folder = self._folder / f"venv-{peer}"
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            packages = (
+                ["torch==2.13.0", "numpy"] if peer == "torch" else ["tensorflow==2.21.*", "tf_keras==2.21.*"]
+            )
+            subprocess.run([folder / "bin/pip", "install", "--quiet", *packages], check=True)
+            self._pythons[peer] = folder / "bin/python"
+        return self._pythons[peer]
+
+
+def _free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
+def contend(arena: Arena, contest: str, contenders: Sequence[str], rounds: int) -> dict[str, list[float]]:
+    """Returns each contender's examples/s, one a round."""
+    return take_turns(
+        {name: lambda name=name: arena.run(name, contest)["rate"] for name in contenders}, rounds
+    )
+
+
+def _ratio(
+    arena: Arena,
+    contest: str,
+    what: str,
+    rates: dict[str, list[float]],
+    ours: str,
+    peers: Sequence[str],
+    bound: str,
+) -> Row:
+    """Returns a row: ours ÷ the best of the peers', round by round."""
+    best = max(peers, key=lambda name: statistics.median(rates[name]))
+    ratios = [a / b for a, b in zip(rates[ours], rates[best], strict=True)]
+    spread = f"{render_spread(rates[ours], 0)}; {render_spread(rates[best], 0)}"
+    text = f"{what} ({best}; examples/s {spread})"
+    losses = arena.losses.get(contest, {})
+    gap = abs(losses[ours] - losses[best]) if best in losses else 0.0
+    value = render_spread(ratios, 2) if gap <= 1e-4 else f"void: losses differ by {gap:.1e}"
+    return text, value, bound
+
+
+def _most(arena: Arena, contest: str) -> Row:
+    text = "… of which a free exchange would reach: each step as long as the slower isolated worker's"
+    return text, render_spread(arena.most[contest], 2), ""
+
+
+def measure(part: str, arena: Arena, rounds: int) -> Iterator[Row]:
+    """Yields the rows of a part."""
+    if part == "cnn":
+        torch = ("torch-plain", "torch-best")
+        rates = contend(arena, "cnn", ("every_step", "isolated", *torch, "tf_keras", "keras"), rounds)
+        for what, peers, bound in (
+            ("CNN: rate ÷ isolated workers' (efficiency)", ("isolated",), "≥ 0.92"),
+            ("CNN ÷ torch DDP's best", torch, "≥ 1.8"),
+            ("CNN ÷ `tf_keras` `fit`", ("tf_keras",), "≥ 2"),
+            ("CNN ÷ plain `keras.Model.fit`, one process, all cores", ("keras",), "≥ 1.3"),
+        ):
+            yield _ratio(arena, "cnn", what, rates, "every_step", peers, bound)
+            if peers == ("isolated",):
+                yield _most(arena, "cnn")
+    elif part == "local_sgd":
+        rates = contend(arena, "cnn", ("local_sgd", "isolated"), rounds)
+        yield _ratio(
+            arena, "cnn", "CNN, `local_sgd`, H = 32: efficiency", rates, "local_sgd", ("isolated",), "≥ 0.99"
+        )
+    elif part == "resnet":
+        rates = contend(arena, "resnet", ("every_step", "isolated"), rounds)
+        yield _ratio(
+            arena,
+            "resnet",
+            "ResNet-20, 32 a worker: efficiency",
+            rates,
+            "every_step",
+            ("isolated",),
+            "≥ 0.97",
+        )
+        yield _most(arena, "resnet")
+    elif part == "mlp":
+        torch = ("torch-plain", "torch-best")
+        rates = contend(arena, "mlp", ("every_step", *torch), rounds)
+        yield _ratio(
+            arena, "mlp", "MLP of 25 M weights ÷ torch DDP's best", rates, "every_step", torch, "≥ 1.2"
+        )
+    else:
+        found: dict[str, list[Any]] = take_turns(
+            {name: lambda name=name: arena.run(name, "cnn") for name in ("allreduce", "torch-allreduce")},  # type: ignore[misc]
+            rounds,
+        )
+        for (size, key), bound in zip(SIZES.items(), ("≤ 0.9", "≤ 0.3", "≤ 0.1"), strict=True):
+            ours, gloo = ([f[key] for f in found[name]] for name in ("allreduce", "torch-allreduce"))
+            ratios = [a / b for a, b in zip(ours, gloo, strict=True)]
+            text = f"all-reduce of {size} in the graph ÷ gloo's (ms {render_spread(ours, 2)}; {render_spread(gloo, 2)})"
+            yield text, render_spread(ratios, 2), bound
+
+
+def main() -> None:
+    """Measures, prints the table and, if asked, keeps it."""
+    options = parse_options(str(__doc__), rounds=5, parts=PARTS)
+    with tempfile.TemporaryDirectory() as name:
+        arena = Arena(Path(name))
+        rows = []
+        for part in [options.only] if options.only else PARTS:
+            for row in measure(part, arena, options.rounds):
+                print(*row, sep=" | ", file=sys.stderr, flush=True)
+                rows.append(row)
+    show("Synchronous training", rows, options, note="Two workers, one core each.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Synchronous steps that do not wait for the last worker, one of which is slow.
+
+Run by Python: `backups.py OUT.npz ps`, with three workers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import promises
+
+import tfdist
+from tfdist.layers import Embedding
+from tfdist.optimizers import LazyAdam
+
+BATCH, STEPS, EPOCHS = 7, 20, 3
+COUNT = BATCH * STEPS - 2  # the last batch is short, and the parts are unequal
+RATE = 0.5
+STOP_SECS, GO_SECS = 0.06, 0.06  # of the slow worker, in turns
+
+
+def find_worker(index: int) -> int:
+    """Returns the process id of a worker beside this process."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            env = (entry / "environ").read_bytes().decode(errors="replace")
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            continue
+        if parent == os.getppid() and f'"task": {{"type": "worker", "index": {index}}}' in env:
+            return int(entry.name)
+    raise AssertionError(f"there is no worker {index} beside this process")
+
+
+class Slow(keras.callbacks.Callback):
+    """Stops the last worker in short turns during the last epoch, and keeps how many examples were dropped."""
+
+    writes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pid = find_worker(2)
+        self.ends = threading.Event()
+        self.num_dropped: list[int] = []
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Begins."""
+        self.thread = threading.Thread(target=self.take_turns)
+        if epoch == EPOCHS - 1:
+            self.ends.clear()
+            self.thread.start()
+
+    def take_turns(self) -> None:
+        """Stops the worker and lets it go on."""
+        while not self.ends.is_set():
+            os.kill(self.pid, signal.SIGSTOP)
+            time.sleep(STOP_SECS)
+            os.kill(self.pid, signal.SIGCONT)
+            time.sleep(GO_SECS)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Ends, and asks for the measures."""
+        self.ends.set()
+        self.num_dropped.append(self.params["measures"]()["num_dropped"])
+
+
+def build(optimizer: Any) -> keras.Model:
+    """Returns a model in which everything moves by the same at each step, whichever examples count."""
+    x, ids = keras.Input((1,), name="x"), keras.Input((1,), dtype="int32", name="ids")
+    rows = keras.layers.Flatten()(Embedding(4, 1, embeddings_initializer="zeros", name="table")(ids))
+    moving = keras.layers.BatchNormalization(scale=False, momentum=0.9)(x)
+    dense = keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros", name="dense")(x)
+    model = keras.Model({"x": x, "ids": ids}, keras.layers.Add()([dense, rows, moving]))
+    model.compile(optimizer, promises.slope, metrics=[promises.Count()])
+    return model
+
+
+def main(path: str, strategy: str) -> None:
+    """Trains, and keeps what there is."""
+    run = tfdist.initialize(strategy=strategy, seed=1)
+    data = {"x": np.ones((COUNT, 1), np.float32), "ids": np.full((COUNT, 1), 2, np.int32)}
+    found: dict[str, Any] = {}
+    options = {"global_batch_size": BATCH, "epochs": EPOCHS, "verbose": 0, "ps_mode": "sync"}
+    for name, optimizer in (("sgd", keras.optimizers.SGD), ("lazy_adam", LazyAdam)):
+        with run.strategy.scope():
+            model = build(optimizer(RATE))
+        slow = Slow()
+        history = run.fit(model, (data, data["x"]), num_backup_workers=1, callbacks=[slow], **options)
+        (normal,) = (layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization))
+        found |= {
+            f"{name}/count": history.history["count"],
+            f"{name}/num_dropped": slow.num_dropped,
+            f"{name}/iterations": model.optimizer.iterations.numpy(),
+            f"{name}/table": model.get_layer("table").get_table(),
+            f"{name}/dense": model.get_layer("dense").get_weights()[0],
+            f"{name}/beta": normal.beta.numpy(),
+            f"{name}/moving_mean": normal.moving_mean.numpy(),
+        }
+    try:
+        run.fit(model, (data, data["x"]), num_backup_workers=3, **options)
+    except tfdist.ConfigError as error:
+        found["refused"] = str(error)
+    np.savez(path, **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,111 @@
+"""The program of test_loops.py: `loops.py OUT.npz STRATEGY [REPLICAS]` one and several steps in a call."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tfdist
+from tfdist.training import step_times
+from tfdist.training.sync import SyncLoop
+
+COUNT, BATCH, EPOCHS = 90, 8, 2  # eleven whole batches and a short one
+rng = np.random.default_rng(0)
+X = rng.normal(size=(COUNT, 6)).astype(np.float32)
+Y = rng.integers(0, 3, COUNT)
+POISONED = 45
+
+
+class Calls:
+    """Counts the steps of each call of a graph."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self._choose = SyncLoop._loop_size
+
+    def __enter__(self) -> "Calls":
+        def choose(loop: Any, *args: Any) -> int:
+            self.sizes.append(self._choose(loop, *args))
+            return self.sizes[-1]
+
+        SyncLoop._loop_size = choose  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        SyncLoop._loop_size = self._choose  # type: ignore[method-assign]
+
+
+def build_model() -> keras.Model:
+    keras.utils.set_random_seed(1)
+    layers = keras.layers
+    parts = [layers.Dense(16, activation="relu"), layers.Dropout(0.3, seed=5), layers.BatchNormalization()]
+    model = keras.Sequential([keras.Input((6,)), *parts, layers.Dense(3)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.01), loss, metrics=["accuracy"])
+    return model
+
+
+def fit(
+    run: Any, size: int | None, x: np.ndarray = X, *, is_stream: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Returns the weights and the logs, what the calls held, and the error."""
+    with run.strategy.scope():
+        model = build_model()
+    data: Any = (x, Y)
+    if is_stream:
+        data = tf.data.Dataset.from_tensor_slices((x, Y)).filter(lambda *example: True)
+    error = ""
+    with Calls() as calls:
+        try:
+            run.fit(
+                model,
+                data,
+                global_batch_size=BATCH,
+                epochs=EPOCHS,
+                steps_per_loop=size,
+                verbose=0,
+                **options,
+            )
+        except tfdist.NonFiniteError as found:
+            error = str(found)
+    weights = np.concatenate([w.ravel() for w in model.get_weights()])
+    logs = [values for name, values in sorted(model.history.history.items())]
+    iterations = int(model.optimizer.iterations.numpy())
+    return {
+        "weights": weights,
+        "logs": np.array(logs),
+        "sizes": np.array(calls.sizes),
+        "error": error,
+        "iterations": iterations,
+    }
+
+
+def main(out: str, strategy: str, replicas: int | None) -> None:
+    run = tfdist.initialize(strategy=strategy, num_replicas=replicas)
+    poisoned = X.copy()
+    poisoned[POISONED] = np.nan
+    found: dict[str, Any] = {}
+    for size in (1, 4):
+        found |= {f"plain/{size}/{k}": v for k, v in fit(run, size, on_nan="stop").items()}
+        for policy in ("stop", "rollback"):
+            with tempfile.TemporaryDirectory() as folder:
+                checkpoints = tfdist.Checkpoints(directory=folder, every_steps=4)
+                options = {"on_nan": policy, "checkpoints": checkpoints}
+                results = fit(run, size, poisoned, shuffle=False, **options)
+                kept = sorted(path.stem for path in Path(folder).glob("epoch-*.npz"))
+            found |= {f"{policy}/{size}/{k}": v for k, v in results.items()}
+            found[f"{policy}/{size}/kept"] = json.dumps(kept)
+    step_times.MARGIN = step_times.LEAST_SHARE = -1.0  # else only a run of many thousand steps is worth it
+    found |= {f"auto/4/{k}": v for k, v in fit(run, None, on_nan="stop").items()}
+    found |= {f"stream/4/{k}": v for k, v in fit(run, 4, is_stream=True).items()}
+    if run.is_chief:
+        np.savez(out, **found)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else None)

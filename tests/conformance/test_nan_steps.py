@@ -1,0 +1,65 @@
+"""A step whose numbers are not finite changes nothing, under every strategy; what follows is what was asked for."""
+
+import nan_steps
+import numpy as np
+import pytest
+from worlds import results_of
+
+WORLDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1"]
+pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return results_of(nan_steps.__file__, tmp_path_factory.mktemp("worlds"))
+
+
+def part(found, name):
+    return {key.removeprefix(f"{name}/"): v for key, v in found.items() if key.startswith(f"{name}/")}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", nan_steps.PLANTED)
+def test_skipped_batch_leaves_what_keras_makes_of_data_without_it(results, world, case):
+    """Weights, history and iterations; statistics, averages, slots and random streams by their effect on them."""
+    if case == "loss_scale" and world == "ps-1":
+        pytest.skip("loss scaling is refused under ps, as test_refusals.py holds")
+    if case == "dropout" and world != "one_device":
+        pytest.skip("replicas draw their own masks; under ps a step's number says which")
+    wanted, found = part(results("keras"), f"skip/{case}"), part(results(world), f"skip/{case}")
+    assert sorted(found) == sorted(wanted)
+    assert all(np.isfinite(value).all() for value in found.values())
+    if case.startswith("accumulate") and world == "ps-1":
+        return  # There the batch counts as zeros in the mean.
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+SAID = {
+    "sgd": "the loss is not finite in epoch 1 at step 2: first in the inputs; example 13 of the training data.",
+    "gradients_only": "the gradients are not finite in epoch 1 at step 2: in the gradients of 'before_root/kernel'; "
+    "the forward pass is finite; example 13 of the training data.",
+    "loss_only": "the loss is not finite in epoch 1 at step 2: first in the loss; the model's outputs are finite; "
+    "example 13 of the training data.",
+    "own_step": "the loss is not finite in epoch 1 at step 2: first in the inputs; example 13 of the training data.",
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", SAID)
+def test_stop_names_step_place_and_example(results, world, case):
+    found = part(results(world), f"stop/{case}")
+    assert str(found["error"]).startswith(SAID[case] + " Its update was not applied. Lower")
+    assert all(np.isfinite(v).all() for name, v in found.items() if name.startswith("weight"))
+    # Under ps the third step was on its way already.
+    assert int(found["iterations"]) == 1 or (world == "ps-1" and int(found["iterations"]) <= 4)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_rollback_goes_on_behind_the_batch_with_the_weights_of_the_checkpoint(results, world):
+    wanted, found = part(results("keras"), "rollback"), part(results(world), "rollback")
+    for name in [name for name in wanted if name.startswith(("weight", "iterations"))]:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=2e-5, atol=2e-5, err_msg=name)
+    assert found["checkpoints"].size == 3 and found["checkpoints"].all()
+    # The first batch was measured, though its step was taken back.
+    assert np.isfinite(found["history_loss"]).all() and found["history_loss"][0] > 0

@@ -1,0 +1,124 @@
+"""Batches of examples that come one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from tfdist.data.segment import Segment, Share, as_tuple
+from tfdist.data.source import SelfShardedSource, ServedSource, ShardedSource, StreamSource
+from tfdist.errors import ConfigError
+
+_SHUFFLE_BUFFER = 10_000
+
+
+def streamed_batches(source: StreamSource, share: Share) -> Segment:
+    """Returns batches of the whole stream, of which each process takes its parts."""
+    buffer = max(min(source.num_examples or _SHUFFLE_BUFFER, _SHUFFLE_BUFFER), 1) if share.shuffle else 0
+    options = tf.data.Options()
+    # Each worker reads the whole stream and must see the same one.
+    options.deterministic = True
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+
+    def build() -> tf.data.Dataset:
+        dataset = source.dataset
+        if buffer:
+            dataset = dataset.shuffle(buffer, seed=share.shuffle_seed())
+        dataset = dataset.batch(share.global_batch_size, drop_remainder=share.drop_remainder)
+        if share.num_steps is not None:
+            dataset = dataset.repeat().take(share.num_steps)
+        return dataset.with_options(options).prefetch(tf.data.AUTOTUNE)
+
+    # Split in the step, not here: where the pipeline stands is then the same for all workers.
+    return Segment(
+        build=build,
+        num_steps=share.num_left,
+        split=share.split,
+        num_skipped=share.first_step,
+        num_buffered=buffer,
+    )
+
+
+def sharded_batches(source: ShardedSource, share: Share) -> Segment:
+    """Returns batches of this process's own part of a stream, with each whether there is another."""
+
+    def build() -> tf.data.Dataset:
+        dataset = source.dataset
+        if share.shuffle:
+            dataset = dataset.shuffle(_SHUFFLE_BUFFER, seed=share.shuffle_seed(share.replica_ids[0]))
+        dataset = dataset.map(_as_one)
+        dataset = dataset.batch(share.own_batch_size, drop_remainder=share.drop_remainder)
+        if share.num_steps is not None:
+            dataset = dataset.repeat()
+        return _with_has_more(dataset).prefetch(tf.data.AUTOTUNE)
+
+    return Segment(build=build, num_steps=share.num_left, split=share.split_own, num_skipped=share.first_step)
+
+
+def served_batches(source: ServedSource, share: Share) -> Segment:
+    """Returns batches of what a tf.data service hands this process, several readers' as `sharded_batches` does."""
+    is_sole = source.num_readers == 1
+
+    def build() -> tf.data.Dataset:
+        dataset = source.stream.dataset
+        if share.shuffle:
+            # There and not here, where a worker would fill its buffer with what the others shall have.
+            dataset = dataset.shuffle(_SHUFFLE_BUFFER, seed=share.shuffle_seed())
+        dataset = dataset.map(_as_one)
+        if share.num_steps is not None:
+            dataset = dataset.repeat()
+        # Workers' batches may differ in size, while what is served is one for all; and those who prepare it end
+        # with a short batch each, in the middle of the epoch.
+        dataset = source.serve(dataset.batch(max(1, share.global_batch_size // source.num_readers)))
+        dataset = dataset.rebatch(share.own_batch_size, drop_remainder=share.drop_remainder)
+        if share.num_steps is not None:
+            dataset = dataset.take(share.num_steps)
+        if not is_sole:
+            dataset = _with_has_more(dataset)
+        # No more: what one worker holds another lacks at the epoch's end.
+        return dataset.prefetch(1)
+
+    split = share.split if is_sole else share.split_own
+    return Segment(build=build, num_steps=share.num_left, split=split, num_skipped=share.first_step)
+
+
+def self_sharded_batches(source: SelfShardedSource, share: Share) -> Segment:
+    """Returns the batches that a pipeline makes for this process's replicas itself.
+
+    Raises:
+        ConfigError: If nothing says where all replicas end.
+    """
+    if share.num_steps is None and share.num_replicas > 1:
+        raise ConfigError(
+            "a pipeline that shards itself ends at its own step on each worker; pass steps_per_epoch "
+            "(or steps), and let the dataset repeat."
+        )
+    num_local = len(share.replica_ids)
+    context = tf.distribute.InputContext(
+        num_input_pipelines=share.num_replicas // num_local,
+        input_pipeline_id=share.replica_ids[0] // num_local,
+        num_replicas_in_sync=share.num_replicas,
+    )
+
+    def build() -> tf.data.Dataset:
+        dataset = source.local_dataset(context)
+        rows = tf.data.Dataset.zip(tuple(dataset.shard(num_local, i) for i in range(num_local)))
+        return rows.map(lambda *parts: (tuple(as_tuple(p) for p in parts), -1)).prefetch(tf.data.AUTOTUNE)
+
+    return Segment(build=build, num_steps=share.num_left, num_skipped=share.first_step)
+
+
+def _as_one(*example: Any) -> Any:
+    return as_tuple(example if len(example) > 1 else example[0])
+
+
+def _with_has_more(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Returns batches one step behind, so that with each comes whether there is another; then empty ones for ever."""
+    empty = tf.nest.map_structure(
+        lambda spec: tf.zeros([0, *(d or 0 for d in spec.shape[1:])], spec.dtype), dataset.element_spec
+    )
+    dataset = dataset.map(lambda *b: (b, True)).concatenate(
+        tf.data.Dataset.from_tensors((empty, False)).repeat()
+    )
+    return dataset.scan(empty, lambda before, element: (element[0], (before, element[1])))

@@ -1,0 +1,7 @@
+"""How tensors cross between workers: what carries them, and in what form gradients are sent."""
+
+from tfdist.exchange.by_type import reduce_all
+from tfdist.exchange.carrier import Carrier, CollectiveCarrier, MpiCarrier, choose_carrier
+from tfdist.exchange.gradients import GradientExchange
+
+__all__ = ["Carrier", "CollectiveCarrier", "GradientExchange", "MpiCarrier", "choose_carrier", "reduce_all"]

@@ -1,0 +1,70 @@
+"""Where a job's processes run: on this machine, or by way of `tfdist.launcher.ssh` on others."""
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+
+from tfdist.cluster import Cluster, Task
+from tfdist.launcher.children import Child
+from tfdist.launcher.job import PMI_FD, PMI_RANK, Job, build_cluster, render_env
+from tfdist.launcher.logs import TaskOutput
+from tfdist.launcher.pmi import PmiServer, PmiWorld
+from tfdist.ports import PortReservation
+
+
+class ThisMachine:
+    """Starts every task here."""
+
+    num_slots: float = math.inf
+
+    def __init__(self) -> None:
+        # All reservations are held to the end, so that each try has new ports: TensorFlow does not come up again on
+        # those of a cluster that died.
+        self._held = contextlib.ExitStack()
+        self._pmi: PmiServer | None = None
+
+    def __enter__(self) -> "ThisMachine":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._end_pmi()
+        self._held.close()
+
+    def hold_ports(self, count: int) -> tuple[int, ...]:
+        """Returns free ports that nobody else is given.
+
+        Raises:
+            LaunchError: If there are none.
+        """
+        return self._held.enter_context(PortReservation(count)).ports
+
+    def reserve(self, job: Job) -> Cluster:
+        """Gives each task of a try an address.
+
+        Raises:
+            LaunchError: If there are no free ports.
+        """
+        self._end_pmi()
+        if job.uses_mpi:
+            self._pmi = PmiServer(PmiWorld(["here"] * job.num_tasks))
+        return build_cluster(job, self.hold_ports(job.num_tasks))
+
+    def build_env(self, job: Job, cluster: Cluster, task: Task) -> dict[str, str]:
+        """Returns a task's whole environment."""
+        return {**job.env, **render_env(job, cluster, task)}
+
+    def start(self, output: TaskOutput, command: Sequence[str], env: Mapping[str, str]) -> Child:
+        """Starts a task.
+
+        Raises:
+            LaunchError: If it cannot be started.
+        """
+        if self._pmi is None:
+            return Child(output, command, env)
+        with self._pmi.connect(int(env[PMI_RANK])) as own:
+            return Child(output, command, {**env, PMI_FD: str(own.fileno())}, fds=[own.fileno()])
+
+    def _end_pmi(self) -> None:
+        if self._pmi is not None:
+            self._pmi.close()
+            self._pmi = None

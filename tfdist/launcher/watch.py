@@ -1,0 +1,80 @@
+"""Tells tasks that work from those that are frozen or hang."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tfdist.cluster import Task
+from tfdist.heartbeat import Beat, read_beat
+from tfdist.launcher.children import Child
+
+FROZEN_SECS = 3.0
+
+
+class Watch:
+    """Looks at a job's tasks: at what the system says of their processes, and at their own records.
+
+    Args:
+        folder: Where the tasks keep their records.
+        hang_timeout_secs: How long a task that makes steps may make none; 0: forever.
+    """
+
+    def __init__(self, folder: str, *, hang_timeout_secs: float) -> None:
+        self._folder = Path(folder)
+        self._hang_timeout_secs = hang_timeout_secs
+        self._stopped: dict[Task, tuple[str, float]] = {}
+        self._changed_at: dict[Task, tuple[Beat, float]] = {}
+
+    def path(self, task: Task) -> str:
+        """Returns where a task keeps its record."""
+        return str(self._folder / f"{task.type}-{task.index}")
+
+    def fresh_path(self, name: str) -> str:
+        """Returns where something else may be kept for the tasks, which is not there yet."""
+        path = self._folder / name
+        path.unlink(missing_ok=True)
+        return str(path)
+
+    def forget(self, task: Task) -> None:
+        """Removes a task's record, before it is started again."""
+        Path(self.path(task)).unlink(missing_ok=True)
+        self._stopped.pop(task, None)
+        self._changed_at.pop(task, None)
+
+    def read(self, task: Task) -> Beat | None:
+        """Returns what a task has done last; None while it has no record."""
+        return read_beat(self.path(task))
+
+    def state(self, task: Task | None) -> str | None:
+        """Returns the state of a task's record; None while it has none."""
+        beat = None if task is None else self.read(task)
+        return None if beat is None else beat.state
+
+    def find_frozen(self, children: Iterable[Child], now: float) -> list[Child]:
+        """Returns the tasks whose process has been stopped (SIGSTOP) for `FROZEN_SECS`: nothing else would notice."""
+        frozen = []
+        for child in children:
+            mark = child.stop_mark
+            if mark is None:
+                self._stopped.pop(child.task, None)
+                continue
+            # One that somebody stops again and again has worked in between.
+            known = self._stopped.get(child.task)
+            if known is None or known[0] != mark:
+                known = self._stopped[child.task] = mark, now
+            if now - known[1] >= FROZEN_SECS:
+                frozen.append(child)
+        return frozen
+
+    def find_hung(self, children: Iterable[Child], now: float) -> Child | None:
+        """Returns a task that made steps and makes none any more: of several, which wait for each other, the last."""
+        hung: list[tuple[int, int, Child]] = []
+        for place, child in enumerate(children):
+            beat = self.read(child.task)
+            if beat is None:
+                continue
+            known = self._changed_at.get(child.task)
+            if known is None or known[0] != beat:
+                self._changed_at[child.task] = (beat, now)
+            elif beat.state == "working" and 0 < self._hang_timeout_secs <= now - known[1]:
+                hung.append((beat.step, place, child))
+        return min(hung)[2] if hung else None

@@ -1,0 +1,130 @@
+"""How much of an epoch the workers of a coordinator stand idle, and how many steps a closure must hold against it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+# What is lost between two closures may be this share of the workers' time.
+_SHARE = 0.03
+_MAX_STEPS = 16
+# A closure grows by this factor at most: what tracing costs is then known better, and most of the loss is gone early.
+_MAX_GROWTH = 4
+# Before so many closures their time is not known.
+_MIN_CLOSURES = 16
+
+
+class Dispatch:
+    """Adds up how long workers were busy, and chooses the steps of a closure.
+
+    A closure measures by its worker's own clock how long it ran. What is left of the workers' time, from an epoch's
+    first closure to its last result, is time without work: a closure or its result on the way, a chief that is busy
+    scheduling, reading or saving, the wait for the last worker where nothing may be in flight. Left out is the time in
+    which TensorFlow compiles: from the scheduling of a function that is new until its first result.
+
+    Args:
+        num_workers: Who share the work.
+        now: Reads a clock, in seconds.
+    """
+
+    def __init__(self, *, num_workers: int, now: Callable[[], float] = time.perf_counter) -> None:
+        self._num_workers = num_workers
+        self._now = now
+        self._num_compiling = 0
+        self._compile_secs = 0.0
+        self._chosen = 1
+        # Since closures hold so many steps.
+        self._lost_before = self._all_busy_secs = 0.0
+        self._num_steps = self._num_closures = 0
+        self._busy_secs = self._total_secs = 0.0
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        """Starts an epoch's share; nothing is in flight."""
+        self._lost_before += self._lost_secs
+        self._busy_secs = self._total_secs = 0.0
+        self._num_compiling = 0
+        self._last = self._now()
+
+    def begin_compile(self) -> None:
+        """Stops the clock: a function is new."""
+        self._num_compiling += 1
+
+    def end_compile(self, secs: float, *, num_steps: int) -> None:
+        """Starts the clock again: a new function's first result is there.
+
+        Args:
+            secs: How long the chief took to trace it.
+            num_steps: That it holds.
+        """
+        self._num_compiling = max(self._num_compiling - 1, 0)
+        self._compile_secs = secs / num_steps
+        self._last = self._now()
+
+    def end_closure(self, busy_secs: float, *, num_steps: int) -> None:
+        """Adds a closure.
+
+        Args:
+            busy_secs: How long it ran on its worker.
+            num_steps: That it held.
+        """
+        if self._num_compiling:
+            return
+        now = self._now()
+        self._busy_secs += busy_secs
+        self._total_secs += now - self._last
+        self._last = now
+        self._all_busy_secs += busy_secs
+        self._num_steps += num_steps
+        self._num_closures += 1
+
+    @property
+    def share(self) -> float | None:
+        """Time that workers had nothing to do ÷ time, 0..1; None where nothing was measured."""
+        if self._total_secs <= 0:
+            return None
+        return min(max(1.0 - self._busy_secs / (self._num_workers * self._total_secs), 0.0), 1.0)
+
+    def choose_steps(self) -> int:
+        """Returns how many steps a closure should hold: 1, until more are worth the time to trace them.
+
+        More steps are traced once the time lost with fewer is what tracing them will take, so that a run that ends
+        early has lost at most as much again.
+        """
+        if self._chosen == _MAX_STEPS or self._num_closures < _MIN_CLOSURES:
+            return self._chosen
+        # What is lost is lost by closures, whatever they hold.
+        lost_secs = self._lost_before + self._lost_secs
+        lost_by_closure = self._num_workers * lost_secs / self._num_closures
+        step_secs = max(self._all_busy_secs / self._num_steps, 1e-9)
+        wanted = lost_by_closure / step_secs * (1 - _SHARE) / _SHARE
+        steps = min(2 ** math.ceil(math.log2(max(wanted, 1.0))), _MAX_STEPS, self._chosen * _MAX_GROWTH)
+        if steps > self._chosen and lost_secs >= steps * self._compile_secs:
+            self._chosen = steps
+            self._lost_before, self._all_busy_secs = -self._lost_secs, 0.0
+            self._num_steps = self._num_closures = 0
+        return self._chosen
+
+    @property
+    def _lost_secs(self) -> float:
+        """Of each worker."""
+        return (self.share or 0.0) * self._total_secs
+
+
+def timed(body: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `body` as a function that returns its results and the seconds it took where it ran (float64)."""
+    # A function in a function: it ends when all that it writes is written, not only what it returns is known.
+    inner = tf.function(body, autograph=False)
+
+    def run(*args: Any) -> tuple[Any, tf.Tensor]:
+        start = tf.timestamp()
+        with tf.control_dependencies([start]):
+            results = inner(*args)
+        with tf.control_dependencies(tf.nest.flatten(results)):
+            return results, tf.timestamp() - start
+
+    return run

@@ -1,0 +1,121 @@
+"""The step of a single device: Keras's own, untouched but for the check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfdist import keras_internals
+from tfdist.training.compute import Compute, time_calls
+from tfdist.training.metrics import metric_results, returned_names, scalar_logs, zero_state
+from tfdist.training.replica import after_reading
+from tfdist.training.step_check import UNCHECKED, StepCheck, run_if, side_variables
+
+
+class SoleStep:
+    """Runs a model's `train_step`, `test_step` or `predict_step` on the one device; the same face as `ReplicaStep`."""
+
+    def __init__(self, model: keras.Model) -> None:
+        self._model = model
+        self.returned: dict[str, list[str] | None] = {}
+        self.metric_names = set(metric_results(model, zero_state(model)))
+        self.jit: Compute | None = None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether XLA compiles the step, which is whole here: nothing is exchanged in it."""
+        return self.jit is not None or bool(self._model.jit_compile)
+
+    def train(self, parts: Any, global_size: Any, limit: Any = None) -> Any:
+        """Runs one optimizer step; see `ReplicaStep`."""
+        del global_size
+        if limit is None:
+            with after_reading(parts[0]):
+                return self._logs("train", self._model.train_step(parts[0])), _report(UNCHECKED)
+        check = StepCheck(limit)
+        binding = self._bind(check)
+        side = [keras_internals.native(v) for v in side_variables(self._model)]
+        before = [tf.identity(v) for v in side]
+        binding.install()
+        try:
+            with after_reading(parts[0]):
+                started_at = tf.timestamp()
+                outputs = self._model.train_step(parts[0])
+        finally:
+            binding.remove()
+        check.undo(side, before)
+        # The verdict is there as soon as the gradients are.
+        with tf.control_dependencies([check.verdict]):
+            compute_secs = tf.timestamp() - started_at
+        return self._logs("train", outputs), _report(check.verdict, compute_secs)
+
+    def _bind(self, check: StepCheck) -> keras_internals.ReplicaBinding:
+        def wrap(optimizer: keras.optimizers.Optimizer, apply: Any) -> Any:
+            def apply_sound(grads: Sequence[Any], trainable_variables: Any = None) -> None:
+                is_sound = check.judge(optimizer, grads, check.own_loss)
+                run_if(is_sound, lambda: apply(grads, trainable_variables))
+
+            return apply_sound
+
+        return keras_internals.ReplicaBinding(
+            variables=[],
+            optimizers=keras_internals.find_optimizers(self._model),
+            apply=wrap,
+            loss_correction=lambda *args: None,
+            model=self._model,
+            note_loss=check.note_loss,
+        )
+
+    def time_compute(self, compute: Compute, parts: Sequence[Any], *, jit: bool) -> float:
+        """Returns the seconds of a forward and backward pass that changes nothing; see `ReplicaStep`."""
+        side = [keras_internals.native(v) for v in side_variables(self._model)]
+
+        def run(part: Any) -> Any:
+            before = [tf.identity(v) for v in side]
+            found = compute.run(
+                part, variables=[], loss_correction=lambda *args: None, note_loss=None, jit=jit
+            )
+            for variable, value in zip(side, before, strict=True):
+                variable.assign(value)
+            with tf.control_dependencies(tf.nest.flatten(found.gradients, expand_composites=True)):
+                return tf.timestamp()
+
+        compiled = tf.function(run, autograph=False)
+        return time_calls(lambda: compiled(parts[0]).numpy())
+
+    def test(self, parts: Any, global_size: Any) -> Any:
+        """Updates the metrics on one batch."""
+        del global_size
+        return self._logs("test", self._model.test_step(parts[0]))
+
+    def predict(self, parts: Any, global_size: Any) -> Any:
+        """Returns the outputs for one batch."""
+        del global_size
+        return self._model.predict_step(parts[0])
+
+    def _logs(self, kind: str, logs: Any) -> dict[str, Any]:
+        self.returned[kind] = returned_names(logs)
+        return scalar_logs(logs, self.metric_names)
+
+    def spread_seeds(self) -> None:
+        """One replica keeps the model's seeds."""
+
+    def average_statistics(self) -> None:
+        """One replica has one set of statistics."""
+
+    def metric_state(self) -> list[Any]:
+        """Returns the metric variables' values."""
+        return [v.numpy() for v in self._model.metrics_variables]
+
+    def set_metric_state(self, state: Sequence[Any]) -> None:
+        """Assigns them."""
+        for variable, value in zip(self._model.metrics_variables, state, strict=True):
+            variable.assign(value)
+
+
+def _report(verdict: Any, compute_secs: Any = 0.0) -> Any:
+    """Returns the check's verdict and the loss, the seconds if they were taken, and none of an exchange."""
+    return tf.concat([tf.cast(verdict, tf.float64), tf.stack([tf.cast(compute_secs, tf.float64), 0.0])], 0)

@@ -1,0 +1,115 @@
+"""Where the time of a sync run's steps goes, on each worker: input, compute, exchange, and the rest."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tfdist.training.input_wait import InputWait
+
+# A worker that computes so many times as long as the median holds up the others.
+STRAGGLER = 1.5
+# Steps in one call of a graph, where that pays: a quarter of the calls is left, and no step waits long for the last.
+LOOP = 4
+# What loops save must be so many times what they cost, and this share of the time at least.
+MARGIN, LEAST_SHARE = 2.0, 0.05
+_NAMES = ("input", "compute", "exchange", "rest")
+
+
+class StepTimes:
+    """Adds up an epoch's times; steps in which TensorFlow compiles are left out.
+
+    Args:
+        num_workers: That step together.
+        rank: This worker's place.
+        now: Reads a clock, in seconds.
+    """
+
+    def __init__(self, *, num_workers: int, rank: int, now: Callable[[], float] = time.perf_counter) -> None:
+        self.rank = rank
+        self._num_workers = num_workers
+        self._now = now
+        self._workers: list[dict[str, float]] = []
+        self._trace_secs = self._longest_trace_secs = 0.0
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        """Forgets the epoch before."""
+        self._compute_secs = self._exchange_secs = self._total_secs = 0.0
+        self._num_steps = 0
+        self._last = self._now()
+
+    def end_step(self, compute_secs: float, exchange_secs: float, *, counts: bool) -> None:
+        """Adds a step.
+
+        Args:
+            compute_secs: From its batch until its first gradients were ready to cross.
+            exchange_secs: From then until all sums were there; waiting for slower workers is part of it.
+            counts: False leaves it out.
+        """
+        now = self._now()
+        if counts:
+            self._compute_secs += compute_secs
+            self._exchange_secs += exchange_secs
+            self._total_secs += now - self._last
+            self._num_steps += 1
+        else:
+            self._trace_secs = max(self._trace_secs, now - self._last)
+        self._last = now
+
+    def end_epoch(self, input_wait: InputWait, vote: Callable[[list[float]], list[float]]) -> None:
+        """Brings all workers' times together; every worker must call it.
+
+        Args:
+            input_wait: Of the epoch.
+            vote: Returns the sums of some numbers over all processes.
+        """
+        width = len(_NAMES) + 1
+        own = [0.0] * (width * self._num_workers)
+        if self._num_steps and self._compute_secs:
+            wait_secs = (input_wait.share or 0.0) * self._total_secs
+            rest_secs = self._total_secs - wait_secs - self._compute_secs - self._exchange_secs
+            secs = (wait_secs, self._compute_secs, self._exchange_secs, max(rest_secs, 0.0))
+            means = [s / self._num_steps for s in secs]
+            own[width * self.rank : width * (self.rank + 1)] = [*means, self._trace_secs]
+        found = vote(own) if self._num_workers > 1 else own
+        self._workers = [
+            dict(zip(_NAMES, found[start : start + width], strict=False))
+            for start in range(0, len(found), width)
+        ]
+        self._longest_trace_secs = max(found[width - 1 :: width])
+
+    def loop_size(self, num_steps: int) -> int:
+        """Says how many steps one call of a graph should hold from now on, by the epoch's times: alike on all workers.
+
+        Args:
+            num_steps: That are still to come.
+
+        Returns:
+            `LOOP` if the calls that it saves are worth compiling so many steps, else 1.
+        """
+        step_secs = min(sum(worker.values()) for worker in self._workers)
+        saved_secs = min(worker["rest"] for worker in self._workers) * (1 - 1 / LOOP)
+        is_worth = saved_secs * num_steps > MARGIN * LOOP * self._longest_trace_secs
+        return LOOP if is_worth and saved_secs > LEAST_SHARE * step_secs else 1
+
+    def summary(self) -> dict[str, Any]:
+        """Returns `step_secs` (for each worker the mean seconds of a step by what they went to) and `slowest_worker`.
+
+        `straggler` is there too if that worker computes `STRAGGLER` times as long as the median: how many times.
+        """
+        computes = [worker["compute"] for worker in self._workers]
+        if not any(computes):
+            return {}
+        slowest = computes.index(max(computes))
+        found: dict[str, Any] = {
+            "step_secs": [{name: round(secs, 6) for name, secs in worker.items()} for worker in self._workers]
+        }
+        if self._num_workers > 1:
+            found["slowest_worker"] = slowest
+            ratio = computes[slowest] / max(statistics.median(computes), 1e-9)
+            if ratio >= STRAGGLER:
+                found["straggler"] = round(ratio, 2)
+        return found

@@ -135,6 +135,17 @@ def test_each_failure_comes_once_at_its_moment(tmp_path):
     assert chaos.is_over and due() == []
 
 
+def test_worker_fails_after_its_own_step_and_not_after_anothers():
+    first, second = Task("worker", 0), Task("worker", 1)
+    cluster = build_cluster(Job(command=["true"], num_workers=2, strategy="multiworker"), range(1, 3))
+    failures = parse_chaos("kill:worker:1@step=5", cluster)
+    chaos = Chaos(failures, run_dir=None, started_at=0.0)
+    beats = {first: Beat(state="working", step=5), second: Beat(state="working", step=4)}
+    assert chaos.take_due(beats.get, cluster, 0.0) == []
+    beats[second] = Beat(state="working", step=5)
+    assert chaos.take_due(beats.get, cluster, 0.0) == failures
+
+
 def test_task_that_makes_no_step_hangs_and_of_several_the_last_is_named(tmp_path):
     watch = Watch(str(tmp_path), hang_timeout_secs=10)
     children = [FakeChild(Task("worker", i)) for i in range(3)]

@@ -123,7 +123,10 @@ class Chaos:
         if failure.moment == "secs":
             return now - self._started_at >= failure.value
         if failure.moment == "step":
-            return max((beat.step for beat in beats), default=0) >= failure.value
+            # A worker may be a step behind another; who makes no steps (ps, evaluator) has the furthest one's.
+            own = read(failure.task)
+            steps = [own.step] if own is not None and own.step else [beat.step for beat in beats]
+            return max(steps, default=0) >= failure.value
         if failure.moment == "end":
             return self._has_worked and any(beat.state == "resting" for beat in beats)
         return self._run_dir is not None and any(Path(self._run_dir, "checkpoints").glob(".epoch-*.tmp-*"))

@@ -115,12 +115,13 @@ def test_job_whose_output_nobody_reads_is_cancelled(submit, slurm):
 
 def test_killed_job_is_requeued_and_its_program_may_save_before(submit, slurm, tmp_path):
     # The program is told, saves, and is there again: as at the end of the time limit. One task has nothing to save, and
-    # leaves; Slurm must not kill the other for that, which it would do after 3 s. Slurm may tell the sleep first.
+    # leaves; Slurm must not kill the other for that, which it would do after 3 s. Slurm may tell the sleep first, or
+    # miss one that has just been forked; it then waits for whoever still holds a task's output.
     program = """\
 [ $SLURM_PROCID = 0 ] || trap 'exit 143' TERM
 if [ $TFDIST_RESTART = 1 ]; then cat saved; exit; fi
 [ $SLURM_PROCID = 1 ] || trap 'sleep 6; echo my work >saved; exit 143' TERM
-echo first try; while :; do sleep 100 & wait; done"""
+echo first try; while :; do sleep 100 >/dev/null 2>&1 & wait; done"""
     process = submit("--num_workers=2", "--max_restarts=1", "--job_name=again", "--", "sh", "-c", program)
     assert {process.stdout.readline() for _ in range(2)} == {"0: first try\n", "1: first try\n"}
     job_id = squeue(slurm).split()[0]

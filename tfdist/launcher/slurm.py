@@ -134,11 +134,11 @@ rm -f "$TFDIST_FIRST_FAILURE"
 """.replace("{lost}", str(PEER_LOST_CODE))
 _REQUEUE = """\
 # Killed, out of time, or without the others: no fault of the program. It goes on from its last checkpoint.
+# Slurm ends this script then; a child just forked could escape it.
 if [ $code -eq {lost} ] || [ $code -gt 128 ]; then
     if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_restarts} ]; then
         echo "tfdist: requeued"
-        scontrol requeue "$SLURM_JOB_ID"
-        sleep 60
+        scontrol requeue "$SLURM_JOB_ID" && exec sleep 60
     fi
 fi
 """

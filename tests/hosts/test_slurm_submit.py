@@ -121,7 +121,7 @@ def test_killed_job_is_requeued_and_its_program_may_save_before(submit, slurm, t
 [ $SLURM_PROCID = 0 ] || trap 'exit 143' TERM
 if [ $TFDIST_RESTART = 1 ]; then cat saved; exit; fi
 [ $SLURM_PROCID = 1 ] || trap 'sleep 6; echo my work >saved; exit 143' TERM
-echo first try; while :; do sleep 100 >/dev/null 2>&1 & wait; done"""
+echo first try; while :; do sleep 1 >/dev/null 2>&1 & wait; done"""
     process = submit("--num_workers=2", "--max_restarts=1", "--job_name=again", "--", "sh", "-c", program)
     assert {process.stdout.readline() for _ in range(2)} == {"0: first try\n", "1: first try\n"}
     job_id = squeue(slurm).split()[0]

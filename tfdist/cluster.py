@@ -163,6 +163,14 @@ class Cluster:
         """Whether this process is the one that writes."""
         return self.is_local or (self.task is not None and self.task == self.chief)
 
+    def only_serves(self, strategy: str) -> bool:
+        """Says whether this process runs no program of its own, but what a `ps` run's chief sends it.
+
+        Args:
+            strategy: Canonical name.
+        """
+        return strategy == "ps" and self.task is not None and self.task.type != "chief"
+
     def address(self, task: Task) -> str:
         """Finds where a task listens.
 

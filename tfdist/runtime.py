@@ -8,32 +8,28 @@ import functools
 import logging
 import os
 import re
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.cluster import Cluster, Task, canonical_strategy, check_strategy, split_address
+from tfdist.cluster import Cluster, Task, canonical_strategy, check_strategy
 from tfdist.config import JIT_COMPILE
 from tfdist.data import ShardedSource, Source, build_source, hold_out
-from tfdist.door import LOOPBACK, close_when_listening
-from tfdist.environments import detect_cluster, tf_config
-from tfdist.errors import ClusterError, ConfigError, PeerLost
-from tfdist.guests import LISTEN_VARIABLE, find_guests, is_open
+from tfdist.devices import configure_devices
+from tfdist.environments import detect_cluster
+from tfdist.errors import ConfigError, PeerLost
 from tfdist.heartbeat import Heart
-from tfdist.launcher.job import count_cores
 from tfdist.layers import Embedding
 from tfdist.members import Members
 from tfdist.optimizers import describe_dense_rows, with_sparse_rows
-from tfdist.ports import check_port_free, check_reachable, meet_peers
-from tfdist.strategies import build_resolver, build_strategy, configure_devices, is_peer_loss
+from tfdist.ports import check_reachable, meet_peers
+from tfdist.server import close_door, prepare_server, serve
+from tfdist.strategies import build_strategy, is_peer_loss
 from tfdist.sync_options import SyncOptions
 from tfdist.training.callbacks import split_callbacks
 from tfdist.training.checkpoint import Snapshot
@@ -49,11 +45,6 @@ from tfdist.training.state import blocks_of_large
 from tfdist.training.sync import SyncLoop
 
 _log = logging.getLogger("tfdist")
-SERVER_GRACE_SECS = 30.0
-# How often a server looks whether its chief still listens, and how long it looks before it believes that it does not.
-_CHIEF_POLL_SECS = 2.0
-_CHIEF_GONE_SECS = 3.0
-_MIN_THREADS_PS = 4
 # A smaller table costs no time to speak of, whatever the optimizer does to it.
 _MANY_ROWS = 100_000
 
@@ -85,7 +76,6 @@ def initialize(
         ConfigError: If the strategy does not fit the cluster.
         ClusterError: If this task's port is taken, or other tasks do not answer in time.
     """
-    heart = Heart.from_environment(os.environ)
     cluster = cluster or detect_cluster(os.environ, strategy=strategy) or Cluster()
     name = canonical_strategy(strategy or os.environ.get("TFDIST_STRATEGY") or _default_strategy(cluster))
     if cluster.is_local and name in ("multiworker", "ps"):
@@ -94,17 +84,17 @@ def initialize(
             f"'python -m tfdist.launch --strategy={name} --num_workers=2 your_script.py', or set TF_CONFIG."
         )
     check_strategy(cluster, name)
-    check_port_free(cluster)
-    _prepare_grpc(cluster, name)
+    if cluster.only_serves(name):
+        serve(cluster, start_timeout_secs=start_timeout_secs)
+    heart = Heart.from_environment(os.environ)
+    prepare_server(cluster, name)
     configure_devices(strategy=name, num_replicas=num_replicas)
     keras.utils.set_random_seed(seed)
     if mixed_precision:
         keras.mixed_precision.set_dtype_policy(f"mixed_{mixed_precision}")
     if name == "multiworker":
         meet_peers(cluster, timeout_secs=start_timeout_secs)
-    _close_door(cluster)
-    if name == "ps" and cluster.task is not None and cluster.task.type != "chief":
-        _serve(cluster, heart, start_timeout_secs)
+    close_door(cluster)
     if name == "ps":
         servers = [t for t in cluster.tasks if t.type != "chief"]
         check_reachable(cluster, timeout_secs=start_timeout_secs, tasks=servers)
@@ -112,81 +102,10 @@ def initialize(
     return Run(strategy=built, strategy_name=name, cluster=cluster, seed=seed, heart=heart)
 
 
-def _close_door(cluster: Cluster) -> None:
-    """Closes this task's server to machines that are no part of the cluster, as far as the kernel lets this user."""
-    if cluster.task is None or cluster.task not in cluster.tasks:
-        return
-    interface = LOOPBACK if cluster.is_loopback else os.environ.get(LISTEN_VARIABLE)
-    guests = find_guests(cluster, os.environ)
-    if interface or guests:
-        port = split_address(cluster.address(cluster.task))[1]
-        close_when_listening(port, device=interface, guests=guests)
-    if cluster.is_chief and is_open(cluster, os.environ):
-        _log.warning(
-            "an open door: the servers at %s obey anyone who can connect%s; put a firewall before them, or name their "
-            "own network by --listen_interface: see docs/security.md",
-            ", ".join(cluster.address(task) for task in cluster.tasks),
-            ", since the kernel lets this user turn nobody away" if guests else "",
-        )
-
-
-def _prepare_grpc(cluster: Cluster, strategy: str) -> None:
-    """Sets what the launcher sets, for tasks that a scheduler has started; what is set already stays."""
-    given = os.environ
-    given.setdefault("GRPC_FAIL_FAST", "use_caller")
-    if any(given.get(name) for name in ("http_proxy", "https_proxy", "grpc_proxy")):
-        hosts = {split_address(cluster.address(task))[0] for task in cluster.tasks}
-        given.setdefault("no_grpc_proxy", ",".join([*sorted(hosts), given.get("no_proxy", "")]).strip(","))
-    if strategy == "ps" and count_cores() < _MIN_THREADS_PS:
-        # With fewer, as where mpirun binds a task to one core, tensors between workers and ps would wait for ever.
-        given.setdefault("TF_NUM_INTEROP_THREADS", str(_MIN_THREADS_PS))
-        given.setdefault("TF_GRPC_WORKER_CACHE_THREADS", str(_MIN_THREADS_PS))
-
-
 def _default_strategy(cluster: Cluster) -> str:
     if cluster.num_ps:
         return "ps"
     return "one_device" if cluster.is_single else "multiworker"
-
-
-def _serve(cluster: Cluster, heart: Heart, start_timeout_secs: float) -> NoReturn:
-    """Serves until the launcher ends this process; at SIGTERM for as long as the chief may need to save its state."""
-    told = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: told.set())
-    resolver = build_resolver(cluster)
-    server = tf.distribute.Server(
-        resolver.cluster_spec(),
-        job_name=resolver.task_type,
-        task_index=resolver.task_id,
-        protocol="grpc",
-    )
-    # In a thread: `join` never lets Python handle a signal.
-    threading.Thread(target=server.join, name="tfdist-server", daemon=True).start()
-    # Who sets TF_CONFIG ends the servers too, or keeps them. In other worlds nobody does: they end with the chief.
-    if tf_config.detect(os.environ):
-        told.wait()
-    elif not _outlives(cluster, told, start_timeout_secs):
-        print("tfdist: the chief has ended", file=sys.stderr, flush=True)
-        os._exit(0)  # At once, and whatever the chief's last step has left undone here.
-    heart.tell()
-    time.sleep(SERVER_GRACE_SECS)
-    raise SystemExit(143)
-
-
-def _outlives(cluster: Cluster, told: threading.Event, start_timeout_secs: float) -> bool:
-    """Waits until this process is told to end, and returns True, or the chief has come and gone."""
-    assert cluster.chief is not None
-    has_come, deadline = False, time.monotonic() + start_timeout_secs
-    while not told.wait(_CHIEF_POLL_SECS):
-        try:
-            check_reachable(cluster, timeout_secs=_CHIEF_GONE_SECS, tasks=[cluster.chief])
-            has_come = True
-        except ClusterError:
-            if has_come:
-                return False
-            if time.monotonic() > deadline:
-                raise
-    return True
 
 
 class Run:

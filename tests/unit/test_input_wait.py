@@ -68,6 +68,17 @@ def test_timed_next_waits_for_the_element_alone():
     assert float(found[0][1]) > 0.04 and all(float(secs) < 0.45 for _, secs in found), found
 
 
+def test_a_graph_may_take_many_elements():
+    """As a loop of many steps does; TensorFlow itself ends it at the 33rd."""
+
+    @tf.function(autograph=False)
+    def steps(iterator):
+        return [timed_next(iterator)[0] for _ in range(40)]
+
+    iterator = iter(tf.data.Dataset.range(80))
+    assert [int(element) for element in [*steps(iterator), *steps(iterator)]] == list(range(80))
+
+
 @pytest.mark.parametrize("secs", [0.01, 0.0])
 @pytest.mark.parametrize("eagerly", [False, True])
 def test_fit_tells_of_slow_input(tmp_path, secs, eagerly):

@@ -20,6 +20,7 @@ from tfdist.data import (
 )
 from tfdist.errors import ConfigError
 from tfdist.training.input_position import InputPosition
+from tfdist.training.input_wait import next_element
 from tfdist.training.message import pack_batches, unpack_batch
 from tfdist.training.plan import BatchPlan
 
@@ -80,7 +81,7 @@ class ResidentFeed:
                 size=size,
                 shuffle=plan.shuffle,
             )
-            return take(next(iterator), indices)
+            return take(next_element(iterator), indices)
 
         return read
 
@@ -173,7 +174,7 @@ class OwnFeed:
     def read(self, size: int | None, plan: BatchPlan) -> Callable[[Any, int], Any]:
         """Returns what reads a part on the worker, as a function of what was packed and of its place there."""
         del size, plan
-        return lambda iterator, place: next(iterator)
+        return lambda iterator, place: next_element(iterator)
 
 
 Feed = ResidentFeed | SentFeed | OwnFeed

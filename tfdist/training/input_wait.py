@@ -52,6 +52,15 @@ def timed_next(iterator: Iterator[Any]) -> tuple[Any, tf.Tensor]:
     """
     start = tf.timestamp()
     with tf.control_dependencies([start]):
-        element = next(iterator)
+        element = next_element(iterator)
     with tf.control_dependencies(tf.nest.flatten(element)):
         return element, tf.timestamp() - start
+
+
+def next_element(iterator: Iterator[Any]) -> Any:
+    """Takes the next element, in one graph as often as wanted: at 32 times TensorFlow suspects an endless loop.
+
+    It counts by the object, so each element is taken through another one of the same iterator.
+    """
+    parts = tf.nest.flatten(iterator, expand_composites=True)
+    return next(tf.nest.pack_sequence_as(iterator, parts, expand_composites=True))

@@ -178,11 +178,13 @@ def measure(rounds: int) -> Iterator[Row]:
     text = "step of Keras's `Embedding` and Adagrad ÷ ours, same loop, 1,000,000 × 16"
     yield _ratio(text, layers, "Keras", "tfdist", "≥ 7", "ms")
     dispatch = run_cluster("dispatch", rounds)
-    percent = {name: [100 * share for share in dispatch[name]] for name in ("share", "idle")}
-    text = "… two workers' time without a closure, 16 steps in each, 480 in an epoch, %"
-    yield text, render_spread(percent["share"], 1), "≤ 3"
-    text = "… the machine's cores idle meanwhile, %: no more can be won"
-    yield text, render_spread(percent["idle"], 1), ""
+    for steps_per_loop, steps in ((16, 480), (64, 1920)):
+        share, idle = ([100 * x for x in dispatch[f"{name} {steps_per_loop}"]] for name in ("share", "idle"))
+        text = (
+            f"… two workers' time without a closure, {steps_per_loop} steps in each, {steps:,} in an epoch, %"
+        )
+        yield text, render_spread(share, 1), "≤ 3"
+        yield "… the machine's cores idle meanwhile, %: no more can be won", render_spread(idle, 1), ""
     yield "… an empty closure, which TensorFlow alone takes, ms", render_spread(dispatch["empty"], 1), ""
     peers = compare_with_tf_keras(max(1, rounds // 2))
     yield _ratio("epoch of `tf_keras` 2.21 `fit` ÷ ours, same table", peers, "tf_keras", "ours", "≥ 2", "s")

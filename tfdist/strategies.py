@@ -29,7 +29,7 @@ def build_strategy(
         return tf.distribute.get_strategy()
     if strategy == "mirrored":
         return tf.distribute.MirroredStrategy(_mirrored_devices(num_replicas))
-    resolver = build_resolver(cluster)
+    resolver = _build_resolver(cluster)
     if strategy == "multiworker":
         return _build_multiworker(resolver)
     ps_strategy = tf.distribute.ParameterServerStrategy(resolver)
@@ -37,7 +37,7 @@ def build_strategy(
     return ps_strategy
 
 
-def build_resolver(cluster: Cluster | None) -> tf.distribute.cluster_resolver.SimpleClusterResolver:
+def _build_resolver(cluster: Cluster | None) -> tf.distribute.cluster_resolver.SimpleClusterResolver:
     """Returns TensorFlow's form of a cluster with its own task."""
     assert cluster is not None and cluster.task is not None
     spec = tf.train.ClusterSpec({role: list(addresses) for role, addresses in cluster.addresses.items()})

@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import programs
 import pytest
 
 # Read by TensorFlow when it is first imported, so set before any test module is.
@@ -49,7 +50,7 @@ def _living_descendants() -> set[int]:
     found = {os.getpid()} | marked
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
-    return found - {os.getpid()} - _python_own_children()
+    return found - {os.getpid()} - _python_own_children() - {programs.server_pid()}
 
 
 def _python_own_children() -> set[int]:
@@ -74,6 +75,7 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fails the run, and ends what it left, when a process that a test started is still there."""
+    programs.stop()
     deadline = time.monotonic() + _GRACE_SECS
     while (left := _living_descendants()) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -157,6 +157,7 @@ def define_flags() -> flags.FlagValues:
         "listen_interface", None, "Where alone the hosts' servers listen, such as eth0.", **own
     )
     flags.DEFINE_string("chaos", "", "Failures to make: kill:worker:1@step=50,stop:ps:0@secs=20.", **own)
+    flags.DEFINE_bool("preload", True, "Import TensorFlow once, and fork a local cluster's tasks.", **own)
     flags.DEFINE_float("grace_secs", 30.0, "Seconds to save the state in, after SIGTERM.", **own)
     flags.DEFINE_multi_string("set", [], "A recipe's own setting, name=value; repeatable.", **own)
     flags.DEFINE_string("verbose", "auto", "0 silent, 1 progress, 2 a line per epoch, auto.", **own)

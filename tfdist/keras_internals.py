@@ -16,9 +16,12 @@ import tensorflow as tf
 from keras.src.losses import loss as keras_loss
 from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
 from keras.src.saving import saving_lib
+from tensorflow.python.distribute import distribute_lib
 from tensorflow.python.eager import context
 
-_DEFAULT_STRATEGY = tf.distribute.get_strategy()
+# By its private name: `tf.distribute.get_strategy` makes a graph, with which TensorFlow starts a thread and draws its
+# first random names. Processes forked after that would share both.
+DEFAULT_STRATEGY: tf.distribute.Strategy = distribute_lib._get_default_strategy()
 
 _reduce_weighted_values = keras_loss.reduce_weighted_values
 _ABSENT = object()
@@ -152,7 +155,7 @@ class ReplicaBinding:
         for variable, local in self._variables:
             self._set(variable, "_value", local)
         for optimizer in self._optimizers:
-            self._set(optimizer, "_distribution_strategy", _DEFAULT_STRATEGY)
+            self._set(optimizer, "_distribution_strategy", DEFAULT_STRATEGY)
             self._set(optimizer, "_all_reduce_sum_gradients", list)
         for optimizer, apply in self._applies:
             self._set(optimizer, "apply", apply)

@@ -26,6 +26,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except TfdistError as error:
         print(f"tfdist.launch: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("tfdist.launch: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

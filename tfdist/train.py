@@ -9,13 +9,11 @@ python -m tfdist.train --list_recipes
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,10 +24,13 @@ from tfdist.environments import detect_cluster
 from tfdist.errors import NonFiniteError, OutOfMemoryError, TfdistError
 from tfdist.flags import build_config, parse_flags, resolve_run
 from tfdist.launcher import Job, build_python_command, parse_num_workers, render_dry_run_local, run_local
+from tfdist.launcher.fork import quiet_imports
 from tfdist.launcher.hosts import read_hosts, read_ssh_options
 from tfdist.recipe import check_recipe_exists, list_recipes, load_recipe
 from tfdist.training.run_dir import RunDir
 
+# What every task of a local cluster imports.
+_PRELOAD = ("tensorflow", "keras", "tfdist.execute", "tfdist.server")
 # How long the others wait for the chief to say what is wrong, and to be ended for it.
 _CHIEF_SPEAKS_FIRST_SECS = 20.0
 
@@ -105,6 +106,7 @@ def _launch(words: Sequence[str], fields: Mapping[str, Any], values: flags.FlagV
         ssh=read_ssh_options(values),
         listen_interface=values.listen_interface,
         exchange=config.exchange,
+        preload=_PRELOAD if values.preload else (),
     )
     if values.dry_run:
         print(render_dry_run_local(job))
@@ -130,7 +132,7 @@ def _execute(fields: Mapping[str, Any], cluster: Cluster | None) -> int:
     if cluster is not None and cluster.only_serves(fields["strategy"]):
         build_config(fields, None)  # The recipe is the chief's alone.
         _serve(cluster)
-    with _quiet_start():
+    with quiet_imports():
         # Here: TensorFlow takes seconds to import, and a mistake above should not wait for it.
         from tfdist.execute import execute
     config = build_config(fields, load_recipe(fields["recipe"]))
@@ -144,28 +146,10 @@ def _serve(cluster: Cluster) -> NoReturn:
         # TensorFlow imports Keras on its own, and that scikit-learn: a second and 90 MB that a server has no use for.
         # With this it looks for the package that is not there, and goes on without.
         os.environ["TF_USE_LEGACY_KERAS"] = "1"
-    with _quiet_start():
+    with quiet_imports():
         # Here, as the variable above must come first.
         from tfdist.server import serve
     serve(cluster)
-
-
-@contextlib.contextmanager
-def _quiet_start() -> Iterator[None]:
-    """Keeps back what TensorFlow writes while it is imported, two notes that no log level hides; not if it fails."""
-    sys.stderr.flush()
-    own = os.dup(2)
-    with tempfile.TemporaryFile() as kept:
-        os.dup2(kept.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            kept.seek(0)
-            os.write(own, kept.read())
-            raise
-        finally:
-            os.dup2(own, 2)
-            os.close(own)
 
 
 def _let_the_chief_speak(cluster: Cluster | None) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 
 pytestmark = pytest.mark.cluster
-REPOSITORY = str(Path(__file__).parents[2])
 RECIPE = Path(__file__).with_name("recipe.py")
 EPOCHS, NUM_EXAMPLES, STEPS = 5, 330, 21
 TASKS = {"multiworker": ["worker:0", "worker:1"], "ps": ["chief:0", "worker:1", "ps:0"]}
@@ -49,9 +47,8 @@ def pytest_generate_tests(metafunc):
 
 
 def train(folder, *flags):
-    command = [sys.executable, "-m", "tfdist.train", "--run_dir=run", *flags]
-    env = {**os.environ, "PYTHONPATH": REPOSITORY, "TFDIST_PROGRESS": "plain"}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+    env = {**os.environ, "TFDIST_PROGRESS": "plain"}
+    return programs.run(["-m", "tfdist.train", "--run_dir=run", *flags], cwd=folder, env=env)
 
 
 def settings(strategy):

@@ -7,12 +7,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
+import programs
 import pytest
-from test_chaos import NUM_EXAMPLES, RECIPE, REPOSITORY, STEPS, assert_no_process_left, train
+from test_chaos import NUM_EXAMPLES, RECIPE, STEPS, assert_no_process_left, train
 
 pytestmark = pytest.mark.cluster
 # Gradient descent without dropout: the number of replicas must not show.
@@ -35,7 +35,6 @@ def wait_until(condition, process, output, secs=150):
 def test_goes_on_with_fewer_and_then_with_all(tmp_path, how):
     flags, sign = BACK[how]
     command = [
-        sys.executable,
         "-m",
         "tfdist.train",
         "--run_dir=run",
@@ -44,10 +43,10 @@ def test_goes_on_with_fewer_and_then_with_all(tmp_path, how):
         *flags,
         "--epochs=100000",
     ]
-    env = {**os.environ, "PYTHONPATH": REPOSITORY, "TFDIST_PROGRESS": "plain"}
+    env = {**os.environ, "TFDIST_PROGRESS": "plain"}
     output = tmp_path / "output"
     with output.open("w") as file:
-        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=file, stderr=subprocess.STDOUT)
+        process = programs.Program(command, cwd=tmp_path, env=env, stdout=file, stderr=subprocess.STDOUT)
     try:
         wait_until(lambda text: sign in text, process, output)
         # From then on a line of an epoch comes from all three.

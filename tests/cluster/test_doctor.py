@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 
 from tfdist.checkup.meeting import Meeting
@@ -65,6 +66,12 @@ def start(*words, cwd, env=None):
 def finish(process, timeout=200):
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
+
+
+def run(*words, cwd):
+    """Runs a command that trains."""
+    done = programs.run(["-m", *words], cwd=cwd)
+    return done.returncode, done.stdout, done.stderr
 
 
 def read_logs(folder, run_dir="run"):
@@ -171,8 +178,8 @@ def test_facts_are_told_to_nobody_else():
 
 def test_killed_task_is_named_with_time_and_step(tmp_path):
     words = ["--strategy=multiworker", "--num_workers=2", "--run_dir=run", "--epochs=2"]
-    code, _, err = finish(
-        start("tfdist.train", *words, "--chaos=kill:worker:1@step=20", "--max_restarts=0", cwd=tmp_path)
+    code, _, err = run(
+        "tfdist.train", *words, "--chaos=kill:worker:1@step=20", "--max_restarts=0", cwd=tmp_path
     )
     assert code == 137, err
     line = read_logs(tmp_path)
@@ -185,7 +192,7 @@ def test_killed_task_is_named_with_time_and_step(tmp_path):
 def test_nan_is_named(tmp_path):
     (tmp_path / "nan.py").write_text(NAN_RECIPE)
     words = ["--strategy=multiworker", "--num_workers=2", "--run_dir=run", "--recipe=nan.py"]
-    code, _, err = finish(start("tfdist.train", *words, cwd=tmp_path))
+    code, _, err = run("tfdist.train", *words, cwd=tmp_path)
     assert code == 1, err
     line = read_logs(tmp_path)
     assert re.match(r"error: worker:\d died first", line)
@@ -194,7 +201,7 @@ def test_nan_is_named(tmp_path):
 
 def test_taken_port_is_named(tmp_path):
     (tmp_path / "port.py").write_text(TAKES_A_PORT)
-    code, _, err = finish(start("tfdist.launch", "--num_workers=2", "--run_dir=run", "port.py", cwd=tmp_path))
+    code, _, err = run("tfdist.launch", "--preload", "--num_workers=2", "--run_dir=run", "port.py", cwd=tmp_path)
     assert code == 1, err
     line = read_logs(tmp_path)
     assert "worker:1 died first" in line and "most likely its port was taken" in line

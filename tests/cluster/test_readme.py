@@ -9,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import programs
 import pytest
 
 pytestmark = pytest.mark.cluster
@@ -67,18 +68,12 @@ def find_commands(text):
     return commands
 
 
-def run(command, cwd, *flags, python_path=REPOSITORY):
+def run(command, cwd, *flags):
     """Runs a command of the README, with more flags, by the Python that runs the tests."""
     program, *words = shlex.split(command)
     assert program == "python"
-    return subprocess.run(
-        [sys.executable, *words, *flags],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(python_path)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    words = [*words[:2], *(["--preload"] if words[1] == "tfdist.launch" else []), *words[2:]]
+    return programs.run([*words, *flags], cwd=cwd)
 
 
 def explain(done):
@@ -170,6 +165,12 @@ def run_pip(*words):
     assert done.returncode == 0, explain(done)
 
 
+def run_installed(site, cwd, *words):
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    words = [sys.executable, *words]
+    return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=280)
+
+
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     """Modules, the texts beside them, the digits; no tests."""
     with zipfile.ZipFile(wheel) as archive:
@@ -186,11 +187,11 @@ def test_installed_wheel_runs_the_main_job(wheel, tmp_path):
     cwd.mkdir()
     run_pip("install", "--no-deps", f"--target={site}", str(wheel))
     where = "import importlib.util as u; print(u.find_spec('tfdist').origin)"
-    found = run(f'python -c "{where}"', cwd, python_path=site)
+    found = run_installed(site, cwd, "-c", where)
     assert found.stdout.strip() == str(site / "tfdist/__init__.py"), explain(found)
 
     flags = ["--epochs=2", "--run_dir=my runs/first run", f"--data_dir={tmp_path / 'data'}"]
-    done = run("python -m tfdist.train --strategy=ps", cwd, *flags, python_path=site)
+    done = run_installed(site, cwd, "-m", "tfdist.train", "--strategy=ps", *flags)
     assert done.returncode == 0, explain(done)
     (accuracy,) = re.findall(r"test .*accuracy (\d\.\d+)", done.stdout)
     assert float(accuracy) > 0.8

@@ -5,13 +5,13 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
-from test_train_command import REPOSITORY, run_train
+from test_train_command import run_train
 
 pytestmark = pytest.mark.cluster
 EPOCHS, STEPS = 8, 23
@@ -19,10 +19,9 @@ FLAGS = [f"--epochs={EPOCHS}", "--checkpoint_every_steps=5", "--set=filters=8"]
 
 
 def start(folder, strategy):
-    command = [sys.executable, "-m", "tfdist.train", f"--strategy={strategy}", "--run_dir=run", *FLAGS]
-    env = {**os.environ, "PYTHONPATH": REPOSITORY}
+    command = ["-m", "tfdist.train", f"--strategy={strategy}", "--run_dir=run", *FLAGS]
     with open(folder / "output", "w") as output:
-        return subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT)
+        return programs.Program(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
 
 
 def wait_for_checkpoint(folder, process):

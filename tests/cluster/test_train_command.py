@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 
 from tfdist.ports import PortReservation, check_grpc_server
@@ -19,15 +20,7 @@ STRATEGIES = ["one_device", "mirrored", "multiworker", "ps"]
 
 def run_train(cwd, *flags, env=None):
     """Runs the command from another folder."""
-    path = os.pathsep.join([REPOSITORY, os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-m", "tfdist.train", *flags],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": path, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    return programs.run(["-m", "tfdist.train", *flags], cwd=cwd, env={**os.environ, **(env or {})})
 
 
 @pytest.fixture(scope="module", params=STRATEGIES)

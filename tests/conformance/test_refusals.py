@@ -3,12 +3,11 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
+import programs
 import pytest
 import refusals
-from worlds import REPOSITORY, run_world
+from worlds import run_world
 
 from tfdist.ports import PortReservation
 
@@ -58,14 +57,10 @@ def test_missing_task_is_named_in_time(tmp_path, strategy):
     roles = {"worker": addresses[:2]} if strategy == "multiworker" else {}
     roles = roles or {"chief": addresses[:1], "worker": addresses[1:2], "ps": addresses[2:]}
     first = next(iter(roles))
-    env = os.environ | {
-        "TF_CONFIG": json.dumps({"cluster": roles, "task": {"type": first, "index": 0}}),
-        "PYTHONPATH": REPOSITORY,
-    }
-    program = f"import tfdist; tfdist.initialize(strategy={strategy!r}, start_timeout_secs=2)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
-    )
+    env = {"TF_CONFIG": json.dumps({"cluster": roles, "task": {"type": first, "index": 0}})}
+    script = tmp_path / "script.py"
+    script.write_text(f"import tfdist; tfdist.initialize(strategy={strategy!r}, start_timeout_secs=2)")
+    done = programs.run([script], cwd=tmp_path, env=os.environ | env)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert re.search(rf"no answer within 2 s from worker:\d at {addresses[1]}.*start the task", last), (

@@ -1,6 +1,5 @@
 """A stream that a tf.data service prepares: each example comes once an epoch, in batches of whoever asks next."""
 
-import os
 import shutil
 import socket
 import subprocess
@@ -8,9 +7,10 @@ import sys
 import time
 
 import numpy as np
+import programs
 import pytest
 import served
-from worlds import REPOSITORY, run_world
+from worlds import run_world
 
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
@@ -128,14 +128,7 @@ RECIPE = tfdist.Recipe(build_model=build_model, build_data=build_data, global_ba
 def train(tmp_path, service, run_dir="run"):
     (tmp_path / "stream.py").write_text(RECIPE)
     words = ["--recipe=stream.py", f"--run_dir={run_dir}", f"--data_service={service}", "--verbose=2"]
-    return subprocess.run(
-        [sys.executable, "-m", "tfdist.train", *words],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": REPOSITORY},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    return programs.run(["-m", "tfdist.train", *words], cwd=tmp_path)
 
 
 def test_command_takes_the_flag(tmp_path):

@@ -1,14 +1,9 @@
 """Starts a program in a world: a strategy and a number of replicas or workers, in real processes."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
-
-REPOSITORY = str(Path(__file__).parents[2])
+import programs
 
 
 def run_world(program, out, world):
@@ -21,13 +16,11 @@ def run_world(program, out, world):
     """
     strategy, number, num_ps = [*world.split("-"), "", ""][:3]
     launch = {
-        "multiworker": ["-m", "tfdist.launch", "--strategy=multiworker", f"--num_workers={number}"],
-        "ps": ["-m", "tfdist.launch", "--strategy=ps", f"--num_workers={number}", f"--num_ps={num_ps or 1}"],
+        "multiworker": ["-m", "tfdist.launch", "--preload", "--strategy=multiworker", f"--num_workers={number}"],
+        "ps": ["-m", "tfdist.launch", "--preload", "--strategy=ps", f"--num_workers={number}", f"--num_ps={num_ps or 1}"],
     }.get(strategy, [])
     replicas = [number] if strategy == "mirrored" else []
-    command = [sys.executable, *launch, str(program), str(out), strategy, *replicas]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([REPOSITORY, os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    done = programs.run([*launch, program, out, strategy, *replicas], timeout=600)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-6000:]}"
 
 

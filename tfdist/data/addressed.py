@@ -11,7 +11,7 @@ import tensorflow as tf
 from tfdist.data.indexed import IndexedSource
 from tfdist.data.order import examples_at, num_steps, part_slice, step_size, step_start
 from tfdist.data.segment import Segment, Share
-from tfdist.data.source import ArraySource
+from tfdist.data.source import ArraySource, take
 
 _BYTES_AT_ONCE, _MAX_STEPS_AT_ONCE = 2**20, 32
 # Fewer where an example may take its time: the first step waits for all of them.
@@ -57,34 +57,76 @@ def _read_all(
     most, num_parallel = _MAX_STEPS_AT_ONCE, tf.data.AUTOTUNE
     if isinstance(source, IndexedSource):
         most, num_parallel = _MAX_OBJECT_STEPS_AT_ONCE, source.num_parallel_reads
-    at_once = max(1, min(most, _BYTES_AT_ONCE // max(1, _example_bytes(source) * size)))
+    at_once = max(1, min(most, steps, _BYTES_AT_ONCE // max(1, _example_bytes(source) * size)))
     if any(low == high for low, high in slices):
         at_once = 1  # `unbatch` crashes on tensors without elements
+    numbers = {"start": start, "steps": steps, "batch": batch, "at_once": at_once, **order}
+    shuffle = numbers.pop("shuffle")
+    # As tensors, so that epochs and segments share one function: to trace it takes longer than to read an epoch.
+    fixed = {name: tf.constant(value, tf.int64) for name, value in numbers.items()}
+    bounds = tf.constant(slices, tf.int64)
+    if isinstance(source, IndexedSource):
+        read_rows = _build_reader(source.take, len(slices), shuffle)
+        data: Any = ()
+    else:
+        data = source.tensors
+        specs = tf.nest.map_structure(lambda t: tf.TensorSpec([None, *t.shape[1:]], t.dtype), data)
+        read_rows = _array_reader(_Hashable(specs), len(slices), shuffle)
 
     def read(first: Any) -> Any:
-        here = tf.minimum(tf.constant(at_once, tf.int64), steps - first)
-        starts = start + (first + tf.range(here)) * batch
-        parts = tuple(_read_part(source, order, starts, low, high) for low, high in slices)
-        several = parts, tf.fill([here], size)
-        return several if at_once > 1 else tf.nest.map_structure(lambda t: t[0], several)
+        several = tf.nest.map_structure(_forget_sizes, read_rows(data, first, bounds, **fixed))
+        if at_once == 1:
+            return tf.nest.map_structure(lambda t: t[0], several), tf.constant(size)
+        return several, tf.fill([tf.shape(tf.nest.flatten(several)[0])[0]], size)
 
     dataset = tf.data.Dataset.range(0, steps, at_once)
     dataset = dataset.map(read, num_parallel_calls=num_parallel, deterministic=True)
     return (dataset.unbatch() if at_once > 1 else dataset).prefetch(tf.data.AUTOTUNE)
 
 
-def _read_part(
-    source: ArraySource | IndexedSource, order: dict[str, Any], starts: tf.Tensor, low: int, high: int
-) -> Any:
-    """Returns `[steps, high - low, …]`: of the batches that begin at `starts` the examples from `low` to `high`."""
-    positions = starts[:, None] + tf.range(low, high, dtype=tf.int64)[None]
-    rows = source.take(examples_at(tf.reshape(positions, [-1]), **order))
+class _Hashable:
+    """A nest of specs as a key."""
 
-    def divide(tensor: tf.Tensor) -> tf.Tensor:
-        divided = tf.reshape(tensor, tf.concat([tf.shape(positions), tf.shape(tensor)[1:]], 0))
-        return tf.ensure_shape(divided, [None, high - low, *tensor.shape[1:]])
+    def __init__(self, nest: Any) -> None:
+        self.nest = nest
+        self._key = repr(nest)
 
-    return tf.nest.map_structure(divide, rows)
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashable) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+@functools.lru_cache(maxsize=32)
+def _array_reader(specs: _Hashable, num_parts: int, shuffle: bool) -> Any:
+    return _build_reader(None, num_parts, shuffle)
+
+
+def _build_reader(take_own: Any, num_parts: int, shuffle: bool) -> Any:
+    """Returns a function that reads the batches of several steps: for each part a nest of `[steps, length, …]`."""
+
+    def read(
+        data: Any, first: Any, bounds: Any, *, start: Any, steps: Any, batch: Any, at_once: Any, **order: Any
+    ) -> Any:
+        starts = start + (first + tf.range(tf.minimum(at_once, steps - first))) * batch
+        parts = []
+        for low, high in (tf.unstack(bounds[part]) for part in range(num_parts)):
+            positions = starts[:, None] + tf.range(low, high)[None]
+            places = examples_at(tf.reshape(positions, [-1]), shuffle=shuffle, **order)
+            rows = take(data, places) if take_own is None else take_own(places)
+            shape = tf.shape(positions)
+            parts.append(
+                tf.nest.map_structure(lambda t, s=shape: tf.reshape(t, tf.concat([s, tf.shape(t)[1:]], 0)), rows)
+            )
+        return tuple(parts)
+
+    return tf.function(read, autograph=False)
+
+
+def _forget_sizes(tensor: tf.Tensor) -> tf.Tensor:
+    """Lets whole batches and the short one at the end share a step's graph, as in Keras."""
+    return tf.raw_ops.PlaceholderWithDefault(input=tensor, shape=[None, None, *tensor.shape[2:]])
 
 
 def _example_bytes(source: ArraySource | IndexedSource) -> int:

@@ -40,7 +40,7 @@ def examples_at(
 ) -> tf.Tensor:
     """Returns the examples at any positions (`[n]` int64) of a run through the data; see `epoch_indices`."""
     within = tf.math.floormod(positions, num_examples)
-    if not shuffle or num_examples == 1:
+    if not shuffle:
         return within
     lap = positions // num_examples
     key = tf.stack(
@@ -55,7 +55,7 @@ def examples_at(
     return tf.raw_ops.RandomIndexShuffle(
         index=within,
         seed=key,
-        max_index=tf.fill(tf.shape(lap), tf.constant(num_examples - 1, tf.int64)),
+        max_index=tf.fill(tf.shape(lap), tf.cast(num_examples, tf.int64) - 1),
         rounds=_SHUFFLE_ROUNDS,
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from tfdist.cluster import Task
 from tfdist.errors import LaunchError
 from tfdist.launcher import guard
+from tfdist.launcher.fork import ForkedProcess
 from tfdist.launcher.logs import TaskOutput
 
 
@@ -25,6 +26,7 @@ class Child:
         command: Program and arguments.
         env: Its whole environment.
         fds: Descriptors that it inherits, by their numbers here.
+        forks: Whether it is a fork of this process, which has imported what the program needs.
 
     Raises:
         LaunchError: If the program cannot be started.
@@ -33,15 +35,29 @@ class Child:
     takes_orders = False  # whether its stdin is kept open for the launcher
 
     def __init__(
-        self, output: TaskOutput, command: Sequence[str], env: Mapping[str, str], fds: Sequence[int] = ()
+        self,
+        output: TaskOutput,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        fds: Sequence[int] = (),
+        *,
+        forks: bool = False,
     ) -> None:
         self.task: Task = output.task
         self.output = output
         self.exit_code: int | None = None
         self.asked_to_end = False
         self.fault = ""  # why it was killed, where we know
+        self.process: subprocess.Popen[bytes] | ForkedProcess
+        self.process = ForkedProcess(command, env, fds) if forks else self._start(command, env, fds)
+        self.group = self.process.pid
+        self.exit_fd = _open_exit_fd(self.process.pid)
+
+    def _start(
+        self, command: Sequence[str], env: Mapping[str, str], fds: Sequence[int]
+    ) -> subprocess.Popen[bytes]:
         try:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 list(command),
                 stdin=subprocess.PIPE if self.takes_orders else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -55,8 +71,6 @@ class Child:
             raise LaunchError(
                 f"cannot start {command[0]!r} ({error.strerror}): correct the command"
             ) from None
-        self.group = self.process.pid
-        self.exit_fd = _open_exit_fd(self.process.pid)
 
     @property
     def is_alive(self) -> bool:

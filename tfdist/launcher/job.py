@@ -70,6 +70,7 @@ class Job:
         listen_interface: Network interface on which alone their servers listen, such as `eth0`; None: all.
         exchange: What carries gradients between the workers of `multiworker`: `collective`, TensorFlow's own; `mpi`,
             for which this launcher stands in for `mpiexec`; `auto` lets the tasks choose.
+        preload: Modules that are imported once, before the tasks of this machine are forked; none: each is started anew.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -95,6 +96,7 @@ class Job:
     ssh: SshOptions = SshOptions()
     listen_interface: str | None = None
     exchange: str = "auto"
+    preload: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.strategy is not None:

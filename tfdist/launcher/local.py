@@ -40,7 +40,7 @@ def run_local(job: Job) -> int:
     restarts = Restarts(job)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tfdist-"))
-        machines: Machines = FarMachines(job) if job.hosts else ThisMachine()
+        machines: Machines = FarMachines(job) if job.hosts else ThisMachine(job)
         stack.enter_context(machines)
         watch = Watch(folder, hang_timeout_secs=job.hang_timeout_secs)
         placeholders = build_cluster(job, range(1, job.num_tasks + 1))

@@ -6,24 +6,45 @@ from collections.abc import Mapping, Sequence
 
 from tfdist.cluster import Cluster, Task
 from tfdist.launcher.children import Child
-from tfdist.launcher.job import PMI_FD, PMI_RANK, Job, build_cluster, render_env
+from tfdist.launcher.fork import can_fork, preload
+from tfdist.launcher.job import (
+    PMI_FD,
+    PMI_RANK,
+    Job,
+    build_cluster,
+    count_cores,
+    render_env,
+    render_shared_env,
+)
 from tfdist.launcher.logs import TaskOutput
 from tfdist.launcher.pmi import PmiServer, PmiWorld
 from tfdist.ports import PortReservation
 
 
 class ThisMachine:
-    """Starts every task here."""
+    """Starts every task here.
+
+    Args:
+        job: Whose tasks.
+    """
 
     num_slots: float = math.inf
 
-    def __init__(self) -> None:
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._forks = bool(job.preload) and can_fork(job.command)
         # All reservations are held to the end, so that each try has new ports: TensorFlow does not come up again on
         # those of a cluster that died.
         self._held = contextlib.ExitStack()
         self._pmi: PmiServer | None = None
 
     def __enter__(self) -> "ThisMachine":
+        if self._forks:
+            cores = count_cores()
+            shared = render_shared_env(
+                self._job, cores=cores, cores_per_task=max(1, cores // self._job.num_workers)
+            )
+            preload(self._job.preload, {**self._job.env, **shared})
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -60,9 +81,10 @@ class ThisMachine:
             LaunchError: If it cannot be started.
         """
         if self._pmi is None:
-            return Child(output, command, env)
+            return Child(output, command, env, forks=self._forks)
         with self._pmi.connect(int(env[PMI_RANK])) as own:
-            return Child(output, command, {**env, PMI_FD: str(own.fileno())}, fds=[own.fileno()])
+            env = {**env, PMI_FD: str(own.fileno())}
+            return Child(output, command, env, fds=[own.fileno()], forks=self._forks)
 
     def _end_pmi(self) -> None:
         if self._pmi is not None:

@@ -151,7 +151,7 @@ class SharedStep:
 
     def predict(self, batch: Any) -> Any:
         """Returns the model's outputs for a batch."""
-        with tf.distribute.ReplicaContext(_DEFAULT_STRATEGY, 0), CapturingScope([]):
+        with tf.distribute.ReplicaContext(keras_internals.DEFAULT_STRATEGY, 0), CapturingScope([]):
             return self._model.predict_step(batch)
 
     def _read_added(self) -> list[tuple[keras.Variable, Any]]:
@@ -304,15 +304,12 @@ def as_single_device(
         model=model,
         note_loss=note_loss,
     )
-    with tf.distribute.ReplicaContext(_DEFAULT_STRATEGY, 0):
+    with tf.distribute.ReplicaContext(keras_internals.DEFAULT_STRATEGY, 0):
         binding.install()
         try:
             yield
         finally:
             binding.remove()
-
-
-_DEFAULT_STRATEGY = tf.distribute.get_strategy()
 
 
 def _zero_unless(condition: Any, grad: Any) -> Any:

@@ -20,8 +20,6 @@ from tfdist import keras_internals
 from tfdist.exchange import Carrier, reduce_all
 from tfdist.training.step_check import StepCheck
 
-_DEFAULT_STRATEGY = tf.distribute.get_strategy()
-
 
 class SoleReplica(tf.distribute.ReplicaContext):
     """The replica context that Keras sees during a step: a strategy of one replica, with a real `all_reduce`."""
@@ -37,7 +35,7 @@ class SoleReplica(tf.distribute.ReplicaContext):
         carrier: Carrier | None = None,
         is_local: bool = False,
     ) -> None:
-        super().__init__(_DEFAULT_STRATEGY, local_index)
+        super().__init__(keras_internals.DEFAULT_STRATEGY, local_index)
         self.check = check
         self._carrier = carrier
         self.is_local = is_local

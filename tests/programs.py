@@ -1,8 +1,8 @@
 """Runs Python programs for the tests, each in a fork of one process that has imported TensorFlow and Keras.
 
-A program is what `python -m MODULE ARGS` or `python SCRIPT ARGS` would be: a process of its own with its own environment,
-folder, output and exit code, that can be killed by its id; only the seconds of importing are paid once a test session. The
-launcher forks its tasks in the same way (`tfdist.launcher.fork`), so a whole cluster is there at once.
+A program is what `python -m MODULE ARGS` or `python SCRIPT ARGS` would be: a process of its own with its own
+environment, folder, output and exit code, that can be killed by its id; only the seconds of importing are paid once a
+test session. The launcher forks its tasks in the same way (`tfdist.launcher.fork`), so a whole cluster is there at once.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 REPOSITORY = str(Path(__file__).parents[1])
@@ -37,7 +36,11 @@ class Program:
     def __init__(self, args, *, cwd=None, env=None, stdout=None, stderr=None):
         self.args = [sys.executable, *map(str, args)]
         self.returncode = None
-        request = {"command": self.args, "cwd": os.fspath(cwd or os.getcwd()), "env": dict(os.environ if env is None else env)}
+        request = {
+            "command": self.args,
+            "cwd": os.fspath(cwd or os.getcwd()),
+            "env": dict(os.environ if env is None else env),
+        }
         reader, writer = os.pipe()
         with open(os.devnull) as nothing:
             streams = [nothing.fileno(), _number(stdout, 1), _number(stderr, 2)]

@@ -117,7 +117,9 @@ def _build_reader(take_own: Any, num_parts: int, shuffle: bool) -> Any:
             rows = take(data, places) if take_own is None else take_own(places)
             shape = tf.shape(positions)
             parts.append(
-                tf.nest.map_structure(lambda t, s=shape: tf.reshape(t, tf.concat([s, tf.shape(t)[1:]], 0)), rows)
+                tf.nest.map_structure(
+                    lambda t, s=shape: tf.reshape(t, tf.concat([s, tf.shape(t)[1:]], 0)), rows
+                )
             )
         return tuple(parts)
 

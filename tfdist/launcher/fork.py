@@ -1,9 +1,9 @@
 """Tasks forked from a launcher that has imported TensorFlow once for all of them.
 
-To import TensorFlow and Keras takes a process seconds, and the tasks of one machine would do it side by side. A fork has
-them at once, shares their memory, and is there at once when a killed task is started again. It is sound because an import
-starts nothing: no thread, no device, no server, no random state of TensorFlow's (`tests/unit/test_fork.py` holds that).
-What a fork inherits beside that is undone in `_become`, so that a task sees what a process started anew would see.
+Importing TensorFlow and Keras takes a process seconds, and the tasks of one machine would do it side by side. A fork
+has them at once, shares their memory, and is there at once when a killed task is started again. It is sound because an
+import starts nothing: no thread, no device, no server, no random state of TensorFlow's (`tests/unit/test_fork.py` holds
+that). What a fork inherits besides is undone in `become`, so that a task sees what a process started anew would see.
 
 Source: the forkserver and `set_forkserver_preload` of Python's multiprocessing, which have the same purpose.
 """
@@ -68,7 +68,7 @@ class ForkedProcess:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 for _, writer in pipes:
                     os.close(writer)
-        self.stdout, self.stderr = (open(reader, "rb", buffering=0) for reader, _ in pipes)
+        self.stdout, self.stderr = (io.FileIO(reader) for reader, _ in pipes)
 
     def wait(self) -> int:
         """Waits for its end and reaps it; returns its exit code, -n for signal n."""
@@ -201,12 +201,15 @@ def _leave_descriptors(streams: Sequence[int], fds: Sequence[int]) -> None:
         os.set_inheritable(fd, True)
     for place, name in ((1, "stdout"), (2, "stderr")):
         raw = io.FileIO(place, "w", closefd=False)
+        before = getattr(sys, name)
         text = io.TextIOWrapper(
-            io.BufferedWriter(raw), errors="backslashreplace" if place == 2 else None, line_buffering=True
+            io.BufferedWriter(raw), encoding=before.encoding, errors=before.errors, line_buffering=True
         )
         setattr(sys, name, text)
         setattr(sys, f"__{name}__", text)
-    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc]
+    sys.stdin = sys.__stdin__ = io.TextIOWrapper(  # type: ignore[misc]
+        io.BufferedReader(io.FileIO(0, closefd=False)), encoding=sys.stdout.encoding
+    )
 
 
 def _take_environment(env: Mapping[str, str]) -> None:
@@ -225,8 +228,8 @@ def _take_environment(env: Mapping[str, str]) -> None:
 def _show_environment(env: Mapping[str, str]) -> None:
     """Makes /proc/PID/environ tell the truth, by which `tfdist.launcher.guard` finds what is left of a job.
 
-    The kernel shows the memory in which a program's environment lay when it was started, which after `_take_environment`
-    nobody reads any more. What does not fit there is not shown.
+    The kernel shows the memory in which a program's environment lay when it was started, which nobody reads any more
+    after `_take_environment`. What does not fit there is not shown.
     """
     with open("/proc/self/stat", "rb") as file:
         fields = file.read().rpartition(b")")[2].split()
@@ -260,6 +263,10 @@ def _run(command: Sequence[str]) -> int:
 
 def _find_own_trace(trace: types.TracebackType | None) -> types.TracebackType | None:
     """Leaves out how the program was started."""
-    while trace is not None and trace.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
+    while trace is not None and trace.tb_frame.f_code.co_filename in (
+        __file__,
+        runpy.__file__,
+        "<frozen runpy>",
+    ):
         trace = trace.tb_next
     return trace

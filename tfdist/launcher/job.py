@@ -70,7 +70,7 @@ class Job:
         listen_interface: Network interface on which alone their servers listen, such as `eth0`; None: all.
         exchange: What carries gradients between the workers of `multiworker`: `collective`, TensorFlow's own; `mpi`,
             for which this launcher stands in for `mpiexec`; `auto` lets the tasks choose.
-        preload: Modules that are imported once, before the tasks of this machine are forked; none: each is started anew.
+        preload: Modules that are imported once, before this machine's tasks are forked; none: each is started anew.
 
     Raises:
         ConfigError: If a value is out of range.

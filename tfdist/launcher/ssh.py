@@ -120,6 +120,7 @@ class FarChild(Child):
     """
 
     takes_orders = True
+    process: subprocess.Popen[bytes]
 
     def __init__(self, output: TaskOutput, command: Sequence[str], *, host: Host, port: int = 0) -> None:
         super().__init__(output, command, os.environ)

@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: check lint house test format
+.PHONY: check lint house test planted format
 
 check: lint house ## Only checks; changes nothing.
 
@@ -13,7 +13,10 @@ house: ## Imports go down, names are kept: the rules that no linter knows.
 	$(PYTHON) -m pytest -q tests/unit/test_house.py
 
 test:
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
+
+planted: ## Plants each fault of tests/planted in a copy, and writes who found it.
+	$(PYTHON) tests/planted/plant.py --table=docs/planted.md
 
 format:
 	$(PYTHON) -m ruff format .

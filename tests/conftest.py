@@ -9,6 +9,8 @@ from pathlib import Path
 import programs
 import pytest
 
+pytest_plugins = ["everything"]
+
 # Read by TensorFlow when it is first imported, so set before any test module is.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
@@ -100,11 +102,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if report := config.stash.get(_LEFT_BEHIND, None):
         terminalreporter.section("processes left behind (killed now)", red=True)
         terminalreporter.write_line("\n".join(report))
-
-
-def pytest_addoption(parser):
-    # Here, since pytest takes options only from the conftest that lies highest.
-    parser.addoption(
-        "--all_failures", action="store_true", help="every case of tests/chaos, for half an hour"
-    )
-    parser.addoption("--reliability", metavar="FILE", help="where tests/chaos writes its table")

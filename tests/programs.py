@@ -2,7 +2,7 @@
 
 A program is what `python -m MODULE ARGS` or `python SCRIPT ARGS` would be: a process of its own with its own
 environment, folder, output and exit code, that can be killed by its id; only the seconds of importing are paid once a
-test session. The launcher forks its tasks in the same way (`tfdist.launcher.fork`), so a whole cluster is there at once.
+test session. The launcher forks its tasks in the same way (`tfdist.launcher.fork`): a whole cluster is there at once.
 """
 
 import contextlib

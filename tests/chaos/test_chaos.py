@@ -40,12 +40,6 @@ ALL = [
 ]
 
 
-def pytest_generate_tests(metafunc):
-    if "moment" in metafunc.fixturenames:
-        chosen = ALL if metafunc.config.getoption("--all_failures") else [case for case in ALL if case in FEW]
-        metafunc.parametrize("strategy,action,task,moment", chosen)
-
-
 def train(folder, *flags):
     env = {**os.environ, "TFDIST_PROGRESS": "plain"}
     return programs.run(["-m", "tfdist.train", "--run_dir=run", *flags], cwd=folder, env=env)
@@ -95,6 +89,10 @@ def describe(output):
     return found[-1] if found else "done"
 
 
+@pytest.mark.parametrize(
+    ("strategy", "action", "task", "moment"),
+    [pytest.param(*case, marks=() if case in FEW else pytest.mark.everything) for case in ALL],
+)
 def test_run_survives(tmp_path, undisturbed, record_outcome, strategy, action, task, moment):
     done = train(tmp_path, *settings(strategy), f"--chaos={action}:{task}@{moment}")
     output = done.stdout + done.stderr

@@ -201,7 +201,9 @@ def test_nan_is_named(tmp_path):
 
 def test_taken_port_is_named(tmp_path):
     (tmp_path / "port.py").write_text(TAKES_A_PORT)
-    code, _, err = run("tfdist.launch", "--preload", "--num_workers=2", "--run_dir=run", "port.py", cwd=tmp_path)
+    code, _, err = run(
+        "tfdist.launch", "--preload", "--num_workers=2", "--run_dir=run", "port.py", cwd=tmp_path
+    )
     assert code == 1, err
     line = read_logs(tmp_path)
     assert "worker:1 died first" in line and "most likely its port was taken" in line

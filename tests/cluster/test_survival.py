@@ -14,7 +14,7 @@ import pytest
 from test_train_command import run_train
 
 pytestmark = pytest.mark.cluster
-EPOCHS, STEPS = 8, 23
+EPOCHS, STEPS = 4, 23
 FLAGS = [f"--epochs={EPOCHS}", "--checkpoint_every_steps=5", "--set=filters=8"]
 
 
@@ -62,7 +62,7 @@ def assert_whole(folder, output):
     assert [record["epoch"] for record in records] == list(range(EPOCHS))
     assert [record["step"] for record in records] == [STEPS * (epoch + 1) for epoch in range(EPOCHS)]
     accuracy = float(re.findall(r"test .*accuracy (\d\.\d+)", output)[-1])
-    assert accuracy > 0.9
+    assert accuracy > 0.8
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,7 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
+@pytest.mark.everything  # tests/chaos kills each of them, and compares the weights
 @pytest.mark.parametrize("index", [0, 1])
 def test_multiworker_ends_as_if_no_worker_had_been_killed(tmp_path, uninterrupted, index):
     process = start(tmp_path, "multiworker")
@@ -88,7 +89,7 @@ def test_multiworker_ends_as_if_no_worker_had_been_killed(tmp_path, uninterrupte
             np.testing.assert_array_equal(found[name], wanted[name])
 
 
-@pytest.mark.parametrize("task", ["worker:1", "ps:0", "chief:0"])
+@pytest.mark.parametrize("task", ["worker:1", "ps:0", pytest.param("chief:0", marks=pytest.mark.everything)])
 def test_ps_goes_on_whoever_is_killed(tmp_path, task):
     process = start(tmp_path, "ps")
     wait_for_checkpoint(tmp_path, process)
@@ -107,7 +108,7 @@ def test_ps_goes_on_whoever_is_killed(tmp_path, task):
         assert_whole(tmp_path, output)
 
 
-@pytest.mark.parametrize("strategy", ["one_device", "multiworker", "ps"])
+@pytest.mark.parametrize("strategy", ["one_device", "ps"])
 def test_nan_ends_the_run_and_is_not_kept(tmp_path, strategy):
     """A rate that no model stands: one line with the steps, exit code 1, and no checkpoint of ruins."""
     flags = ["--optimizer=sgd", "--learning_rate=1e30", "--checkpoint_every_steps=2", "--epochs=2"]

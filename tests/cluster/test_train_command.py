@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import programs
 import pytest
@@ -54,8 +55,12 @@ def test_run_reaches_and_leaves(finished):
 
 
 def test_model_loads_in_plain_keras(finished, tmp_path):
-    """In a process that knows nothing of tfdist."""
-    _, run_dir, _ = finished
+    """Once in a process that knows nothing of tfdist."""
+    strategy, run_dir, _ = finished
+    model = keras.models.load_model(run_dir / "model.keras")
+    assert model.predict(np.zeros((2, 8, 8, 1), "uint8"), verbose=0).shape == (2, 10)
+    if strategy != "ps":
+        return
     program = (
         "import sys, keras, numpy as np; m = keras.models.load_model(sys.argv[1]); "
         "print(m.predict(np.zeros((2, 8, 8, 1), 'uint8'), verbose=0).shape, 'tfdist' in sys.modules)"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from worlds import results_of
 
-WORLDS = ["one_device", "mirrored-2", "multiworker-2"]
+WORLDS = ["one_device", pytest.param("mirrored-2", marks=pytest.mark.everything), "multiworker-2"]
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 

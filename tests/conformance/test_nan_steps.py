@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from worlds import results_of
 
-WORLDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1"]
+WORLDS = ["one_device", "mirrored-2", pytest.param("multiworker-2", marks=pytest.mark.everything), "ps-1"]
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 

@@ -9,7 +9,7 @@ import pytest
 import resumed
 from worlds import run_world
 
-WORLDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1"]
+WORLDS = ["one_device", pytest.param("mirrored-2", marks=pytest.mark.everything), "multiworker-2", "ps-1"]
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 
@@ -61,7 +61,7 @@ def test_killed_run_ends_bit_for_bit_as_the_uninterrupted(start, world):
     "sync",
     [
         {"sync": "diloco", "sync_period": 3},
-        {"sync": "delayed"},
+        pytest.param({"sync": "delayed"}, marks=pytest.mark.everything),
         {"exchange_dtype": "bfloat16", "error_feedback": True},
     ],
     ids=lambda sync: "-".join(str(value) for value in sync.values()),

@@ -23,7 +23,7 @@ workers = [service.WorkerServer(service.WorkerConfig(dispatcher_address=address)
 print("dispatcher", address, flush=True)
 sys.stdin.read()
 """
-WORLDS = ("one_device", "mirrored-2", "multiworker-2", "ps-1")
+WORLDS = ("one_device", pytest.param("mirrored-2", marks=pytest.mark.everything), "multiworker-2", "ps-1")
 
 
 def run_served(world, service, out):

@@ -11,7 +11,7 @@ from worlds import results_of
 from tfdist.training import checkpoint
 from tfdist.training.checkpoint import apply_snapshot, read_checkpoint
 
-WORLDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1-2"]
+WORLDS = ["one_device", "mirrored-2", pytest.param("multiworker-2", marks=pytest.mark.everything), "ps-1-2"]
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 

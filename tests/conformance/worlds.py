@@ -12,14 +12,28 @@ def run_world(program, out, world):
     Args:
         program: The file.
         out: Its first argument.
-        world: `keras`, `one_device`, `mirrored-N`, `multiworker-N`, `ps-N`, or `ps-N-P` with P ps tasks.
+        world: `keras`, `one_device`, `mirrored-N`, `mirrored-N-WORD` with another argument for the program,
+            `multiworker-N`, `ps-N`, or `ps-N-P` with P ps tasks.
     """
     strategy, number, num_ps = [*world.split("-"), "", ""][:3]
     launch = {
-        "multiworker": ["-m", "tfdist.launch", "--preload", "--strategy=multiworker", f"--num_workers={number}"],
-        "ps": ["-m", "tfdist.launch", "--preload", "--strategy=ps", f"--num_workers={number}", f"--num_ps={num_ps or 1}"],
+        "multiworker": [
+            "-m",
+            "tfdist.launch",
+            "--preload",
+            "--strategy=multiworker",
+            f"--num_workers={number}",
+        ],
+        "ps": [
+            "-m",
+            "tfdist.launch",
+            "--preload",
+            "--strategy=ps",
+            f"--num_workers={number}",
+            f"--num_ps={num_ps or 1}",
+        ],
     }.get(strategy, [])
-    replicas = [number] if strategy == "mirrored" else []
+    replicas = [number, *filter(None, [num_ps])] if strategy == "mirrored" else []
     done = programs.run([*launch, program, out, strategy, *replicas], timeout=600)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-6000:]}"
 

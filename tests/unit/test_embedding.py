@@ -1,10 +1,8 @@
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 
 import keras
 import numpy as np
+import programs
 import pytest
 import tensorflow as tf
 
@@ -15,7 +13,6 @@ from tfdist.layers import partition as partition_module
 from tfdist.layers.partition import draw_rows, rows_of_shard
 from tfdist.optimizers import LazyAdam
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_ROWS, WIDTH = 11, 3
 TABLE = np.random.default_rng(0).normal(size=(NUM_ROWS, WIDTH)).astype("float32")
 IDS = np.array([[1, 7, 7, 0], [10, 0, 3, 1]])
@@ -330,6 +327,7 @@ def test_model_loads_in_a_plain_process(tmp_path):
     model.save(tmp_path / "model.keras")
     np.savez(tmp_path / "data.npz", ids=IDS)
     code = (
+        "import warnings; warnings.simplefilter('error', UserWarning)\n"
         "import keras, numpy as np, tfdist.layers\n"
         "model = keras.saving.load_model('model.keras')\n"
         "ids = np.load('data.npz')['ids']\n"
@@ -338,15 +336,8 @@ def test_model_loads_in_a_plain_process(tmp_path):
         "layer = model.get_layer('bags')\n"
         "np.savez('out.npz', table=layer.get_table(), num_shards=len(layer.shards))\n"
     )
-    env = {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", code],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    (tmp_path / "plain.py").write_text(code)
+    done = programs.run(["plain.py"], cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
     model.fit(*data, verbose=0)
     with np.load(tmp_path / "out.npz") as found:

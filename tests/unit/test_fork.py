@@ -1,4 +1,4 @@
-"""A forked program is what one started anew would be, and an import of TensorFlow leaves nothing that forks would share."""
+"""A forked program is what one started anew would be: importing TensorFlow leaves nothing that forks would share."""
 
 import json
 import os

@@ -182,7 +182,7 @@ def test_other_pipelines_state_is_not_used(tmp_path):
 
 def test_large_state_is_not_kept(monkeypatch):
     """Known beforehand from the examples' size, or when it is there."""
-    big = build_source(tf.data.Dataset.from_tensors(tf.zeros([300, 1000, 1000])).repeat(9))
+    big = build_source(tf.data.Dataset.from_tensors(tf.zeros([30, 1000, 1000])).repeat(9))
     small = build_source(tf.data.Dataset.range(60))
     for source, limit, is_kept in ((big, None, False), (small, None, True), (small, 1000, False)):
         if limit:

@@ -36,7 +36,7 @@ class _Choice:
     def __init__(self, config):
         self._all = config.getoption("--everything")
         self._is_worker = hasattr(config, "workerinput")
-        self._file = Path(config.cache.mkdir("everything")) / "passed"
+        self._file = Path(config.cache.mkdir("everything")) / "passed" if self._all else None
         if self._is_worker:
             self._passed = set(config.workerinput["everything"])
         elif self._all and self._file.exists():

@@ -82,12 +82,12 @@ def find(fault: Fault) -> str:
         applied = subprocess.run(["git", "apply", str(fault.patch)], cwd=name, capture_output=True, text=True)
         if applied.returncode:
             raise RuntimeError(f"{fault.patch}: {applied.stderr}")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", *fault.tests]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", *fault.tests]
         env = {**os.environ, "PYTHONPATH": name, "PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(command, cwd=name, env=env, capture_output=True, text=True)
         if done.returncode not in (0, 1):
             raise RuntimeError(f"{fault.name}: pytest ended with {done.returncode}\n{done.stdout[-3000:]}")
-        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+        failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
         return failed[0] if failed else ""
 
 

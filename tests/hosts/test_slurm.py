@@ -95,14 +95,16 @@ def commands():
 
 
 @pytest.mark.parametrize("command", commands())
-def test_command_of_the_readme_runs(run, tmp_path, command):
-    """Those of srun train to the metric, without ps in a distribution that is not Slurm's own."""
+def test_command_of_the_readme_runs(run, tmp_path, command, pytestconfig):
+    """Without ps in a distribution that is not Slurm's own; with --everything those of srun train to the metric."""
     (tmp_path / "launch").symlink_to(REPOSITORY / "launch")
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
     strategy = "ps" if "--strategy=ps" in words else "multiworker"
-    is_short = words[0] == "sbatch"
-    words += ["--epochs=1", "--steps_per_epoch=2"] if is_short else ["--verbose=2"]
-    if is_short:
+    is_batch = words[0] == "sbatch"
+    is_short = is_batch or not pytestconfig.getoption("--everything")
+    words += ["--epochs=1", "--steps_per_epoch=2"] if is_short else []
+    words += [] if is_batch else ["--verbose=2"]
+    if is_batch:
         words.insert(1, "--wait")
     done = run(*words, SLURM_DISTRIBUTION="block" if strategy == "ps" else "cyclic")
     output = done.stdout + "".join(path.read_text() for path in tmp_path.glob("*.log"))
@@ -128,11 +130,11 @@ def wait_until(what, *, secs, explain):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("strategy", ["multiworker", "ps"])
+@pytest.mark.parametrize("strategy", ["multiworker", pytest.param("ps", marks=pytest.mark.everything)])
 def test_job_that_is_told_saves_requeues_and_goes_on(run, tmp_path, strategy):
     """The signal is the one of `sbatch --signal=TERM@60`, for whose minute the test does not wait."""
     (tmp_path / "launch").symlink_to(REPOSITORY / "launch")
-    flags = ["--recipe=digits_cnn", f"--strategy={strategy}", "--epochs=20", "--verbose=2"]
+    flags = ["--recipe=digits_cnn", f"--strategy={strategy}", "--epochs=8", "--verbose=2"]
     sent = run("sbatch", "-N2", "--ntasks-per-node=2", "--output=log", "launch/slurm.sbatch", *flags)
     assert sent.returncode == 0, explain(sent)
     job = sent.stdout.split()[-1]
@@ -142,7 +144,7 @@ def test_job_that_is_told_saves_requeues_and_goes_on(run, tmp_path, strategy):
         return log.read_text() if log.exists() else ""
 
     try:
-        wait_until(lambda: re.search(r"epoch +2/20", read()), secs=200, explain=read)
+        wait_until(lambda: re.search(r"epoch +2/8", read()), secs=200, explain=read)
         run("scancel", "--signal=TERM", job)
         wait_until(lambda: job_state(run, job)[1] == "1", secs=90, explain=read)
         # Slurm lets a requeued job wait for two minutes. In the second in which it was killed a node would refuse it.
@@ -160,5 +162,5 @@ def test_job_that_is_told_saves_requeues_and_goes_on(run, tmp_path, strategy):
     assert job_state(run, job)[0] == "COMPLETED", read()
     assert re.search(r"SIGTERM: the state after epoch \d+.* is saved", read())
     assert re.search(r"resumed after epoch [1-9]", read()), read()[-4000:]
-    assert len(re.findall(r"epoch +1/20", read())) == 1  # not from the beginning
+    assert len(re.findall(r"epoch +1/8", read())) == 1  # not from the beginning
     assert accuracy(read()) > METRIC

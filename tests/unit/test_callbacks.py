@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import tfdist
 from tfdist.config import RunConfig
 from tfdist.training.callbacks import ConfigFile, MetricsFile, TensorBoardScalars, split_callbacks
 from tfdist.training.progress import ProgressBar
@@ -250,3 +251,43 @@ def test_tensorboard_scalars_work_inside_a_strategy_scope(run_dir):
         callback.on_epoch_end(0, {"loss": tf.constant(0.5), "val_loss": float("nan")})
         callback.on_train_end()
     assert read_scalars(run_dir.tensorboard_dir / "train") == {("epoch_loss", 0): 0.5}
+
+
+class Scores(keras.callbacks.Callback):
+    """Says how good each epoch was, the second best; or ends the run at one's end."""
+
+    def __init__(self, die_in):
+        super().__init__()
+        self.die_in = die_in
+
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == self.die_in:
+            raise KeyboardInterrupt
+        logs["score"] = {0: 3.0, 1: 1.0}.get(epoch, 2.0)
+
+
+def fit_with_patience(folder, *, die_in=None):
+    run = tfdist.initialize(strategy="one_device", seed=0)
+    model = build_model()
+    stopping = keras.callbacks.EarlyStopping("score", mode="min", patience=3, restore_best_weights=True)
+    x = np.linspace(0, 1, 48, dtype="float32").reshape(16, 3)
+    history = run.fit(
+        model,
+        (x, x[:, :1]),
+        global_batch_size=8,
+        epochs=8,
+        verbose=0,
+        callbacks=[Scores(die_in), stopping],
+        checkpoints=tfdist.Checkpoints(directory=folder),
+    )
+    weights = [weight.tolist() for weight in model.get_weights()]
+    return history.epoch, stopping.best, stopping.best_epoch, stopping.wait, weights
+
+
+def test_early_stopping_of_a_resumed_run_is_that_of_the_uninterrupted(tmp_path):
+    """It knows the best epoch, its weights, and how long that is ago."""
+    wanted = fit_with_patience(tmp_path / "whole")
+    assert wanted[:4] == ([0, 1, 2, 3, 4], 1.0, 1, 3)
+    with pytest.raises(KeyboardInterrupt):
+        fit_with_patience(tmp_path / "run", die_in=3)
+    assert fit_with_patience(tmp_path / "run") == wanted

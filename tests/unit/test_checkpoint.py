@@ -464,6 +464,18 @@ def test_large_file_that_is_not_whole_is_refused(spoil, tmp_path, monkeypatch):
         read_checkpoint(path)
 
 
+def test_large_file_with_a_flipped_bit_in_an_array_is_refused(tmp_path, monkeypatch):
+    """Nothing but the checksum tells."""
+    path, model = tmp_path / "c.npz", make_table_model(2)
+    save_checkpoint(path, model=model, epoch=1)
+    content = bytearray(path.read_bytes())
+    content[content.index(model.layers[0].get_table().tobytes())] ^= 1
+    path.write_bytes(content)
+    monkeypatch.setattr(checkpoint, "COPY_BYTES", 0)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_checkpoint(path)
+
+
 def test_table_of_another_size_is_refused(tmp_path):
     save_checkpoint(tmp_path / "c.npz", model=make_table_model(2), epoch=1)
     layers = [keras.Input((3,), dtype="int32"), tfdist.layers.Embedding(12, 2, combiner="mean", num_shards=2)]

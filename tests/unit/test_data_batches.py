@@ -104,6 +104,17 @@ def test_seek_equals_skipping(kind):
         np.testing.assert_array_equal(mine, theirs)
 
 
+def test_stream_has_another_order_in_each_epoch():
+    """And the same one whenever the epoch is read."""
+    source = build_source(tf.data.Dataset.range(100))
+    first, again, second = (
+        np.concatenate(read_epoch(source, num_replicas=1, batch=10, epoch=epoch)).tolist()
+        for epoch in (0, 0, 1)
+    )
+    assert first == again != second
+    assert sorted(first) == sorted(second) == list(range(100))
+
+
 def test_steps_past_the_end_begin_another_pass():
     """steps_per_epoch may exceed the data: the passes follow one another, each example once in each."""
     source = build_source((np.arange(10, dtype=np.float32),))

@@ -244,6 +244,15 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def connect(place):
+    """Connects as soon as somebody listens."""
+    while True:
+        try:
+            return socket.create_connection(place, timeout=5)
+        except ConnectionRefusedError:
+            continue
+
+
 def test_ranks_meet_and_learn_all_hosts():
     """Strangers and other jobs are sent away; a rank that comes before rank 0 waits for it."""
     places = (("127.0.0.1", free_port()),)
@@ -261,18 +270,27 @@ def test_ranks_meet_and_learn_all_hosts():
         b'{"job": "a", "rank": 7}\n',
         b"",
     ):
-        connection = None
-        while connection is None:
-            try:
-                connection = socket.create_connection(places[0], timeout=5)
-            except ConnectionRefusedError:
-                continue
-        with connection:
+        with connect(places[0]) as connection:
             connection.sendall(greeting)
     meet(2)
     for thread in threads:
         thread.join()
     assert found == dict.fromkeys(range(3), ("127.0.0.1",) * 3)
+
+
+def test_hosts_are_told_by_rank_and_not_as_they_come():
+    place = ("127.0.0.1", free_port())
+    wait = {"places": (place,), "job": "order", "rank": 0, "size": 3, "timeout_secs": 20}
+    thread = threading.Thread(target=meet_ranks, kwargs=wait)
+    thread.start()
+    connect(place).close()
+    last, first = (socket.create_connection(place, 5, (f"127.0.0.{n}", 0)) for n in (3, 2))
+    with last, first:
+        for rank, visitor in ((2, last), (1, first)):
+            visitor.sendall(json.dumps({"job": "order", "rank": rank}).encode() + b"\n")
+        told = [json.loads(visitor.makefile().readline()) for visitor in (first, last)]
+    thread.join()
+    assert told == [["127.0.0.1", "127.0.0.2", "127.0.0.3"]] * 2
 
 
 def test_ranks_that_do_not_meet_say_who_and_where():
@@ -294,14 +312,15 @@ def test_pods_of_an_indexed_job_are_named():
     assert detect_cluster(INDEXED_JOB) == workers(*addresses, index=1)
 
 
-def test_pods_of_a_stateful_set_are_named():
+@pytest.mark.parametrize("index", [0, 1])
+def test_pods_of_a_stateful_set_are_named(index):
     env = {
         "KUBERNETES_SERVICE_HOST": "10.96.0.1",
-        "HOSTNAME": "web-0",
+        "HOSTNAME": f"web-{index}",
         "TFDIST_NUM_TASKS": "2",
         "TFDIST_PORT": "99",
     }
-    assert detect_cluster(env) == workers("web-0.web:99", "web-1.web:99", index=0)
+    assert detect_cluster(env) == workers("web-0.web:99", "web-1.web:99", index=index)
 
 
 def test_pod_without_its_own_name_is_an_error():

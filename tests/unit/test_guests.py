@@ -1,12 +1,13 @@
 """Who may connect: found from a cluster's addresses, and kept by a filter that the kernel understands."""
 
 import ipaddress
+import socket
 
 import pytest
 
 from tfdist.cluster import Cluster, Task
 from tfdist.errors import ClusterError
-from tfdist.guests import find_guests, is_open, may_turn_away, render_filter
+from tfdist.guests import find_guests, is_open, may_turn_away, render_filter, turn_away_others
 
 HEADER = 0xFFF00000
 
@@ -51,6 +52,16 @@ def test_filter_without_guests_passes_loopback_alone():
     program = render_filter([])
     assert passes(program, "127.0.0.1") and passes(program, "::1")
     assert not passes(program, "10.0.0.1") and not passes(program, "fd00::1")
+
+
+def test_filter_holds_many_guests():
+    """More than a conditional jump, of 8 bits, can jump over."""
+    guests = [f"10.0.{n // 100}.{n % 100}" for n in range(300)]
+    program = render_filter([*guests, "fd00::1"])
+    assert passes(program, guests[299]) and passes(program, "fd00::1")
+    assert not passes(program, "10.0.3.0") and not passes(program, "fd00::2")
+    with socket.socket() as listener:
+        assert turn_away_others(listener, guests) == may_turn_away()
 
 
 def cluster_of(*hosts):

@@ -5,7 +5,13 @@ import pytest
 
 from tfdist.cluster import Cluster, Task
 from tfdist.errors import ClusterError
-from tfdist.ports import PortReservation, check_grpc_server, check_port_free, check_reachable
+from tfdist.ports import (
+    PortReservation,
+    check_grpc_server,
+    check_port_free,
+    check_reachable,
+    open_listener,
+)
 
 
 def cluster_on(*ports, me=0):
@@ -30,6 +36,11 @@ def test_reserved_port_serves_one_server_and_no_second():
             socket.create_connection(address, timeout=5).close()
         with socket.create_server(address):  # and again: a task that is started once more
             pass
+
+
+def test_task_of_a_loopback_cluster_listens_there_alone():
+    with PortReservation(1) as reservation, open_listener(cluster_on(*reservation.ports)) as listener:
+        assert listener.getsockname() == ("127.0.0.1", reservation.ports[0])
 
 
 def test_taken_port_is_named():

@@ -11,7 +11,7 @@ import pytest
 
 from tfdist.cluster import Task
 from tfdist.errors import ConfigError
-from tfdist.heartbeat import Beat, render_beat
+from tfdist.heartbeat import Beat, Heart, render_beat
 from tfdist.launcher import Job, build_cluster, parse_num_workers
 from tfdist.launcher.chaos import Chaos, Failure, parse_chaos
 from tfdist.launcher.children import read_stop_mark
@@ -164,6 +164,17 @@ def test_task_that_makes_no_step_hangs_and_of_several_the_last_is_named(tmp_path
     assert watch.find_hung(children, 10.1) is children[0]
     patient = Watch(str(tmp_path), hang_timeout_secs=0)
     assert [patient.find_hung(children, now) for now in (0.0, 1e9)] == [None, None]
+
+
+def test_task_that_evaluates_does_not_hang(tmp_path):
+    """It makes no step, but beats."""
+    watch, child = Watch(str(tmp_path), hang_timeout_secs=10), FakeChild(Task("worker", 0))
+    heart = Heart(watch.path(child.task))
+    heart.beat(7)
+    for now in (0.0, 9.0, 18.0):
+        heart.beat()
+        assert watch.find_hung([child], now) is None
+    assert watch.find_hung([child], 28.0) is child
 
 
 def test_stopped_process_is_frozen_and_a_sleeping_one_is_not(tmp_path):

@@ -1,4 +1,4 @@
-"""What dlrm and two_tower train on: rare clicks balanced, events divided, MovieLens read as TFDS prepares it."""
+"""What recommenders train on: rare clicks balanced, events divided, columns scaled, MovieLens as TFDS prepares it."""
 
 import keras
 import numpy as np
@@ -10,7 +10,7 @@ from tfdist.data import build_source
 from tfdist.errors import ConfigError
 from tfdist.recipe import load_recipe
 
-DLRM, TWO_TOWER = load_recipe("dlrm"), load_recipe("two_tower")
+DLRM, TWO_TOWER, WIDE_DEEP = (load_recipe(name) for name in ("dlrm", "two_tower", "wide_deep"))
 SMALL = {"num_rows": 50, "num_examples": 5_000}
 
 
@@ -161,6 +161,13 @@ def test_movielens_is_read_as_tfds_prepares_it(movielens):
 def test_ids_beyond_the_table_are_refused(movielens):
     with pytest.raises(ConfigError, match="num_items=1000: .* ids up to 1681; add --set num_items=1682"):
         TWO_TOWER.build_data("train", data_dir=movielens[0], num_items=1000)
+
+
+def test_breast_cancer_is_scaled_by_its_training_rows_alone():
+    inputs, labels = WIDE_DEEP.build_data("train", data="breast_cancer")
+    assert len(labels) == 569 * 4 // 5
+    np.testing.assert_allclose(inputs["numbers"].mean(axis=0), 0, atol=1e-4)
+    np.testing.assert_allclose(inputs["numbers"].std(axis=0), 1, atol=1e-4)
 
 
 def test_split_is_checked(tmp_path):

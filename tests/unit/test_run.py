@@ -1,0 +1,88 @@
+"""`fit`, `evaluate` and `predict` take Keras's arguments with Keras's meaning: each is held against Keras itself."""
+
+import keras
+import numpy as np
+import pytest
+
+import tfdist
+from tfdist import execute, train
+
+rng = np.random.default_rng(0)
+X, W = rng.normal(size=(22, 3)).astype("float32"), rng.uniform(size=22).astype("float32")
+Y = X.sum(axis=1, keepdims=True)
+
+
+def build():
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.05), "mse", metrics=["mae"], weighted_metrics=["mse"])
+    return model
+
+
+@pytest.fixture
+def run():
+    return tfdist.initialize(strategy="one_device", seed=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"validation_data": (X[:7], Y[:7]), "validation_freq": 2},
+        {"validation_data": (X[:7], Y[:7]), "validation_freq": [1, 4]},
+        {"validation_data": (X[:7], Y[:7]), "validation_batch_size": 3, "validation_steps": 2},
+        {"validation_split": 0.25},
+        {"initial_epoch": 2},
+        {"sample_weight": W},
+        {"class_weight": {0: 1.0}},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_fit_is_kerass(run, options):
+    y = np.zeros((22, 1), "int64") if "class_weight" in options else Y
+    wanted_model, model = build(), build()
+    wanted = wanted_model.fit(X, y, batch_size=5, epochs=4, shuffle=False, verbose=0, **options)
+    found = run.fit(model, (X, y), global_batch_size=5, epochs=4, shuffle=False, verbose=0, **options)
+    assert found.epoch == wanted.epoch
+    assert sorted(found.history) == sorted(wanted.history)
+    for name, values in wanted.history.items():
+        np.testing.assert_allclose(found.history[name], values, rtol=1e-5, err_msg=name)
+    for weight, right in zip(model.get_weights(), wanted_model.get_weights(), strict=True):
+        np.testing.assert_allclose(weight, right, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sample_weight": W}, {"steps": 2}], ids=lambda o: "-".join(o) or "plain"
+)
+def test_evaluate_is_kerass(run, options):
+    model = build()
+    wanted = model.evaluate(X, Y, batch_size=5, verbose=0, return_dict=True, **options)
+    found = run.evaluate(build(), (X, Y), global_batch_size=5, **options)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    as_list = run.evaluate(build(), (X, Y), global_batch_size=5, return_dict=False, **options)
+    assert as_list == pytest.approx(list(found.values()), rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+def test_predict_is_kerass(run, steps):
+    model = build()
+    wanted = model.predict(X, batch_size=5, steps=steps, verbose=0)
+    run.evaluate(model, (X, Y))
+    np.testing.assert_allclose(run.predict(model, X, global_batch_size=5, steps=steps), wanted, rtol=1e-5)
+
+
+def test_schedule_of_the_command_ends_with_its_last_step(tmp_path, monkeypatch):
+    """And not with its first epoch's."""
+    rates = []
+
+    class Rates(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            rates.append(float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)))
+
+    monkeypatch.setattr(execute, "ProgressBar", Rates)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--strategy=one_device", "--run_dir=run", "--epochs=2", "--steps_per_epoch=4", "--set=filters=2"]
+    optimizer = ["--optimizer=sgd", "--learning_rate=1.0", "--schedule=cosine", "--warmup_steps=2"]
+    assert train.main([*flags, *optimizer]) == 0
+    assert len(rates) == 8
+    # Of eight steps the rate is at its highest after the warm-up, in the middle halfway on, and nearly zero at the end.
+    assert rates[2] > rates[4] > rates[6] > 0.05 > rates[7] > -1e-6, rates

@@ -141,17 +141,25 @@ def test_remainder_is_dropped(kind):
         plan_steps(source, 11, None, drop_remainder=True)
 
 
-def test_full_and_short_batches_share_a_trace():
-    """Empty parts too."""
+def test_whole_and_short_batches_of_one_replica_share_a_trace():
+    """As in Keras."""
+    source = build_source((np.zeros((22, 5), np.float32), np.zeros(22)))
+    segments = local_batches(
+        source, epoch=0, seed=0, shuffle=False, global_batch_size=10, num_replicas=1, replica_ids=[0]
+    )
+    first, second = (s.build().element_spec for s in segments)
+    assert first == second and first[0][0][0].shape.as_list() == [None, 5]
+    assert [len(next(s.open())[0][0][0]) for s in segments] == [10, 2]
+
+
+def test_parts_of_several_replicas_have_static_shapes():
+    """One trace for the full batches, one for the short last one."""
     source = build_source((np.zeros((22, 5), np.float32), np.zeros(22)))
     segments = local_batches(
         source, epoch=0, seed=0, shuffle=False, global_batch_size=10, num_replicas=4, replica_ids=[0, 1]
     )
-    first, second = (s.build().element_spec for s in segments)
-    assert first == second
-    assert [part[0].shape.as_list() for part in first[0]] == [[None, 5], [None, 5]]
-    sizes = [[len(part[0]) for part in next(s.open())[0]] for s in segments]
-    assert sizes == [[2, 3], [0, 1]]
+    shapes = [[part[0].shape.as_list() for part in s.build().element_spec[0]] for s in segments]
+    assert shapes == [[[2, 5], [3, 5]], [[0, 5], [1, 5]]]
     assert [s.num_steps for s in segments] == [2, 1]
 
 

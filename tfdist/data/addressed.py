@@ -38,7 +38,9 @@ def addressed_batches(source: ArraySource | IndexedSource, share: Share) -> list
         end = step + 1 if size < batch else min(last, (step // per_pass) * per_pass + max(count // batch, 1))
         slices = [part_slice(size, k, share.num_replicas) for k in share.replica_ids]
         start = step_start(step=step, **shape)
-        build = functools.partial(_read_all, source, order, start, end - step, size, batch, slices)
+        build = functools.partial(
+            _read_all, source, order, start, end - step, size, batch, slices, share.num_replicas > 1
+        )
         segments.append(Segment(build=build, num_steps=end - step))
         step = end
     return segments
@@ -52,6 +54,7 @@ def _read_all(
     size: int,
     batch: int,
     slices: Sequence[tuple[int, int]],
+    is_divided: bool,
 ) -> tf.data.Dataset:
     """Reads several small batches at once: a call of the function costs more than what it reads."""
     most, num_parallel = _MAX_STEPS_AT_ONCE, tf.data.AUTOTUNE
@@ -74,7 +77,10 @@ def _read_all(
         read_rows = _array_reader(_Hashable(specs), len(slices), shuffle)
 
     def read(first: Any) -> Any:
-        several = tf.nest.map_structure(_forget_sizes, read_rows(data, first, bounds, **fixed))
+        several = tuple(
+            tf.nest.map_structure(functools.partial(_with_size, high - low if is_divided else None), part)
+            for (low, high), part in zip(slices, read_rows(data, first, bounds, **fixed), strict=True)
+        )
         if at_once == 1:
             return tf.nest.map_structure(lambda t: t[0], several), tf.constant(size)
         return several, tf.fill([tf.shape(tf.nest.flatten(several)[0])[0]], size)
@@ -126,9 +132,15 @@ def _build_reader(take_own: Any, num_parts: int, shuffle: bool) -> Any:
     return tf.function(read, autograph=False)
 
 
-def _forget_sizes(tensor: tf.Tensor) -> tf.Tensor:
-    """Lets whole batches and the short one at the end share a step's graph, as in Keras."""
-    return tf.raw_ops.PlaceholderWithDefault(input=tensor, shape=[None, None, *tensor.shape[2:]])
+def _with_size(size: int | None, tensor: tf.Tensor) -> tf.Tensor:
+    """Says how long a part is, which replicas weigh their means by; None forgets it.
+
+    As in Keras, a whole batch and the short one at the end then share a step's graph.
+    """
+    shape = [None, size, *tensor.shape[2:]]
+    if size is None:
+        return tf.raw_ops.PlaceholderWithDefault(input=tensor, shape=shape)
+    return tf.ensure_shape(tensor, shape)
 
 
 def _example_bytes(source: ArraySource | IndexedSource) -> int:

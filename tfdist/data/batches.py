@@ -42,7 +42,7 @@ def local_batches(
         drop_remainder: Leave out a pass's last batch if it is short.
 
     Returns:
-        Runs of batches; their sizes are not static, so that a step has one graph for whole and short ones.
+        Runs of batches; where the number of examples is known the sizes of several replicas' parts are static.
     """
     share = Share(
         epoch=epoch,

@@ -128,7 +128,8 @@ def test_imports_start_nothing(tmp_path):
     ],
 )
 def test_only_programs_of_this_python_are_forked(words, can):
-    assert can_fork(words) == can
+    assert can_fork(words, gpu_device="/no/such/device") == can
+    assert not can_fork(words, gpu_device="/dev/null")
 
 
 def test_fork_dies_by_signals_and_leaves_no_zombie(tmp_path):

@@ -1,6 +1,7 @@
 """When a fit gives up on steps that go wrong, what it says, and what it does not take for wrong."""
 
 import logging
+import types
 
 import keras
 import numpy as np
@@ -10,6 +11,8 @@ import tensorflow as tf
 import tfdist
 from tfdist.keras_internals import all_variables, build_model
 from tfdist.training.diagnosis import find_place
+from tfdist.training.on_nan import OnNan
+from tfdist.training.plan import BatchPlan, FinishedStep
 
 rng = np.random.default_rng(0)
 X = rng.normal(size=(40, 4)).astype(np.float32)
@@ -70,6 +73,34 @@ def test_skip_warns_with_step_and_count(run, caplog):
 def test_skip_gives_up_where_every_step_is_wrong(run):
     with pytest.raises(tfdist.NonFiniteError, match="in epoch 3 at step 2: first in the inputs"):
         fit(run, build(), (X * np.nan, Y), on_nan="skip", epochs=5)
+
+
+def test_skips_with_sound_steps_between_them_go_on(run):
+    """Only steps that are wrong one after the other are counted against the run."""
+    history = fit(run, build(), (NAN_X, Y), on_nan="skip", epochs=12)
+    assert len(history.history["loss"]) == 12 and np.isfinite(history.history["loss"]).all()
+
+
+def test_example_of_a_later_epoch_is_named_by_its_order(run):
+    with pytest.raises(tfdist.NonFiniteError, match="in epoch 2 at step .*; example 25 of the training data"):
+        fit(run, build(), (NAN_X, Y), on_nan="stop", shuffle=True, initial_epoch=1, epochs=2)
+
+
+def test_limit_of_a_spike_is_that_of_the_mean_from_the_first_step_it_is_known(run):
+    on_nan = OnNan(
+        policy="stop",
+        max_loss_spike=10.0,
+        loop=None,
+        model=None,
+        source=None,
+        saver=types.SimpleNamespace(is_saving=False),
+        is_chief=True,
+    )
+    plan = BatchPlan(global_batch_size=1)
+    for step in range(20):
+        assert on_nan.loss_limit() == np.inf
+        on_nan.after_step(FinishedStep(step=step, logs=None, is_boundary=True, loss=2.0), plan)
+    assert on_nan.loss_limit() == pytest.approx(20.0)
 
 
 def test_rollback_gives_up_at_the_fourth_from_one_checkpoint(run, tmp_path, caplog):

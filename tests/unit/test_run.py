@@ -50,6 +50,20 @@ def test_fit_is_kerass(run, options):
         np.testing.assert_allclose(weight, right, rtol=1e-5)
 
 
+def test_fit_that_stopped_early_does_not_stop_the_next_one(run):
+    lengths = []
+    for fit in (
+        lambda model, **more: model.fit(X, Y, batch_size=5, verbose=0, **more),
+        lambda model, **more: run.fit(model, (X, Y), global_batch_size=5, verbose=0, **more),
+    ):
+        model = build()
+        stop = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs, m=model: setattr(m, "stop_training", True)
+        )
+        lengths.append([len(fit(model, epochs=3, callbacks=[stop]).epoch), len(fit(model, epochs=3).epoch)])
+    assert lengths == [[1, 3], [1, 3]]
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"sample_weight": W}, {"steps": 2}], ids=lambda o: "-".join(o) or "plain"
 )

@@ -70,6 +70,23 @@ def test_steps_share_a_call_where_that_pays_for_its_compiling():
     assert times_of(rest_secs=0.0004, trace_secs=0.0).loop_size(10**6) == 1, "3% of the step's time"
 
 
+def test_worker_that_saves_least_decides_for_all():
+    """Who has no time between two steps wins nothing by sharing a call, and the others wait for it."""
+
+    def size(other_rest_secs):
+        times = StepTimes(num_workers=2, rank=0, now=itertools.count().__next__)
+        times.begin_epoch()
+        times.end_step(0.5, 0.0, counts=False)
+        for _ in range(4):
+            times.end_step(0.5, 0.0, counts=True)
+        other = [0.0, 1.0 - other_rest_secs, 0.0, other_rest_secs, 1.0]
+        times.end_epoch(Waits(), lambda own: [*own[:5], *other])
+        return times.loop_size(10**6)
+
+    assert size(other_rest_secs=0.4) > 1
+    assert size(other_rest_secs=0.0) == 1
+
+
 def test_nothing_is_said_before_a_step_was_measured():
     times = StepTimes(num_workers=1, rank=0)
     times.end_epoch(Waits(), lambda own: own)

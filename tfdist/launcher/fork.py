@@ -28,6 +28,8 @@ from tfdist.errors import LaunchError
 
 # Read when a library is loaded, not when it is used.
 _READ_AT_IMPORT = ("OMP_NUM_THREADS", "TF_CPP_MIN_LOG_LEVEL")
+# There where a process may use NVIDIA's driver.
+_GPU_DEVICE = "/dev/nvidiactl"
 # Read by the C library at a program's start: as a variable, and as a parameter of `mallopt`.
 _MALLOPT = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_TOP_PAD_": -2, "MALLOC_MMAP_THRESHOLD_": -3}
 _MALLOPT_MMAP_MAX = -4
@@ -84,14 +86,18 @@ class ForkedProcess:
         return self.returncode
 
 
-def can_fork(command: Sequence[str]) -> bool:
+def can_fork(command: Sequence[str], *, gpu_device: str = _GPU_DEVICE) -> bool:
     """Says whether a command can run in a fork: `python -m MODULE` or `python SCRIPT` by this interpreter, on Linux.
 
     Args:
         command: Program and arguments.
+        gpu_device: Where it exists nothing is forked: CUDA cannot be brought through a fork, and nobody has tried
+            whether TensorFlow's import leaves it alone.
     """
     is_ours = sys.platform == "linux" and len(command) > 1 and command[0] == sys.executable
-    return is_ours and (not command[1].startswith("-") or command[1] == "-m" and len(command) > 2)
+    if not is_ours or os.path.exists(gpu_device):
+        return False
+    return not command[1].startswith("-") or command[1] == "-m" and len(command) > 2
 
 
 def preload(modules: Sequence[str], env: Mapping[str, str]) -> None:

@@ -7,6 +7,14 @@ import pytest
 # Files that take more than a minute come first, so that at the end no worker waits for the other.
 _LONG = (
     "test_exact.py",
+    "test_slurm.py",
+    "test_ssh.py",
+    "test_mpi.py",
+    "test_slurm_submit.py",
+    "test_chaos.py",
+    "test_elastic.py",
+    "test_sync_ways.py",
+    "test_nan_steps.py",
     "test_resume.py",
     "test_survival.py",
     "test_train_command.py",

@@ -144,7 +144,8 @@ def _main(number):
     from tfdist.launcher.fork import preload
 
     preload(_MODULES, os.environ)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is pytest's to answer
+    # Ctrl-C is pytest's to answer.
+    inherited = signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     requests = socket.socket(fileno=number)
     while True:
@@ -153,6 +154,7 @@ def _main(number):
             return
         if os.fork() == 0:
             requests.close()
+            signal.signal(signal.SIGINT, inherited)
             _start(*fds)
         for fd in fds:
             os.close(fd)
@@ -162,7 +164,6 @@ def _start(asker, status, *streams):
     from tfdist.launcher.fork import become
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     with socket.socket(fileno=asker) as asking, asking.makefile("rb") as lines:
         request = json.loads(lines.readline())
     pid = os.fork()

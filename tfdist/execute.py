@@ -17,7 +17,7 @@ import tensorflow as tf
 from tfdist import keras_internals
 from tfdist.cluster import Cluster
 from tfdist.config import RunConfig, parse_profile
-from tfdist.data import TfdsSplit, build_source
+from tfdist.data import TfdsSplit, build_source, forget_readers
 from tfdist.errors import ConfigError, OutOfMemoryError, Regroup, TfdistError
 from tfdist.heartbeat import Heart
 from tfdist.launcher.job import RESTART_VARIABLE
@@ -68,6 +68,7 @@ def execute(
         # Outside: nothing that was made in the old cluster, and the exception leads to all of it, may be left.
         assert members is not None
         keras_internals.forget_cluster()
+        forget_readers()
         cluster = members.wait_for_cluster(timeout_secs=_REGROUP_SECS)
 
 

@@ -1,5 +1,6 @@
 """Examples → this replica's batches: order, shards and sources."""
 
+from tfdist.data.addressed import forget_readers
 from tfdist.data.batches import local_batches
 from tfdist.data.indexed import IndexedSource
 from tfdist.data.order import epoch_indices, num_steps, part_slice, step_size, step_start
@@ -30,6 +31,7 @@ __all__ = [
     "TfdsSplit",
     "build_source",
     "epoch_indices",
+    "forget_readers",
     "hold_out",
     "local_batches",
     "num_steps",

@@ -109,6 +109,11 @@ def _array_reader(specs: _Hashable, num_parts: int, shuffle: bool) -> Any:
     return _build_reader(None, num_parts, shuffle)
 
 
+def forget_readers() -> None:
+    """Forgets what was traced; to be called where TensorFlow forgets all functions, as in another cluster."""
+    _array_reader.cache_clear()
+
+
 def _build_reader(take_own: Any, num_parts: int, shuffle: bool) -> Any:
     """Returns a function that reads the batches of several steps: for each part a nest of `[steps, length, …]`."""
 

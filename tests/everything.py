@@ -59,9 +59,10 @@ class _Choice:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config, items):
-        left_out = [item for item in items if self._leaves_out(item)]
+        chosen, left_out = [], []
+        for item in items:
+            (left_out if self._leaves_out(item) else chosen).append(item)
         config.hook.pytest_deselected(items=left_out)
-        chosen = [item for item in items if not self._leaves_out(item)]
         items[:] = sorted(chosen, key=lambda item: item.path.name not in _LONG)
 
     def _leaves_out(self, item):

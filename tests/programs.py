@@ -26,7 +26,6 @@ _MODULES = (
     "tensorflow_datasets",
     "sklearn.datasets",
 )
-_MAX_REQUEST_BYTES = 2**20
 _server = None
 
 

@@ -108,7 +108,9 @@ def test_ps_goes_on_whoever_is_killed(tmp_path, task):
         assert_whole(tmp_path, output)
 
 
-@pytest.mark.parametrize("strategy", ["one_device", "ps"])
+@pytest.mark.parametrize(
+    "strategy", ["one_device", pytest.param("multiworker", marks=pytest.mark.everything), "ps"]
+)
 def test_nan_ends_the_run_and_is_not_kept(tmp_path, strategy):
     """A rate that no model stands: one line with the steps, exit code 1, and no checkpoint of ruins."""
     flags = ["--optimizer=sgd", "--learning_rate=1e30", "--checkpoint_every_steps=2", "--epochs=2"]

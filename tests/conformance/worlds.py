@@ -15,25 +15,14 @@ def run_world(program, out, world):
         world: `keras`, `one_device`, `mirrored-N`, `mirrored-N-WORD` with another argument for the program,
             `multiworker-N`, `ps-N`, or `ps-N-P` with P ps tasks.
     """
-    strategy, number, num_ps = [*world.split("-"), "", ""][:3]
-    launch = {
-        "multiworker": [
-            "-m",
-            "tfdist.launch",
-            "--preload",
-            "--strategy=multiworker",
-            f"--num_workers={number}",
-        ],
-        "ps": [
-            "-m",
-            "tfdist.launch",
-            "--preload",
-            "--strategy=ps",
-            f"--num_workers={number}",
-            f"--num_ps={num_ps or 1}",
-        ],
-    }.get(strategy, [])
-    replicas = [number, *filter(None, [num_ps])] if strategy == "mirrored" else []
+    strategy, number, rest = [*world.split("-"), "", ""][:3]
+    launch, replicas = [], []
+    if strategy in ("multiworker", "ps"):
+        launch = ["-m", "tfdist.launch", "--preload", f"--strategy={strategy}", f"--num_workers={number}"]
+    if strategy == "ps":
+        launch.append(f"--num_ps={rest or 1}")
+    if strategy == "mirrored":
+        replicas = [number, *filter(None, [rest])]
     done = programs.run([*launch, program, out, strategy, *replicas], timeout=600)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-6000:]}"
 

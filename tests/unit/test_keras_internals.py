@@ -765,3 +765,7 @@ def test_is_available_knows_a_remote_value():
     assert not keras_internals.is_available(value)
     value._set_values(tf.constant(1.0))
     assert keras_internals.is_available(value)
+
+
+def test_default_strategy_is_tensorflows():
+    assert keras_internals.DEFAULT_STRATEGY is tf.distribute.get_strategy()

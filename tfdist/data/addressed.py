@@ -74,7 +74,7 @@ def _read_all(
     else:
         data = source.tensors
         specs = tf.nest.map_structure(lambda t: tf.TensorSpec([None, *t.shape[1:]], t.dtype), data)
-        read_rows = _array_reader(_Hashable(specs), len(slices), shuffle)
+        read_rows = _array_reader(repr(specs), len(slices), shuffle)
 
     def read(first: Any) -> Any:
         several = tuple(
@@ -90,23 +90,11 @@ def _read_all(
     return (dataset.unbatch() if at_once > 1 else dataset).prefetch(tf.data.AUTOTUNE)
 
 
-class _Hashable:
-    """A nest of specs as a key."""
-
-    def __init__(self, nest: Any) -> None:
-        self.nest = nest
-        self._key = repr(nest)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashable) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-
 @functools.lru_cache(maxsize=32)
-def _array_reader(specs: _Hashable, num_parts: int, shuffle: bool) -> Any:
-    return _build_reader(None, num_parts, shuffle)
+def _array_reader(specs: str, num_parts: int, shuffle: bool) -> Any:
+    """Returns one function for all arrays of these specs."""
+    del specs
+    return tf.function(_build_reader(None, num_parts, shuffle), autograph=False)
 
 
 def forget_readers() -> None:
@@ -134,7 +122,7 @@ def _build_reader(take_own: Any, num_parts: int, shuffle: bool) -> Any:
             )
         return tuple(parts)
 
-    return tf.function(read, autograph=False)
+    return read
 
 
 def _with_size(size: int | None, tensor: tf.Tensor) -> tf.Tensor:

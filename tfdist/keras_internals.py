@@ -90,6 +90,12 @@ def is_compiled(model: keras.Model) -> bool:
     return bool(getattr(model, "compiled", False))
 
 
+def has_loss_by_output(model: keras.Model) -> bool:
+    """Tells whether a built model logs the loss of each output: these means weigh batches by their static size."""
+    loss = getattr(model, "_compile_loss", None)
+    return loss is not None and len(loss.metrics) > 0
+
+
 def all_variables(
     model: keras.Model, optimizers: Iterable[keras.optimizers.Optimizer]
 ) -> list[keras.Variable]:

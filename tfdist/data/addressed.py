@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from tfdist.data.indexed import IndexedSource
-from tfdist.data.order import examples_at, num_steps, part_slice, step_size, step_start
+from tfdist.data.order import examples_at, num_steps, part_slice, step_size
 from tfdist.data.segment import Segment, Share
 from tfdist.data.source import ArraySource, take
 
@@ -26,75 +26,126 @@ def addressed_batches(source: ArraySource | IndexedSource, share: Share) -> list
         "global_batch_size": batch,
         "drop_remainder": share.drop_remainder,
     }
-    order = {"num_examples": count, "seed": share.seed, "epoch": share.epoch, "shuffle": share.shuffle}
-    per_pass = num_steps(**shape)
+    per_pass, whole = num_steps(**shape), count // batch
     last = per_pass if share.num_steps is None else share.num_steps
     if isinstance(source, IndexedSource):
         source.check_length()
+    sizes = {size for size in (batch if whole else 0, 0 if share.drop_remainder else count % batch) if size}
+    never_empty = min(sizes) >= share.num_replicas
     segments = []
     step = share.first_step
     while step < last:
         size = step_size(step=step, **shape)
-        end = step + 1 if size < batch else min(last, (step // per_pass) * per_pass + max(count // batch, 1))
-        slices = [part_slice(size, k, share.num_replicas) for k in share.replica_ids]
-        start = step_start(step=step, **shape)
-        build = functools.partial(
-            _read_all, source, order, start, end - step, size, batch, slices, share.num_replicas > 1
+        lap, within = divmod(step, per_pass)
+        end = step + 1 if size < batch else min(last, lap * per_pass + whole)
+        # Batches of this size in a pass, and where the first of them starts.
+        every, offset = (whole, 0) if within < whole else (1, whole * batch)
+        run = _Run(
+            source=source,
+            seed=share.seed,
+            shuffle=share.shuffle,
+            offset=offset,
+            every=every,
+            batch=batch,
+            size=size,
+            slices=tuple(part_slice(size, k, share.num_replicas) for k in share.replica_ids),
+            # What of a batch may be empty is known where the sizes are: a step without examples is another one.
+            is_sized=share.num_replicas > 1 and (share.fixed_sizes or not never_empty),
+            # The passes are numbered through where each is an epoch: then one run holds the batches of all.
+            epoch=None if last == per_pass else share.epoch,
         )
-        segments.append(Segment(build=build, num_steps=end - step))
+        start = (share.epoch if run.epoch is None else lap) * every + (within if within < whole else 0)
+        stop = start + end - step
+        if run.epoch is None:
+            stop = max(stop, (share.epoch + 1 + share.num_epochs_after) * every)
+        segments.append(
+            Segment(build=functools.partial(run.read, start, stop), num_steps=end - step, never_empty=never_empty, run=run, start=start, stop=stop)
+        )
         step = end
     return segments
 
 
-def _read_all(
-    source: ArraySource | IndexedSource,
-    order: dict[str, Any],
-    start: int,
-    steps: int,
-    size: int,
-    batch: int,
-    slices: Sequence[tuple[int, int]],
-    is_divided: bool,
-) -> tf.data.Dataset:
-    """Reads several small batches at once: a call of the function costs more than what it reads."""
-    most, num_parallel = _MAX_STEPS_AT_ONCE, tf.data.AUTOTUNE
-    if isinstance(source, IndexedSource):
-        most, num_parallel = _MAX_OBJECT_STEPS_AT_ONCE, source.num_parallel_reads
-    at_once = max(1, min(most, steps, _BYTES_AT_ONCE // max(1, _example_bytes(source) * size)))
-    if any(low == high for low, high in slices):
-        at_once = 1  # `unbatch` crashes on tensors without elements
-    numbers = {"start": start, "steps": steps, "batch": batch, "at_once": at_once, **order}
-    shuffle = numbers.pop("shuffle")
-    # As tensors, so that epochs and segments share one function: to trace it takes longer than to read an epoch.
-    fixed = {name: tf.constant(value, tf.int64) for name, value in numbers.items()}
-    bounds = tf.constant(slices, tf.int64)
-    if isinstance(source, IndexedSource):
-        read_rows = _build_reader(source.take, len(slices), shuffle)
-        data: Any = ()
-    else:
-        data = source.tensors
-        specs = tf.nest.map_structure(lambda t: tf.TensorSpec([None, *t.shape[1:]], t.dtype), data)
-        read_rows = _array_reader(repr(specs), len(slices), shuffle)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
+    """Batches of one size in their order, pass after pass, numbered from the first pass's first.
 
-    def read(first: Any) -> Any:
-        several = tuple(
-            tf.nest.map_structure(functools.partial(_with_size, high - low if is_divided else None), part)
-            for (low, high), part in zip(slices, read_rows(data, first, bounds, **fixed), strict=True)
+    Attributes:
+        source: The examples.
+        seed: Of the order.
+        shuffle: False keeps the data's own.
+        offset: Where in a pass the first of them starts.
+        every: How many a pass has.
+        batch: Examples from the start of one to that of the next.
+        size: Examples of each.
+        slices: Which of these this process's replicas take.
+        is_sized: Whether their lengths are static.
+        epoch: Whose passes they are; None: each pass is an epoch of its own.
+    """
+
+    source: ArraySource | IndexedSource
+    seed: int
+    shuffle: bool
+    offset: int
+    every: int
+    batch: int
+    size: int
+    slices: tuple[tuple[int, int], ...]
+    is_sized: bool
+    epoch: int | None
+
+    def read(self, start: int, stop: int) -> tf.data.Dataset:
+        """Reads several small batches at once: a call of the function costs more than what it reads."""
+        source, most, num_parallel = self.source, _MAX_STEPS_AT_ONCE, tf.data.AUTOTUNE
+        if isinstance(source, IndexedSource):
+            most, num_parallel = _MAX_OBJECT_STEPS_AT_ONCE, source.num_parallel_reads
+        at_once = max(1, min(most, self.every, _BYTES_AT_ONCE // max(1, _example_bytes(source) * self.size)))
+        if any(low == high for low, high in self.slices):
+            at_once = 1  # `unbatch` crashes on tensors without elements
+        # As tensors, so that epochs and segments share one function: to trace it takes longer than to read an epoch.
+        numbers = tf.constant(
+            [
+                at_once,
+                stop,
+                self.every,
+                self.offset,
+                self.batch,
+                self.size,
+                source.num_examples,
+                self.seed,
+                *((0, 1) if self.epoch is None else (self.epoch, 0)),
+                *(bound for low_high in self.slices for bound in low_high),
+            ],
+            tf.int64,
         )
-        if at_once == 1:
-            return tf.nest.map_structure(lambda t: t[0], several), tf.constant(size)
-        return several, tf.fill([tf.shape(tf.nest.flatten(several)[0])[0]], size)
+        options = len(self.slices), self.shuffle, at_once > 1
+        if isinstance(source, IndexedSource):
+            reader, data = _build_reader(source.take, *options), ()
+        else:
+            data = source.tensors
+            specs = tf.nest.map_structure(lambda t: tf.TensorSpec([None, *t.shape[1:]], t.dtype), data)
+            reader = _array_reader(repr(specs), *options)
 
-    dataset = tf.data.Dataset.range(0, steps, at_once)
-    dataset = dataset.map(read, num_parallel_calls=num_parallel, deterministic=True)
-    return (dataset.unbatch() if at_once > 1 else dataset).prefetch(tf.data.AUTOTUNE)
+        def read(first: Any) -> Any:
+            parts, sizes = reader(data, first, numbers)
+            sized = tuple(
+                tf.nest.map_structure(
+                    functools.partial(_with_size, high - low if self.is_sized else None, at_once > 1), part
+                )
+                for (low, high), part in zip(self.slices, parts, strict=True)
+            )
+            return sized, sizes
+
+        dataset = tf.data.Dataset.range(start, stop, at_once)
+        read = tf.autograph.experimental.do_not_convert(read)
+        dataset = dataset.map(read, num_parallel_calls=num_parallel, deterministic=True)
+        return (_unbatch(dataset) if at_once > 1 else dataset).prefetch(tf.data.AUTOTUNE)
 
 
 @functools.lru_cache(maxsize=32)
-def _array_reader(specs: str, num_parts: int, shuffle: bool) -> Any:
+def _array_reader(specs: str, num_parts: int, shuffle: bool, is_several: bool) -> Any:
     """Returns one function for all arrays of these specs."""
     del specs
-    return tf.function(_build_reader(None, num_parts, shuffle), autograph=False)
+    return tf.function(_build_reader(None, num_parts, shuffle, is_several), autograph=False)
 
 
 def forget_readers() -> None:
@@ -102,35 +153,61 @@ def forget_readers() -> None:
     _array_reader.cache_clear()
 
 
-def _build_reader(take_own: Any, num_parts: int, shuffle: bool) -> Any:
-    """Returns a function that reads the batches of several steps: for each part a nest of `[steps, length, …]`."""
+def _build_reader(take_own: Any, num_parts: int, shuffle: bool, is_several: bool) -> Any:
+    """Returns a function that reads the batches of several steps, or of one.
 
-    def read(
-        data: Any, first: Any, bounds: Any, *, start: Any, steps: Any, batch: Any, at_once: Any, **order: Any
-    ) -> Any:
-        starts = start + (first + tf.range(tf.minimum(at_once, steps - first))) * batch
+    It returns for each part a nest of `[steps, length, …]`, or `[length, …]`, and the examples in each whole batch.
+    """
+
+    def read(data: Any, first: Any, numbers: Any) -> Any:
+        at_once, stop, every, offset, batch, size, count, seed, epoch, per_pass, *bounds = tf.unstack(
+            numbers, 10 + 2 * num_parts
+        )
+        places = first + (tf.range(tf.minimum(at_once, stop - first)) if is_several else tf.zeros([1], tf.int64))
+        passes = places // every
+        epochs = epoch + per_pass * passes
+        starts = (1 - per_pass) * passes * count + offset + places % every * batch
         parts = []
-        for low, high in (tf.unstack(bounds[part]) for part in range(num_parts)):
+        for low, high in zip(bounds[::2], bounds[1::2], strict=True):
             positions = starts[:, None] + tf.range(low, high)[None]
-            places = examples_at(tf.reshape(positions, [-1]), shuffle=shuffle, **order)
-            rows = take(data, places) if take_own is None else take_own(places)
-            shape = tf.shape(positions)
-            parts.append(
-                tf.nest.map_structure(
+            wanted = examples_at(
+                tf.reshape(positions, [-1]),
+                num_examples=count,
+                seed=seed,
+                epoch=tf.reshape(tf.broadcast_to(epochs[:, None], tf.shape(positions)), [-1]),
+                shuffle=shuffle,
+            )
+            rows = take(data, wanted) if take_own is None else take_own(wanted)
+            if is_several:
+                shape = tf.shape(positions)
+                rows = tf.nest.map_structure(
                     lambda t, s=shape: tf.reshape(t, tf.concat([s, tf.shape(t)[1:]], 0)), rows
                 )
-            )
-        return tuple(parts)
+            parts.append(rows)
+        sizes = tf.fill(tf.shape(places) if is_several else [], tf.cast(size, tf.int32))
+        return tuple(parts), sizes
 
     return read
 
 
-def _with_size(size: int | None, tensor: tf.Tensor) -> tf.Tensor:
-    """Says how long a part is, which replicas weigh their means by; None forgets it.
+def _unbatch(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Does what `Dataset.unbatch` does, without its copy of dense tensors, which costs 30 ms at each start."""
+    spec = tf.nest.map_structure(lambda s: tf.TensorSpec(s.shape[1:], s.dtype), dataset.element_spec)
+    flat = tf.nest.flatten(spec)
+    variant = tf.raw_ops.UnbatchDataset(
+        input_dataset=tf.data.experimental.to_variant(dataset),
+        output_types=[s.dtype for s in flat],
+        output_shapes=[s.shape for s in flat],
+    )
+    return tf.data.experimental.from_variant(variant, spec)
+
+
+def _with_size(size: int | None, is_several: bool, tensor: tf.Tensor) -> tf.Tensor:
+    """Says how long a part is; None forgets it.
 
     As in Keras, a whole batch and the short one at the end then share a step's graph.
     """
-    shape = [None, size, *tensor.shape[2:]]
+    shape = [None, size, *tensor.shape[2:]] if is_several else [size, *tensor.shape[1:]]
     if size is None:
         return tf.raw_ops.PlaceholderWithDefault(input=tensor, shape=shape)
     return tf.ensure_shape(tensor, shape)

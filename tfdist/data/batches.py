@@ -22,6 +22,8 @@ def local_batches(
     first_step: int = 0,
     num_steps: int | None = None,
     drop_remainder: bool = False,
+    num_epochs_after: int = 0,
+    fixed_sizes: bool = True,
 ) -> list[Segment]:
     """Returns this process's share of an epoch.
 
@@ -40,9 +42,13 @@ def local_batches(
         num_steps: Where the epoch ends, counted from its start; None: with the data. Past the data's end
             another pass begins.
         drop_remainder: Leave out a pass's last batch if it is short.
+        num_epochs_after: Epochs that may be asked for next, in their order: a segment's elements may go on with theirs.
+
+        fixed_sizes: Whether the sizes of several replicas' parts must be static, where the number of examples is known:
+            a whole batch and the short one at the end then need a graph each.
 
     Returns:
-        Runs of batches; where the number of examples is known the sizes of several replicas' parts are static.
+        Runs of batches.
     """
     share = Share(
         epoch=epoch,
@@ -54,6 +60,8 @@ def local_batches(
         first_step=first_step,
         num_steps=num_steps,
         drop_remainder=drop_remainder,
+        num_epochs_after=num_epochs_after,
+        fixed_sizes=fixed_sizes,
     )
     if isinstance(source, SelfShardedSource):
         return [self_sharded_batches(source, share)]

@@ -38,7 +38,10 @@ def epoch_indices(
 def examples_at(
     positions: tf.Tensor, *, num_examples: int, seed: int, epoch: Any, shuffle: bool
 ) -> tf.Tensor:
-    """Returns the examples at any positions (`[n]` int64) of a run through the data; see `epoch_indices`."""
+    """Returns the examples at any positions (`[n]` int64) of a run through the data; see `epoch_indices`.
+
+    The epoch may be another one for each position (`[n]` too).
+    """
     within = tf.math.floormod(positions, num_examples)
     if not shuffle:
         return within
@@ -46,7 +49,7 @@ def examples_at(
     key = tf.stack(
         [
             tf.fill(tf.shape(lap), tf.cast(seed, tf.int64)),
-            tf.fill(tf.shape(lap), tf.cast(epoch, tf.int64)),
+            tf.broadcast_to(tf.cast(epoch, tf.int64), tf.shape(lap)),
             lap,
         ],
         axis=-1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -26,6 +26,10 @@ class Segment:
             for ever, empty, after one without examples at the start. Every segment of a kind of source splits alike.
         num_skipped: Elements to leave out at the start; they are not part of `num_steps`.
         num_buffered: Examples that are held back for shuffling.
+        never_empty: Whether each replica is sure to get an example of each batch.
+        run: Names what goes on after the segment's last element, maybe with another epoch's; None: nothing does.
+        start: Place of the first element in the run.
+        stop: Place in the run at which the dataset ends.
     """
 
     build: Callable[[], tf.data.Dataset]
@@ -33,6 +37,10 @@ class Segment:
     split: Callable[[Any], tuple[tuple[Any, ...], Any]] = lambda element: element
     num_skipped: int = 0
     num_buffered: int = 0
+    never_empty: bool = False
+    run: Hashable = None
+    start: int = 0
+    stop: int = 0
 
     def build_in_budget(self) -> tf.data.Dataset:
         """Returns a fresh dataset of all elements that plans with this task's share of the machine."""
@@ -57,6 +65,8 @@ class Share:
     first_step: int
     num_steps: int | None
     drop_remainder: bool
+    num_epochs_after: int = 0
+    fixed_sizes: bool = True
 
     @property
     def num_left(self) -> int | None:

@@ -107,6 +107,7 @@ class CoordinatorLoop:
 
     def start(self) -> None:
         """Goes on counting where the model stands: random streams and accumulation follow the step's number."""
+        self._position.forget()
         if self._model.optimizer is not None:
             self._num_scheduled = int(keras_internals.batch_counter(self._model.optimizer).numpy())
 

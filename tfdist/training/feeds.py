@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -107,10 +108,13 @@ class SentFeed:
             first_step=plan.first_step,
             num_steps=plan.num_steps,
             drop_remainder=plan.drop_remainder,
+            num_epochs_after=plan.num_epochs_after,
         ):
-            for element in self._position.open(segment, self._source, plan):
+            iterator = self._position.open(segment, self._source, plan)
+            for element in itertools.islice(iterator, segment.num_steps):
                 sizes = [(tf.nest.flatten(part)[0].shape[0], part) for part in segment.split(element)[0]]
                 yield [Part(size, part) for size, part in sizes if size]
+            self._position.keep(segment, iterator)
 
     def pack(self, parts: Sequence[Part]) -> Any:
         """Returns what a closure that reads some parts is called with."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -26,16 +26,30 @@ _MAX_BYTES = 256 * 2**20
 
 
 class InputPosition:
-    """Opens an epoch's stream where it is to go on, and saves where it stands."""
+    """Opens an epoch's data where they are to go on, and saves where a stream stands."""
 
     def __init__(self) -> None:
         self._iterator: Any = None
         self._label = b""
         self._unsavable: Source | None = None
+        self._kept: dict[Hashable, tuple[int, Iterator[Any]]] = {}
+
+    def forget(self) -> None:
+        """Lets go of what was kept."""
+        self._kept.clear()
+
+    def keep(self, segment: Segment, iterator: Iterator[Any]) -> None:
+        """Keeps the iterator of a segment that was read to its end, if the next epoch's elements follow."""
+        place = segment.start + (segment.num_steps or 0)
+        if segment.run is not None and place < segment.stop:
+            self._kept[segment.run] = place, iterator
 
     def open(self, segment: Segment, source: Source, plan: BatchPlan) -> Iterator[Any]:
         """Returns an iterator over a segment's elements, from the plan's first step on."""
         self._iterator = None
+        if segment.run is not None:
+            place, kept = self._kept.pop(segment.run, (None, None))
+            return segment.open() if place != segment.start or kept is None else kept
         if not isinstance(source, StreamSource):
             return segment.open()
         dataset = segment.build_in_budget()

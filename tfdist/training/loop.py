@@ -111,7 +111,7 @@ def run_fit(
             is_saved=saver.is_saving,
             log_every_steps=_log_every(callbacks, options.steps_per_epoch, shown=options.shown),
             steps_per_loop=options.steps_per_loop,
-            num_steps_after=(options.epochs - epoch - 1) * (options.steps_per_epoch or 0),
+            num_epochs_after=options.epochs - epoch - 1,
             is_due=saver.is_due,
             loss_limit=on_nan.loss_limit,
         )

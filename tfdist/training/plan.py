@@ -31,7 +31,8 @@ class BatchPlan:
         log_every_steps: Logs are computed at each such step; under several workers that is a collective,
             so all processes must agree on it.
         steps_per_loop: Steps to make in one call of a graph, where nobody looks in between; None: as many as are
-            worth it for the `num_steps_after` of the epochs after this one.
+            worth it for the epochs after this one.
+        num_epochs_after: Passes that follow this one, over the same source and as long.
         is_due: Whether a checkpoint follows a zero-based step by its number; unlike `is_boundary`, asked at any time.
         loss_limit: Asked once a step for the largest loss that it may have; a step with a larger one, or with a
             loss or gradients that are not finite, changes nothing and reports a fault. None checks nothing.
@@ -50,7 +51,7 @@ class BatchPlan:
     is_saved: bool = False
     log_every_steps: int = 0
     steps_per_loop: int | None = 1
-    num_steps_after: int = 0
+    num_epochs_after: int = 0
     is_due: Callable[[int], bool] = _never
     loss_limit: Callable[[], float] | None = None
 

@@ -58,22 +58,27 @@ class ReplicaStep:
         self._sum_fns: dict[Any, Callable[..., Any]] = {}
         self.metric_names = set(metric_results(model, zero_state(model)))
 
-    def train(
-        self, parts: Sequence[Any], global_size: Any, limit: Any = None, *, has_more: Any = None
-    ) -> Any:
+    def train(self, parts: Sequence[Any], global_size: Any, limit: Any = None, **known: Any) -> Any:
         """Runs one optimizer step; see `_run`."""
-        return self._run("train", parts, global_size, limit, has_more)
+        return self._run("train", parts, global_size, limit, **known)
 
-    def test(self, parts: Sequence[Any], global_size: Any, *, has_more: Any = None) -> Any:
+    def test(self, parts: Sequence[Any], global_size: Any, **known: Any) -> Any:
         """Updates the metrics on one batch; see `_run`."""
-        return self._run("test", parts, global_size, has_more=has_more)
+        return self._run("test", parts, global_size, **known)
 
-    def predict(self, parts: Sequence[Any], global_size: Any) -> Any:
+    def predict(self, parts: Sequence[Any], global_size: Any, **known: Any) -> Any:
         """Returns the outputs for one whole global batch, in order, on every replica."""
-        return self._run("predict", parts, global_size)
+        return self._run("predict", parts, global_size, **known)
 
     def _run(
-        self, kind: str, parts: Sequence[Any], global_size: Any, limit: Any = None, has_more: Any = None
+        self,
+        kind: str,
+        parts: Sequence[Any],
+        global_size: Any,
+        limit: Any = None,
+        *,
+        never_empty: bool = False,
+        has_more: Any = None,
     ) -> Any:
         """Runs the step on each local replica.
 
@@ -82,6 +87,7 @@ class ReplicaStep:
             parts: One nest of tensors for each local replica; a leading axis may be empty.
             global_size: Examples in the whole batch, int32 scalar; None where replicas must add them up.
             limit: Largest loss that passes the check; None checks nothing.
+            never_empty: Whether each replica of the strategy has an example.
             has_more: Whether this process has examples for another step, where each reads its own: a bool scalar.
 
         Returns:
@@ -90,11 +96,11 @@ class ReplicaStep:
             verdict, the loss, and the seconds until gradients were there and until they were exchanged. Where
             `has_more` is given, a pair of that and of the number of processes that have.
         """
-        args = (kind, tuple(parts), global_size, limit, has_more)
+        args = (kind, tuple(parts), global_size, limit, never_empty, has_more)
         return self._strategy.run(self._replica_fn, args=args)
 
     def _replica_fn(
-        self, kind: str, parts: tuple[Any, ...], global_size: Any, limit: Any, has_more: Any
+        self, kind: str, parts: tuple[Any, ...], global_size: Any, limit: Any, never_empty: bool, has_more: Any
     ) -> Any:
         outer = tf.distribute.get_replica_context()
         local_index = local_replica_index(outer, len(parts))
@@ -116,6 +122,7 @@ class ReplicaStep:
             global_size=global_size,
             check=check,
             carrier=self.carrier,
+            never_empty=never_empty,
             is_local=self.sharing.is_local and kind == "train",
         )
         self._bind(sole, local_index)
@@ -124,7 +131,7 @@ class ReplicaStep:
             result = self._train_part(sole, part)
         else:
             with sole.guarding(self._metric_ids), after_reading(part), sole:
-                outputs = getattr(self._model, f"{kind}_step")(_at_least_one(part, local_size))
+                outputs = getattr(self._model, f"{kind}_step")(_at_least_one(part, sole))
             if kind == "predict":
                 return tf.nest.map_structure(lambda t: outer.all_gather(t[:local_size], axis=0), outputs)
             self.returned[kind] = returned_names(outputs)
@@ -154,7 +161,7 @@ class ReplicaStep:
         with sole.guarding(self._metric_ids), after_reading(part), sole:
             if isinstance(self.sharing, DelayedGradients):
                 self.sharing.begin_step(sole)
-            outputs, self.returned["train"] = self._step(sole, _at_least_one(part, sole.local_size))
+            outputs, self.returned["train"] = self._step(sole, _at_least_one(part, sole))
         if not sole.num_applied and self._model.trainable_variables:
             raise ConfigError(
                 f"{type(self._model).__name__}.train_step changed no weights through a Keras optimizer; "
@@ -309,7 +316,7 @@ class ReplicaStep:
                 variable.assign(tf.cast(tf.math.floormod(value + shift, 2**32), variable.dtype))
 
         if states and self._strategy.num_replicas_in_sync > 1:
-            tf.function(lambda: self._strategy.run(spread))()
+            tf.function(lambda: self._strategy.run(spread), autograph=False)()
 
     def average_statistics(self) -> None:
         """Averages what replicas keep for themselves (BatchNormalization's moving statistics)."""
@@ -329,7 +336,7 @@ class ReplicaStep:
 
         if kept and self._strategy.num_replicas_in_sync > 1:
             if self._average_fn is None:
-                self._average_fn = tf.function(lambda: self._strategy.run(average))
+                self._average_fn = tf.function(lambda: self._strategy.run(average), autograph=False)
             self._average_fn()
 
     def metric_state(self) -> list[Any]:
@@ -342,7 +349,7 @@ class ReplicaStep:
                 own = [tf.identity(self._local(v, index)) for v in self._model.metrics_variables]
                 return reduce_all(context, tf.distribute.ReduceOp.SUM, own)
 
-            self._metric_state_fn = tf.function(lambda: self._strategy.run(total))
+            self._metric_state_fn = tf.function(lambda: self._strategy.run(total), autograph=False)
         state = self._metric_state_fn()
         return [self._strategy.experimental_local_results(v)[0].numpy() for v in state]
 
@@ -401,9 +408,9 @@ def local_replica_index(context: tf.distribute.ReplicaContext, num_local: int) -
     return int(index) % num_local
 
 
-def _at_least_one(part: Any, size: Any) -> Any:
+def _at_least_one(part: Any, sole: SoleReplica) -> Any:
     """Gives an empty part one example of zeros, so that a mean over it is finite; its share is zero."""
-    if isinstance(size, int) and size > 0:
+    if sole.never_empty:
         return part
 
     def pad(tensor: tf.Tensor) -> tf.Tensor:

@@ -33,11 +33,14 @@ class SoleReplica(tf.distribute.ReplicaContext):
         global_size: Any,
         check: StepCheck | None = None,
         carrier: Carrier | None = None,
+        never_empty: bool = False,
         is_local: bool = False,
     ) -> None:
         super().__init__(keras_internals.DEFAULT_STRATEGY, local_index)
         self.check = check
         self._carrier = carrier
+        # Whether this replica is sure to have an example.
+        self.never_empty = never_empty or (isinstance(local_size, int) and local_size > 0)
         self.is_local = is_local
         self.outer = outer
         self.local_size = local_size
@@ -68,8 +71,7 @@ class SoleReplica(tf.distribute.ReplicaContext):
     @contextlib.contextmanager
     def guarding(self, ids: set[int]) -> Iterator[None]:
         """Keeps variables, given by the ids of Keras's, as they are if this replica has no examples."""
-        is_sure = isinstance(self.local_size, int) and self.local_size > 0
-        guarded = [] if is_sure else [own for variable, own in self.bound if id(variable) in ids]
+        guarded = [] if self.never_empty else [own for variable, own in self.bound if id(variable) in ids]
         before = [tf.identity(v) for v in guarded]
         yield
         for variable, old in zip(guarded, before, strict=True):

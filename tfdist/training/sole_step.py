@@ -29,9 +29,9 @@ class SoleStep:
         """Whether XLA compiles the step, which is whole here: nothing is exchanged in it."""
         return self.jit is not None or bool(self._model.jit_compile)
 
-    def train(self, parts: Any, global_size: Any, limit: Any = None) -> Any:
+    def train(self, parts: Any, global_size: Any, limit: Any = None, *, never_empty: bool = True) -> Any:
         """Runs one optimizer step; see `ReplicaStep`."""
-        del global_size
+        del global_size, never_empty
         if limit is None:
             with after_reading(parts[0]):
                 return self._logs("train", self._model.train_step(parts[0])), _report(UNCHECKED)
@@ -86,14 +86,14 @@ class SoleStep:
         compiled = tf.function(run, autograph=False)
         return time_calls(lambda: compiled(parts[0]).numpy())
 
-    def test(self, parts: Any, global_size: Any) -> Any:
+    def test(self, parts: Any, global_size: Any, *, never_empty: bool = True) -> Any:
         """Updates the metrics on one batch."""
-        del global_size
+        del global_size, never_empty
         return self._logs("test", self._model.test_step(parts[0]))
 
-    def predict(self, parts: Any, global_size: Any) -> Any:
+    def predict(self, parts: Any, global_size: Any, *, never_empty: bool = True) -> Any:
         """Returns the outputs for one batch."""
-        del global_size
+        del global_size, never_empty
         return self._model.predict_step(parts[0])
 
     def _logs(self, kind: str, logs: Any) -> dict[str, Any]:

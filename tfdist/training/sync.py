@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ class SyncLoop:
         self._num_workers = self.num_replicas // num_local
         self.replica_ids = list(range(offset, offset + num_local))
         optimizers = keras_internals.find_optimizers(model)
+        self._fixed_sizes = keras_internals.has_loss_by_output(model)
         self._step: ReplicaStep | SoleStep = (
             SoleStep(model)
             if self._alone
@@ -125,6 +127,7 @@ class SyncLoop:
     def start(self) -> None:
         """Prepares the replicas for training: equal weights are TensorFlow's, different random streams ours."""
         self._step.spread_seeds()
+        self._position.forget()
         self._steps_per_loop = 1
         if self._meeting is not None:
             self._meeting.start()
@@ -173,7 +176,7 @@ class SyncLoop:
         self.epoch_logs = self._logs("train", extra)
         self._times.end_epoch(self.input_wait, self.vote)
         if plan.steps_per_loop is None and self._steps_per_loop == 1:
-            self._steps_per_loop = self._times.loop_size(plan.num_steps_after)
+            self._steps_per_loop = self._times.loop_size(plan.num_epochs_after * (plan.num_steps or 0))
 
     def measures(self) -> dict[str, Any]:
         """Returns where the epoch's time went, what crossed between workers, and the steps of a call, if several."""
@@ -272,6 +275,8 @@ class SyncLoop:
                     yield tf.nest.map_structure(self._first_local, outputs)
                     if num_more is not None and self._ends(int(self._first_local(num_more)), plan):
                         return
+            if kind == "train":
+                self._position.keep(segment, iterator)
 
     def _loop_size(self, source: Source, plan: BatchPlan, step: int, left: int | None) -> int:
         """Returns how many steps, from zero-based `step` on, are one call: all of a loop, or one.
@@ -327,16 +332,18 @@ class SyncLoop:
             first_step=plan.first_step,
             num_steps=plan.num_steps,
             drop_remainder=plan.drop_remainder,
+            num_epochs_after=plan.num_epochs_after,
+            fixed_sizes=self._fixed_sizes,
         )
 
     def _function(self, kind: str, source: Source, segment: Segment, size: int) -> Any:
         """Returns what makes `size` steps, and returns for each its outputs, who has more, and the wait for input."""
         way = self._meeting.way() if kind == "train" and self._meeting is not None else None
-        key = kind, type(source), way, size
+        key = kind, type(source), segment.never_empty, way, size
         if key not in self._functions:
             own, split = isinstance(source, SelfShardedSource), segment.split
             is_part = self._ends_alone(source)
-            step = getattr(self._step, kind)
+            step = functools.partial(getattr(self._step, kind), never_empty=segment.never_empty)
             if isinstance(self._step, SoleStep) and self._step.is_compiled and not self._model.run_eagerly:
                 # Without the reading, for which there is no such code.
                 step = tf.function(step, autograph=False, jit_compile=True)

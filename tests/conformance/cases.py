@@ -17,6 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
+from chosen import chosen
 
 from tfdist.optimizers import LARS
 from tfdist.recipe import load_recipe
@@ -286,28 +287,18 @@ def collect(model: keras.Model, history: Any, results: dict[str, float], outputs
     return found | {"iterations": np.asarray(model.optimizer.iterations.numpy())}
 
 
-# Those in which the number of replicas shows most.
-FEW = ("sgd", "mask", "two_outputs", "own_step", "dice")
-
-
-def main(path: str, strategy: str, replicas: str | None = None, which: str = "all") -> None:
-    """Runs every case, or a few, in this process and keeps the results."""
-    if which == "few":
-        for name in CASES.keys() - FEW:
-            del CASES[name]
+def main(path: str, strategy: str, replicas: str | None = None) -> None:
+    """Runs the cases that are asked for in this process and keeps the results."""
+    asked = {name: CASES[name] for name in chosen(CASES)}
     if strategy == "keras":
-        results = {name: run_keras(case) for name, case in CASES.items()}
+        results = {name: run_keras(case) for name, case in asked.items()}
         chief = True
     else:
         import tfdist
 
         run = tfdist.initialize(strategy=strategy, num_replicas=replicas and int(replicas), seed=1)
         chief = run.is_chief
-        results = {}
-        for name, case in CASES.items():
-            if strategy == "ps" and name == "loss_scale":
-                continue
-            results[name] = run_tfdist(run, case)
+        results = {name: run_tfdist(run, case) for name, case in asked.items()}
     if chief:
         np.savez(path, **{f"{name}/{key}": v for name, found in results.items() for key, v in found.items()})
 

@@ -19,6 +19,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from cases import CASES, COUNT, EPOCHS, Case
+from chosen import chosen
 
 import tfdist
 
@@ -107,13 +108,16 @@ def train(run: Any, case: Case, data: Any, **options: Any) -> tuple[dict[str, An
 def run_worlds(run: Any) -> dict[str, Any]:
     """Returns what every answer leads to."""
     found: dict[str, Any] = {}
-    for name, (case, data) in PLANTED.items():
+    for name in chosen(PLANTED, "skip/"):
         if run.strategy_name == "ps" and name == "loss_scale":
             continue
+        case, data = PLANTED[name]
         found[f"skip/{name}"], _ = train(run, case, data, on_nan="skip")
-    for name in ("sgd", "gradients_only", "loss_only", "own_step"):
+    for name in chosen(("sgd", "gradients_only", "loss_only", "own_step"), "stop/"):
         found[f"stop/{name}"], error = train(run, *PLANTED[name], on_nan="stop")
         found[f"stop/{name}"]["error"] = np.asarray(error)
+    if not chosen(["rollback"]):
+        return found
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = tfdist.Checkpoints(directory=folder)
         found["rollback"], _ = train(run, *PLANTED["sgd"], on_nan="rollback", checkpoints=checkpoints)
@@ -133,7 +137,7 @@ def all_finite(path: Path) -> bool:
 def main(path: str, strategy: str, replicas: str | None = None) -> None:
     """Runs everything in this process and keeps the results."""
     if strategy == "keras":
-        found = {f"skip/{name}": train_plain(case, SKIPPED) for name, (case, _) in PLANTED.items()}
+        found = {f"skip/{name}": train_plain(PLANTED[name][0], SKIPPED) for name in chosen(PLANTED, "skip/")}
         # From each epoch's start on behind the bad batch: what came before it is not in the weights.
         found["rollback"] = train_plain(CASES["sgd"], slice(0, 2 * BATCH))
         chief = True

@@ -18,6 +18,7 @@ import cases
 import keras
 import numpy as np
 import tensorflow as tf
+from chosen import chosen
 
 EVEN = 20  # Examples that two batches of ten hold without a rest.
 STEPS = 40
@@ -136,20 +137,22 @@ def copies(run: Any, model: keras.Model) -> Iterator[np.ndarray]:
         yield np.concatenate([np.ravel(v.numpy()).astype("float64") for v in local])
 
 
-def measure(trainer: Trainer, folder: Path, name: str) -> dict[str, Any]:
-    """Returns everything that test_promises.py looks at."""
-    run = trainer.run
-    seen: dict[str, Any] = {}
+def counts(trainer: Trainer) -> dict[str, Any]:
+    """Takes many steps of one length."""
     ones = np.ones((STEPS * 2, 1), np.float32)
-
     model = trainer.build(lambda: linear(0.5))
     trainer.fit(model, (ones, ones), 2, epochs=1, steps_per_epoch=1)
     start = float(model.get_weights()[0][0, 0])
     history = trainer.fit(model, (ones, ones), 2, epochs=2)
-    seen["moved"] = start - float(model.get_weights()[0][0, 0])
-    seen["iterations"] = int(model.optimizer.iterations.numpy())
-    seen["counts"] = history.history["count"]
+    return {
+        "moved": start - float(model.get_weights()[0][0, 0]),
+        "iterations": int(model.optimizer.iterations.numpy()),
+        "counts": history.history["count"],
+    }
 
+
+def masks(trainer: Trainer) -> dict[str, Any]:
+    """Looks at dropout from outside."""
     model = trainer.build(masked)
     wide = np.ones((2, 64), np.float32)
     moves = []
@@ -157,34 +160,45 @@ def measure(trainer: Trainer, folder: Path, name: str) -> dict[str, Any]:
         before = model.get_weights()[0] if model.built else 0.0
         trainer.fit(model, (wide, wide[:, :1]), 2)
         moves.append(before - model.get_weights()[0])
-    seen["masks"] = np.asarray(moves)
+    return {"masks": np.asarray(moves)}
 
+
+def totals(trainer: Trainer) -> dict[str, Any]:
+    """Adds up over examples, in training, evaluation and prediction."""
     model = trainer.build(frozen_auc)
     history = trainer.fit(model, (cases.IDS, cases.BINARY), 5)
-    seen["auc"], seen["auc_count"] = history.history["auc"][0], history.history["count"][0]
-    seen |= trainer.evaluate_and_predict(model)
+    seen = {"auc": history.history["auc"][0], "auc_count": history.history["count"][0]}
+    return seen | trainer.evaluate_and_predict(model)
 
+
+def repeated(trainer: Trainer) -> dict[str, Any]:
+    """Does the same twice."""
     weights = []
     for _ in range(2):
         model = trainer.build(cases.dropout)
         trainer.fit(model, (cases.X, cases.Y), cases.BATCH, epochs=2)
         weights.append(np.concatenate([np.ravel(w) for w in model.get_weights()]))
-    seen["repeated"] = np.asarray(weights)
+    return {"repeated": np.asarray(weights)}
 
+
+def statistics(trainer: Trainer) -> dict[str, Any]:
+    """Trains what replicas keep statistics of."""
     model = trainer.build(plain_batch_norm)
     trainer.fit(model, (cases.X, cases.Y), cases.BATCH, epochs=1)
-    seen["copies"] = np.asarray(list(copies(run, model)))
-    seen["finite"] = all(np.isfinite(w).all() for w in model.get_weights())
+    return {
+        "copies": np.asarray(list(copies(trainer.run, model))),
+        "finite": all(np.isfinite(w).all() for w in model.get_weights()),
+    }
 
-    seen |= callbacks(trainer, folder, name)
-    seen |= forms(trainer)
+
+def bfloat16(trainer: Trainer) -> dict[str, Any]:
+    """Computes in it."""
     keras.mixed_precision.set_dtype_policy("mixed_bfloat16")
     model = trainer.build(lambda: cases.classifier(lambda: keras.optimizers.SGD(0.1)))
     history = trainer.fit(model, (cases.X, cases.Y), cases.BATCH, epochs=2)
-    seen["bfloat16"] = np.asarray(history.history["loss"])
-    seen["bfloat16_dtypes"] = [model.layers[1].compute_dtype, model.layers[1].kernel.dtype]
     keras.mixed_precision.set_dtype_policy("float32")
-    return seen
+    dtypes = [model.layers[1].compute_dtype, model.layers[1].kernel.dtype]
+    return {"bfloat16": np.asarray(history.history["loss"]), "bfloat16_dtypes": dtypes}
 
 
 def callbacks(trainer: Trainer, folder: Path, name: str) -> dict[str, Any]:
@@ -239,7 +253,20 @@ def main(out: str, strategy: str, replicas: str | None = None) -> None:
 
         run = tfdist.initialize(strategy=strategy, num_replicas=replicas and int(replicas), seed=1)
         name = str(run.task or "alone").replace(":", "-")
-    seen = measure(Trainer(run), Path(out), name)
+    trainer = Trainer(run)
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "counts": lambda: counts(trainer),
+        "masks": lambda: masks(trainer),
+        "totals": lambda: totals(trainer),
+        "repeated": lambda: repeated(trainer),
+        "statistics": lambda: statistics(trainer),
+        "callbacks": lambda: callbacks(trainer, Path(out), name),
+        "forms": lambda: forms(trainer),
+        "bfloat16": lambda: bfloat16(trainer),
+    }
+    seen: dict[str, Any] = {}
+    for part in chosen(parts):
+        seen |= parts[part]()
     np.savez(Path(out) / f"{name}.npz", **seen)
 
 

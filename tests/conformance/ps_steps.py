@@ -21,6 +21,7 @@ import nan_steps
 import numpy as np
 import promises
 import tensorflow as tf
+from chosen import chosen
 
 import tfdist
 
@@ -47,6 +48,7 @@ cases.CASES["adam"] = cases.Case(
     lambda: cases.classifier(lambda: cases.optimizers.Adam(0.01)), (cases.X, cases.Y)
 )
 SKIPPING = ("sgd", "batch_norm", "adamw_ema")
+SKIPPING_TOGETHER = ("adamw_ema",)
 
 
 class Measures(keras.callbacks.Callback):
@@ -88,7 +90,7 @@ def run_one(run: Any) -> dict[str, Any]:
     """Several steps in a closure, one worker."""
     found: dict[str, Any] = {}
     for loop, options in LOOPS.items():
-        for name in CASES:
+        for name in chosen(CASES, f"{loop}/"):
             found[f"{loop}/{name}"] = cases.run_tfdist(run, with_options(cases.CASES[name], **options))
     # Somebody looks at each batch.
     watch: list[float] = []
@@ -139,7 +141,7 @@ def run_two(run: Any) -> dict[str, Any]:
 def run_together(run: Any) -> dict[str, Any]:
     """All workers step together."""
     found: dict[str, Any] = {}
-    for name in TOGETHER:
+    for name in chosen(TOGETHER, "sync/"):
         found[f"sync/{name}"] = cases.run_tfdist(run, with_options(cases.CASES[name], ps_mode="sync"))
     stream = tf.data.Dataset.from_tensor_slices(cases.CASES["sgd"].data)
     keras.utils.set_random_seed(1)
@@ -158,10 +160,9 @@ def run_together(run: Any) -> dict[str, Any]:
     )
     found["sync/stream"] = cases.collect(model, history, {}, [])
     found["sync_measures"] = measures.found
-    for name in SKIPPING:
-        if name in TOGETHER:
-            planted = nan_steps.PLANTED[name]
-            found[f"sync_skip/{name}"], _ = nan_steps.train(run, *planted, on_nan="skip", ps_mode="sync")
+    for name in SKIPPING_TOGETHER:
+        planted = nan_steps.PLANTED[name]
+        found[f"sync_skip/{name}"], _ = nan_steps.train(run, *planted, on_nan="skip", ps_mode="sync")
     for name in ("two_players", "mask", "weights"):
         try:
             cases.run_tfdist(run, with_options(cases.CASES[name], ps_mode="sync"))
@@ -173,7 +174,12 @@ def run_together(run: Any) -> dict[str, Any]:
 def main(path: str, strategy: str) -> None:
     """Runs everything in this process and keeps the results."""
     if strategy == "keras":
-        found = {f"plain/{name}": cases.run_keras(cases.CASES[name]) for name in {*CASES, *TOGETHER}}
+        asked = {
+            name
+            for loop in ("pairs/", "fours/", "sync/")
+            for name in chosen({**dict.fromkeys(CASES), **dict.fromkeys(TOGETHER)}, loop)
+        }
+        found = {f"plain/{name}": cases.run_keras(cases.CASES[name]) for name in sorted(asked | {"sgd"})}
         for name in SKIPPING:
             found[f"skip/{name}"] = nan_steps.train_plain(nan_steps.PLANTED[name][0], SKIPPED)
         chief = True

@@ -15,6 +15,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
+from chosen import chosen
 
 import tfdist
 from tfdist.data import part_slice
@@ -23,7 +24,8 @@ from tfdist.training.local_steps import neighbours
 
 BATCH, EPOCHS, COUNT, RATE = 12, 2, 44, 0.2
 OUTER_RATE, OUTER_MOMENTUM = 0.7, 0.9
-NUM_WORKERS = int(os.environ.get("WAYS_WORKERS", "2"))
+# By the number of workers.
+EXCHANGES = {2: "collective", 3: "mpi"}
 rng = np.random.default_rng(0)
 X = rng.normal(size=(COUNT, 6)).astype(np.float32)
 Y = rng.integers(0, 3, COUNT)
@@ -87,31 +89,31 @@ def mix(workers: list[list[np.ndarray]], distance: int) -> list[list[np.ndarray]
 
 
 def simulate(  # noqa: C901 - one story, read from top to bottom
-    sync: str, period: int, warmup_steps: int = 0, graph: str = "ring"
+    sync: str, period: int, num_workers: int, warmup_steps: int = 0, graph: str = "ring"
 ) -> list[np.ndarray]:
     """Returns the weights that a way of sharing ends with."""
     model = build_model()
-    workers = [model.get_weights() for _ in range(NUM_WORKERS)]
+    workers = [model.get_weights() for _ in range(num_workers)]
     anchor, velocity = model.get_weights(), [np.zeros_like(w) for w in model.get_weights()]
-    waiting, seen, num_since, num_mixes, step = None, np.zeros(NUM_WORKERS), 0, 0, 0
+    waiting, seen, num_since, num_mixes, step = None, np.zeros(num_workers), 0, 0, 0
     is_plain = sync != "diloco"
 
     def agree() -> None:
         nonlocal workers, anchor, num_since, seen
         if not num_since:
             return
-        shares = np.full(NUM_WORKERS, 1 / NUM_WORKERS) if sync == "gossip" else seen / seen.sum()
+        shares = np.full(num_workers, 1 / num_workers) if sync == "gossip" else seen / seen.sum()
         target = mean(workers, shares)
         for i, (a, t) in enumerate(zip(anchor, target, strict=True)):
             velocity[i] = OUTER_MOMENTUM * velocity[i] + (a - t)
             anchor[i] = t if is_plain else a - OUTER_RATE * ((a - t) + OUTER_MOMENTUM * velocity[i])
         workers = [list(anchor) for _ in workers]
-        num_since, seen = 0, np.zeros(NUM_WORKERS)
+        num_since, seen = 0, np.zeros(num_workers)
 
     for _ in range(EPOCHS):
         for start in range(0, COUNT, BATCH):
             size = min(BATCH, COUNT - start)
-            parts = [part_slice(size, k, NUM_WORKERS) for k in range(NUM_WORKERS)]
+            parts = [part_slice(size, k, num_workers) for k in range(num_workers)]
             found = [
                 gradients(model, w, slice(start + low, start + high))
                 for w, (low, high) in zip(workers, parts, strict=True)
@@ -135,7 +137,7 @@ def simulate(  # noqa: C901 - one story, read from top to bottom
                         if graph == "complete"
                         else 1
                         if graph == "ring"
-                        else 2 ** (num_mixes % int(np.ceil(np.log2(NUM_WORKERS))))
+                        else 2 ** (num_mixes % int(np.ceil(np.log2(num_workers))))
                     )
                     workers, num_mixes = mix(workers, distance), num_mixes + 1
                 elif num_since % period == 0:
@@ -161,16 +163,20 @@ def main(out: str, strategy: str) -> None:
             "delayed": 1,
         }
         found = {}
-        for name, way in LOCAL.items():
+        for name in chosen(LOCAL):
+            way = LOCAL[name]
             options = {key: way[f"sync_{key}"] for key in ("warmup_steps", "graph") if f"sync_{key}" in way}
-            weights = simulate(way["sync"], periods[name], **options)
-            found |= {f"{name}/{i}": w for i, w in enumerate(weights)}
+            for num_workers in EXCHANGES:
+                weights = simulate(way["sync"], periods[name], num_workers, **options)
+                found |= {f"{num_workers}/{name}/{i}": w for i, w in enumerate(weights)}
         np.savez(out, **found)
         return
     run = tfdist.initialize(strategy=strategy, seed=1)
     found: dict[str, Any] = {}
-    for name, way in {**LOCAL, **EXACT, **ABOUT}.items():
-        way = dict(way)
+    exchange = EXCHANGES[run.cluster.num_workers]
+    ways: dict[str, dict[str, Any]] = {**LOCAL, **EXACT, **ABOUT}
+    for name in {"every_step": None, **dict.fromkeys(chosen(ways))}:
+        way = dict(ways[name])
         jit_compile = way.pop("jit_compile", "off")
         with run.strategy.scope():
             model = build_model()
@@ -183,16 +189,16 @@ def main(out: str, strategy: str) -> None:
             verbose=0,
             on_nan="stop",
             jit_compile=jit_compile,
-            sync=tfdist.SyncOptions(exchange=os.environ.get("WAYS_EXCHANGE", "collective"), **way),
+            sync=tfdist.SyncOptions(exchange=exchange, **way),
         )
         found |= {f"{name}/{i}": v.numpy() for i, v in enumerate(model.trainable_variables)}
         found |= {
             f"{name}/iterations": model.optimizer.iterations.numpy(),
             f"{name}/loss": history.history["loss"],
         }
-    for name in ("local_sgd", "delayed"):
+    for name in chosen(("local_sgd", "delayed"), "nan/"):
         found[f"nan/{name}"] = np.array(fit_spoiled(run, name))
-    if os.environ.get("WAYS_EXCHANGE") == "mpi":
+    if exchange == "mpi":
         found["narrow_sum"] = add_narrow()
     if run.is_chief:
         np.savez(out, **found)

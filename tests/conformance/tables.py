@@ -17,6 +17,7 @@ import cases
 import keras
 import numpy as np
 import tensorflow as tf
+from chosen import chosen
 
 import tfdist
 from tfdist.layers import Embedding
@@ -49,6 +50,8 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "lazy_adam": ({}, lambda: LazyAdam(0.05)),
     "bfloat16": ({"dtype": "mixed_bfloat16"}, lambda: optimizers.Adagrad(0.3)),
 }
+# What tests look at besides equal results.
+ALWAYS = ("sgd", "adagrad", "adagrad_3_shards", "lazy_adam")
 WITHOUT_REFERENCE = ("lazy_adam", "bfloat16")
 
 
@@ -151,7 +154,7 @@ def main(path: str, strategy: str, replicas: str | None = None) -> None:
     if strategy != "keras":
         run = tfdist.initialize(strategy=strategy, num_replicas=replicas and int(replicas), seed=1)
     found: dict[str, Any] = {}
-    for name in CASES:
+    for name in sorted({*chosen(CASES), *ALWAYS}):
         found |= measure(run, name)
     if run is not None:
         keep(run, path)

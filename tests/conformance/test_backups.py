@@ -11,8 +11,8 @@ OPTIMIZERS = ["sgd", "lazy_adam"]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return results_of(backups.__file__, tmp_path_factory.mktemp("worlds"))("ps-3")
+def found(tmp_path_factory, request):
+    return results_of(backups.__file__, tmp_path_factory.mktemp("worlds"), request)("ps-3")
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

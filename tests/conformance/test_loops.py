@@ -12,8 +12,8 @@ pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return results_of(loops.__file__, tmp_path_factory.mktemp("worlds"))
+def results(tmp_path_factory, request):
+    return results_of(loops.__file__, tmp_path_factory.mktemp("worlds"), request)
 
 
 @pytest.mark.parametrize("world", WORLDS)

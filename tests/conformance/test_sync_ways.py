@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import sync_ways
-from worlds import run_world
+from worlds import marked, results_of
 
 from tfdist.training.local_steps import neighbours
 
@@ -12,78 +12,88 @@ STEPS = sync_ways.EPOCHS * -(-sync_ways.COUNT // sync_ways.BATCH)
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
 
-@pytest.fixture(scope="module", params=["collective-2", "mpi-3"])
-def results(request, tmp_path_factory):
+WORLDS = ["multiworker-2", "multiworker-3"]  # by TensorFlow's collectives, and by MPI
+LOCAL_DEFAULT = {
+    "multiworker-2": ("local_sgd", "diloco", "gossip_ring", "delayed"),
+    "multiworker-3": (
+        "post_local",
+        "diloco",
+        "gossip_ring",
+        "gossip_exponential",
+        "gossip_complete",
+        "delayed",
+    ),
+}
+EXACT_DEFAULT = {
+    "multiworker-2": ("every_step", "compiled", "diloco_plain"),
+    "multiworker-3": ("every_step", "small_buckets", "compiled_if_faster", "local_sgd_1"),
+}
+ABOUT = {"bfloat16": 2e-2, "float16": 2e-3, "bfloat16_feedback": 1e-2}
+ABOUT_DEFAULT = {"multiworker-2": ("bfloat16", "bfloat16_feedback"), "multiworker-3": ("bfloat16", "float16")}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, request):
     """What every way ended with: in real workers, and simulated."""
-    exchange, num_workers = request.param.split("-")
-    folder = tmp_path_factory.mktemp("ways")
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WAYS_WORKERS", num_workers)
-        patch.setenv("WAYS_EXCHANGE", exchange)
-        for world in ("keras", f"multiworker-{num_workers}"):
-            run_world(sync_ways.__file__, folder / f"{world}.npz", world)
-            with np.load(folder / f"{world}.npz") as stored:
-                found.append(dict(stored))
-    return found
+    return results_of(sync_ways.__file__, tmp_path_factory.mktemp("ways"), request)
 
 
 def weights(found, way):
     return [found[f"{way}/{i}"] for i in range(4)]
 
 
-@pytest.mark.parametrize("way", sync_ways.LOCAL)
-def test_way_equals_its_simulation(results, way):
-    simulated, found = results
-    for value, wanted in zip(weights(found, way), weights(simulated, way), strict=True):
+@pytest.mark.parametrize(("case", "world"), marked(sync_ways.LOCAL, WORLDS, LOCAL_DEFAULT))
+def test_way_equals_its_simulation(results, case, world):
+    found, simulated = results(world), weights(results("keras"), f"{world[-1]}/{case}")
+    for value, wanted in zip(weights(found, case), simulated, strict=True):
         np.testing.assert_allclose(value, wanted, **TOLERANCE)
-    assert found[f"{way}/iterations"] == STEPS
+    assert found[f"{case}/iterations"] == STEPS
 
 
-@pytest.mark.parametrize("way", sync_ways.EXACT)
-def test_way_equals_every_step(results, way):
-    _, found = results
-    for value, wanted in zip(weights(found, way), weights(found, "every_step"), strict=True):
+@pytest.mark.parametrize(("case", "world"), marked(sync_ways.EXACT, WORLDS, EXACT_DEFAULT))
+def test_way_equals_every_step(results, case, world):
+    found = results(world)
+    for value, wanted in zip(weights(found, case), weights(found, "every_step"), strict=True):
         np.testing.assert_allclose(value, wanted, **TOLERANCE)
-    assert found[f"{way}/iterations"] == STEPS
+    assert found[f"{case}/iterations"] == STEPS
 
 
-@pytest.mark.parametrize(
-    ("way", "bound"), [("bfloat16", 2e-2), ("float16", 2e-3), ("bfloat16_feedback", 1e-2)]
-)
-def test_narrow_exchange_is_about_every_step(results, way, bound):
+@pytest.mark.parametrize(("case", "world"), marked(ABOUT, WORLDS, ABOUT_DEFAULT))
+def test_narrow_exchange_is_about_every_step(results, case, world):
     """A number loses half a unit of its last place at each of 8 steps: 2^-9 of itself in bfloat16, 2^-12 in float16."""
-    _, found = results
+    found = results(world)
     gaps = [
         np.abs(value - wanted).max()
-        for value, wanted in zip(weights(found, way), weights(found, "every_step"), strict=True)
+        for value, wanted in zip(weights(found, case), weights(found, "every_step"), strict=True)
     ]
-    assert 0 < max(gaps) < bound
+    assert 0 < max(gaps) < ABOUT[case]
 
 
-def test_feedback_brings_bfloat16_closer(results):
-    _, found = results
-    norms = {}
-    for way in ("bfloat16", "bfloat16_feedback"):
+@pytest.mark.parametrize(("case", "world"), marked(["bfloat16_feedback"], WORLDS, {"multiworker-3": ()}))
+def test_feedback_brings_bfloat16_closer(results, case, world):
+    found, norms = results(world), {}
+    for way in ("bfloat16", case):
         pairs = zip(weights(found, way), weights(found, "every_step"), strict=True)
         norms[way] = np.sqrt(sum(np.square(a - b).sum() for a, b in pairs))
-    assert norms["bfloat16_feedback"] < norms["bfloat16"]
+    assert norms[case] < norms["bfloat16"]
 
 
-def test_powersgd_learns(results):
-    _, found = results
+@pytest.mark.parametrize(("case", "world"), marked(["powersgd"], WORLDS, {"multiworker-2": ()}))
+def test_powersgd_learns(results, case, world):
+    found = results(world)
     assert found["powersgd/loss"][-1] < found["every_step/loss"][-1] + 0.05
     gaps = [
-        np.abs(a - b).max()
-        for a, b in zip(weights(found, "powersgd"), weights(found, "every_step"), strict=True)
+        np.abs(a - b).max() for a, b in zip(weights(found, case), weights(found, "every_step"), strict=True)
     ]
     assert max(gaps) > 1e-4  # otherwise nothing was left out, and nothing was tested
 
 
-@pytest.mark.parametrize(("way", "steps"), [("local_sgd", "in steps 1 to 3"), ("delayed", "in steps 2 to 3")])
-def test_nan_that_one_worker_sees_ends_all_where_they_next_meet(results, way, steps):
-    _, found = results
-    assert f"the loss is not finite in epoch 1 {steps}" in str(found[f"nan/{way}"])
+SAID = {"nan/local_sgd": "in steps 1 to 3", "nan/delayed": "in steps 2 to 3"}
+
+
+@pytest.mark.parametrize(("case", "world"), marked(SAID, WORLDS, {"multiworker-3": ()}))
+def test_nan_that_one_worker_sees_ends_all_where_they_next_meet(results, case, world):
+    assert f"the loss is not finite in epoch 1 {SAID[case]}" in str(results(world)[case])
 
 
 @pytest.mark.parametrize("num_workers", [2, 3, 4, 5, 8])
@@ -123,7 +133,4 @@ def test_gossip_order_has_no_circle():
 
 def test_mpi_adds_narrow_numbers_up_in_float32(results):
     """In bfloat16 256 + 1 is 256 again: the sum of 256, 1 and 1 shows in which type it was made."""
-    _, found = results
-    if "narrow_sum" not in found:
-        pytest.skip("TensorFlow's ring adds in the narrow type, as SyncOptions says")
-    np.testing.assert_array_equal(found["narrow_sum"], np.full(7, 258.0))
+    np.testing.assert_array_equal(results("multiworker-3")["narrow_sum"], np.full(7, 258.0))

@@ -1,9 +1,12 @@
 """Starts a program in a world: a strategy and a number of replicas or workers, in real processes."""
 
+import contextlib
 import functools
 
 import numpy as np
 import programs
+import pytest
+from chosen import VARIABLE
 
 
 def run_world(program, out, world):
@@ -12,8 +15,7 @@ def run_world(program, out, world):
     Args:
         program: The file.
         out: Its first argument.
-        world: `keras`, `one_device`, `mirrored-N`, `mirrored-N-WORD` with another argument for the program,
-            `multiworker-N`, `ps-N`, or `ps-N-P` with P ps tasks.
+        world: `keras`, `one_device`, `mirrored-N`, `multiworker-N`, `ps-N`, or `ps-N-P` with P ps tasks.
     """
     strategy, number, rest = [*world.split("-"), "", ""][:3]
     launch, replicas = [], []
@@ -22,26 +24,55 @@ def run_world(program, out, world):
     if strategy == "ps":
         launch.append(f"--num_ps={rest or 1}")
     if strategy == "mirrored":
-        replicas = [number, *filter(None, [rest])]
+        replicas = [number]
     done = programs.run([*launch, program, out, strategy, *replicas], timeout=600)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-6000:]}"
 
 
-def results_of(program, folder):
+def marked(cases, worlds, default):
+    """Returns `(case, world)` parameters, those that only `--everything` runs with their mark.
+
+    Args:
+        cases: All.
+        worlds: All.
+        default: For a world the cases that always run; all where it is not named.
+    """
+    return [
+        pytest.param(case, world, marks=[] if case in default.get(world, cases) else pytest.mark.everything)
+        for world in worlds
+        for case in cases
+    ]
+
+
+@contextlib.contextmanager
+def asking(request, world):
+    """Tells a program which cases to run: those of the file's chosen tests in this world; of all for `keras`."""
+    items = [i for i in request.session.items if i.path == request.path and hasattr(i, "callspec")]
+    params = [item.callspec.params for item in items]
+    asked = {case for p in params if world in ("keras", p.get("world")) and (case := p.get("case"))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, " ".join(sorted(asked)))
+        yield
+
+
+def results_of(program, folder, request):
     """Returns a function of a world's name that gives what the program wrote there, as a dict of arrays.
 
-    Each world runs once, when it is first asked for; one that fails is not run again for each case.
+    Each world runs once, when it is first asked for; one that fails is not run again for each case. It runs the cases
+    of the tests that were chosen; `keras`, the reference, those of every world.
 
     Args:
         program: The file.
         folder: Where it writes `WORLD.npz`.
+        request: Of the fixture of the tests' file.
     """
 
     @functools.cache
     def attempt(world):
         out = folder / f"{world}.npz"
         try:
-            run_world(program, out, world)
+            with asking(request, world):
+                run_world(program, out, world)
         except AssertionError as error:
             return error
         with np.load(out) as stored:

@@ -59,7 +59,14 @@ def addressed_batches(source: ArraySource | IndexedSource, share: Share) -> list
         if run.epoch is None:
             stop = max(stop, (share.epoch + 1 + share.num_epochs_after) * every)
         segments.append(
-            Segment(build=functools.partial(run.read, start, stop), num_steps=end - step, never_empty=never_empty, run=run, start=start, stop=stop)
+            Segment(
+                build=functools.partial(run.read, start, stop),
+                num_steps=end - step,
+                never_empty=never_empty,
+                run=run,
+                start=start,
+                stop=stop,
+            )
         )
         step = end
     return segments
@@ -163,7 +170,9 @@ def _build_reader(take_own: Any, num_parts: int, shuffle: bool, is_several: bool
         at_once, stop, every, offset, batch, size, count, seed, epoch, per_pass, *bounds = tf.unstack(
             numbers, 10 + 2 * num_parts
         )
-        places = first + (tf.range(tf.minimum(at_once, stop - first)) if is_several else tf.zeros([1], tf.int64))
+        places = first + (
+            tf.range(tf.minimum(at_once, stop - first)) if is_several else tf.zeros([1], tf.int64)
+        )
         passes = places // every
         epochs = epoch + per_pass * passes
         starts = (1 - per_pass) * passes * count + offset + places % every * batch

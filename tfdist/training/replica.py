@@ -100,7 +100,13 @@ class ReplicaStep:
         return self._strategy.run(self._replica_fn, args=args)
 
     def _replica_fn(
-        self, kind: str, parts: tuple[Any, ...], global_size: Any, limit: Any, never_empty: bool, has_more: Any
+        self,
+        kind: str,
+        parts: tuple[Any, ...],
+        global_size: Any,
+        limit: Any,
+        never_empty: bool,
+        has_more: Any,
     ) -> Any:
         outer = tf.distribute.get_replica_context()
         local_index = local_replica_index(outer, len(parts))

@@ -17,6 +17,11 @@ from tfdist.ports import PortReservation, check_grpc_server
 REPOSITORY = str(Path(__file__).parents[2])
 pytestmark = pytest.mark.cluster
 STRATEGIES = ["one_device", "mirrored", "multiworker", "ps"]
+# Whose finished run is looked at again: the file is the same whatever has trained it.
+OTHER_RUNS = [
+    "ps",
+    *(pytest.param(name, marks=pytest.mark.everything) for name in ("one_device", "mirrored", "multiworker")),
+]
 
 
 def run_train(cwd, *flags, env=None):
@@ -75,6 +80,7 @@ def test_model_loads_in_plain_keras(finished, tmp_path):
     assert done.stdout.strip() == "(2, 10) False", done.stderr
 
 
+@pytest.mark.parametrize("finished", OTHER_RUNS, indirect=True)
 def test_modes_on_a_finished_run(finished):
     """The folder alone says enough: strategy and recipe come from its config."""
     _, run_dir, output = finished
@@ -91,6 +97,7 @@ def test_modes_on_a_finished_run(finished):
     assert exported.returncode == 0, exported.stderr
 
 
+@pytest.mark.parametrize("finished", OTHER_RUNS, indirect=True)
 def test_finished_run_looks_the_same_to_another_strategy(finished):
     """A model is not bound to what trained it."""
     _, run_dir, output = finished

@@ -5,5 +5,5 @@
 set -eu
 strategy=${STRATEGY:-ps}
 case $strategy in ps) num_ps=${NUM_PS:-1} ;; *) num_ps=${NUM_PS:-0} ;; esac
-exec "${PYTHON:-python3}" -m tfdist.launch --strategy="$strategy" --num_workers="${NUM_WORKERS:-2}" \
+exec "${PYTHON:-python3}" -m tfdist.launch --preload --strategy="$strategy" --num_workers="${NUM_WORKERS:-2}" \
     --num_ps="$num_ps" -m tfdist.train --strategy="$strategy" "$@"

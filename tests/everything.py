@@ -24,6 +24,14 @@ _LONG = (
 )
 
 
+def rarely(values, *starts):
+    """Returns parameters, of which those that begin with one of some words run with `--everything` alone."""
+    return [
+        pytest.param(value, marks=pytest.mark.everything if value.startswith(starts) else ())
+        for value in values
+    ]
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--everything",

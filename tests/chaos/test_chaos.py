@@ -26,7 +26,6 @@ MOMENTS = {
 FEW = {
     ("multiworker", "kill", "worker:0", "checkpoint"),
     ("multiworker", "stop", "worker:1", "step=45"),
-    ("multiworker", "kill", "worker:1", "end"),
     ("ps", "term", "ps:0", "step=45"),
     ("ps", "stop", "worker:1", "start"),
     ("ps", "kill", "chief:0", "checkpoint"),

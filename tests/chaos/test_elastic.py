@@ -12,6 +12,7 @@ import time
 import numpy as np
 import programs
 import pytest
+from everything import rarely
 from test_chaos import NUM_EXAMPLES, RECIPE, STEPS, assert_no_process_left, train
 
 pytestmark = pytest.mark.cluster
@@ -31,7 +32,7 @@ def wait_until(condition, process, output, secs=150):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("how", BACK)
+@pytest.mark.parametrize("how", rarely(BACK, "restart"))
 def test_goes_on_with_fewer_and_then_with_all(tmp_path, how):
     flags, sign = BACK[how]
     command = [

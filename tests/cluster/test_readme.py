@@ -11,6 +11,7 @@ from pathlib import Path
 
 import programs
 import pytest
+from everything import rarely
 
 pytestmark = pytest.mark.cluster
 REPOSITORY = Path(__file__).parents[2]
@@ -218,7 +219,7 @@ def test_launch_commands_are_all_known():
     assert [re.split(r"\s+#\s", line)[0] for line in block.splitlines()] == list(LAUNCH_COMMANDS)
 
 
-@pytest.mark.parametrize("command", LAUNCH_COMMANDS)
+@pytest.mark.parametrize("command", rarely(LAUNCH_COMMANDS, "STRATEGY=multiworker"))
 def test_launch_command_runs(tmp_path, command):
     (tmp_path / "launch").symlink_to(REPOSITORY / "launch")
     (tmp_path / "my_script.py").write_text("import os; print(os.environ['TF_CONFIG'])")

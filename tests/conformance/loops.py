@@ -12,6 +12,7 @@ import tensorflow as tf
 
 import tfdist
 from tfdist.training import step_times
+from tfdist.training.checkpoint_dir import CheckpointWriter
 from tfdist.training.sync import SyncLoop
 
 COUNT, BATCH, EPOCHS = 90, 8, 2  # eleven whole batches and a short one
@@ -86,6 +87,8 @@ def fit(
 
 
 def main(out: str, strategy: str, replicas: int | None) -> None:
+    # One that falls due while the last is being written is left out; here each must be there.
+    CheckpointWriter.is_busy = property(lambda self: False)  # type: ignore[assignment]
     run = tfdist.initialize(strategy=strategy, num_replicas=replicas)
     poisoned = X.copy()
     poisoned[POISONED] = np.nan

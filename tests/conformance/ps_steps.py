@@ -24,6 +24,7 @@ import tensorflow as tf
 from chosen import chosen
 
 import tfdist
+from tfdist.training.checkpoint_dir import CheckpointWriter
 
 cases.BATCH = nan_steps.BATCH = BATCH = 5
 SKIPPED = slice(10, 15)  # the batch with nan_steps.BAD: the third, the first of its closure
@@ -173,6 +174,8 @@ def run_together(run: Any) -> dict[str, Any]:
 
 def main(path: str, strategy: str) -> None:
     """Runs everything in this process and keeps the results."""
+    # One that falls due while the last is being written is left out; here each must be there.
+    CheckpointWriter.is_busy = property(lambda self: False)  # type: ignore[assignment]
     if strategy == "keras":
         asked = {
             name

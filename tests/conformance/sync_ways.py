@@ -31,7 +31,7 @@ X = rng.normal(size=(COUNT, 6)).astype(np.float32)
 Y = rng.integers(0, 3, COUNT)
 LOCAL = {
     "local_sgd": {"sync": "local_sgd", "sync_period": 3},
-    "post_local": {"sync": "local_sgd", "sync_period": 3, "sync_warmup_steps": 3},
+    "post_local": {"sync": "local_sgd", "sync_period": 3, "sync_warmup_steps": 2},
     "diloco": {"sync": "diloco", "sync_period": 3},
     "gossip_ring": {"sync": "gossip"},
     "gossip_exponential": {"sync": "gossip", "sync_graph": "exponential", "sync_period": 2},

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from everything import rarely
 from namespaces import ADDRESSES, two_hosts
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -110,7 +111,7 @@ def commands():
     return [re.split(r"\s+#\s", line)[0] for line in block.splitlines()]
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", rarely(commands(), "mpirun -np 4"))
 def test_command_of_the_readme_runs(mpirun, command, pytestconfig):
     """With --everything to the metric."""
     program, *words = [sys.executable if word == "python" else word for word in shlex.split(command)]

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from everything import rarely
 from slurm_cluster import slurm_cluster
 
 pytestmark = pytest.mark.cluster
@@ -147,7 +148,7 @@ def test_refusal_of_slurm_is_one_line(submit):
     assert err.startswith("tfdist.launch: sbatch failed: ") and err.count("\n") == 1 and "partition" in err
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", rarely(COMMANDS, "--nodes=2 --time"))
 def test_command_of_the_readme_trains(submit, tmp_path, command):
     code, out, err = finish(submit(*shlex.split(command), "--epochs=1", "--steps_per_epoch=2", "--verbose=2"))
     assert code == 0, out[-4000:] + err[-4000:]

@@ -197,7 +197,11 @@ def test_unknown_host_key_is_refused(lab, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "failure"), [("multiworker", "cut:worker:1@step=30"), ("ps", "kill:ps:0@step=30")]
+    ("strategy", "failure"),
+    [
+        pytest.param("multiworker", "cut:worker:1@step=30", marks=pytest.mark.everything),
+        ("ps", "kill:ps:0@step=30"),
+    ],
 )
 def test_digits_learn_on_three_hosts_whatever_happens(lab, folder, strategy, failure):
     """The connection to one is cut, or what runs there is killed: all start again, from the last checkpoint."""

@@ -116,7 +116,7 @@ def make_model(kind="adam", *, seed=0, units=4, optimizer=None):
     keras.utils.set_random_seed(seed)
     build, make_optimizer = KINDS[kind]
     model = build(units)
-    model.compile(optimizer or make_optimizer(), "mse", metrics=["mae"])
+    model.compile(optimizer or make_optimizer(), "mse", metrics=["mae"], run_eagerly=True)
     keras_internals.build_model(model, (tf.constant(X), tf.constant(Y)))
     return model
 
@@ -414,7 +414,8 @@ def make_table_model(num_shards, partition="mod", *, seed=0):
         keras.layers.Dense(1),
     ]
     model = keras.Sequential(layers)
-    model.compile(tfdist.optimizers.LazyAdam(0.05), "mse")
+    # Eagerly: to trace a step takes as long as a hundred of them.
+    model.compile(tfdist.optimizers.LazyAdam(0.05), "mse", run_eagerly=True)
     keras_internals.build_model(model, (tf.constant(IDS), tf.constant(Y)))
     return model
 

@@ -263,7 +263,7 @@ def test_training_survives_a_host_that_is_powered_off(folder, tmp_path):
                 lines.append(process.stderr.readline())
                 assert lines[-1], "the run has ended"
             assert time.monotonic() - start_at < 60
-            assert any(f"lost its host {own.hosts[1].name}" in line for line in lines)
+            assert any(f"lost its host {own.hosts[1].name}" in line for line in lines), "".join(lines)
         finally:
             process.terminate()
             process.communicate(timeout=90)

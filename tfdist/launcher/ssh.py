@@ -26,6 +26,9 @@ from tfdist.launcher.pmi import PmiWorld
 
 # ssh says with it that it has lost the connection; the agent never ends with it.
 _LOST_CODE = 255
+_ALIVE_SECS, _ALIVE_COUNT = 4, 3
+# After so long at the latest; TensorFlow's peers may hear of it before.
+LOST_HOST_SECS = _ALIVE_SECS * (_ALIVE_COUNT + 1.0)
 _HELLO_SECS = 60.0
 _SIGN_OF_LIFE_SECS = 5.0
 _SHOWN_PORT = 2222  # where nothing is started
@@ -59,7 +62,12 @@ def render_ssh(host: Host, options: SshOptions, *, folder: str, python_path: str
     Returns:
         Program and arguments. Host keys are checked as the user's ssh does; nothing is asked.
     """
-    settings = ["BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=4", "ServerAliveCountMax=3"]
+    settings = [
+        "BatchMode=yes",
+        "ConnectTimeout=10",
+        f"ServerAliveInterval={_ALIVE_SECS}",
+        f"ServerAliveCountMax={_ALIVE_COUNT}",
+    ]
     words = ["ssh", "-T", "-x", *(word for setting in settings for word in ("-o", setting))]
     words += ["-F", options.config_file] if options.config_file else []
     words += ["-p", str(options.port)] if options.port else []

@@ -15,7 +15,7 @@ from tfdist.launcher.processes import Processes, is_no_fault, render_exit
 from tfdist.launcher.recovery import Recovery
 from tfdist.launcher.regroup import Regrouping
 from tfdist.launcher.restarts import Restarts
-from tfdist.launcher.ssh import Machines
+from tfdist.launcher.ssh import LOST_HOST_SECS, Machines
 from tfdist.launcher.watch import FROZEN_SECS, Watch
 
 # For the workers and ps of a ps job whose chief is gone: they never return by themselves.
@@ -23,7 +23,7 @@ SERVER_GRACE_SECS = 1.0
 SETTLE_SECS = 60.0  # after this long, workers that outlive their peers are mentioned
 # Before a restart. What the others could save then is what they share: only a file may be half-written.
 _RESTART_GRACE_SECS = 0.3
-_ECHO_SECS = 5.0  # how long the end of the peer that others have lost may take to be seen
+_ECHO_SECS = 5.0  # how long the end of the peer that others have lost may take to be seen; of a host that is gone longer
 _DUMP_SECS = 1.0  # for the stacks of a task that hangs to reach its log
 _LOOK_SECS = 0.5  # between two looks at the tasks' records
 _FAILED_LOOK_SECS = 0.05  # while a failure is being got over
@@ -233,7 +233,8 @@ class Supervisor:
         if child.exit_code == PEER_LOST_CODE:
             # Somebody else's end is the cause, and may be seen only after its echo: leaving takes TensorFlow seconds.
             if self._echo is None:
-                self._echo, self._echo_until = child, now + _ECHO_SECS
+                self._echo = child
+                self._echo_until = now + (LOST_HOST_SECS if self._job.hosts else _ECHO_SECS)
         elif child.exit_code != 0:
             self._fail(child, now)
         elif not self._job.has_chief:

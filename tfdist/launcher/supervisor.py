@@ -23,7 +23,8 @@ SERVER_GRACE_SECS = 1.0
 SETTLE_SECS = 60.0  # after this long, workers that outlive their peers are mentioned
 # Before a restart. What the others could save then is what they share: only a file may be half-written.
 _RESTART_GRACE_SECS = 0.3
-_ECHO_SECS = 5.0  # how long the end of the peer that others have lost may take to be seen; of a host that is gone longer
+# How long the end of the peer that others have lost may take to be seen; that of a host takes longer.
+_ECHO_SECS = 5.0
 _DUMP_SECS = 1.0  # for the stacks of a task that hangs to reach its log
 _LOOK_SECS = 0.5  # between two looks at the tasks' records
 _FAILED_LOOK_SECS = 0.05  # while a failure is being got over

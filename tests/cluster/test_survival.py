@@ -90,7 +90,7 @@ def test_multiworker_ends_as_if_no_worker_had_been_killed(tmp_path, uninterrupte
             np.testing.assert_array_equal(found[name], wanted[name])
 
 
-@pytest.mark.parametrize("task", ["worker:1", "ps:0", pytest.param("chief:0", marks=pytest.mark.everything)])
+@pytest.mark.parametrize("task", rarely(["worker:1", "ps:0", "chief:0"], "chief:0"))
 def test_ps_goes_on_whoever_is_killed(tmp_path, task):
     process = start(tmp_path, "ps")
     wait_for_checkpoint(tmp_path, process)
@@ -109,9 +109,7 @@ def test_ps_goes_on_whoever_is_killed(tmp_path, task):
         assert_whole(tmp_path, output)
 
 
-@pytest.mark.parametrize(
-    "strategy", ["one_device", pytest.param("multiworker", marks=pytest.mark.everything), "ps"]
-)
+@pytest.mark.parametrize("strategy", rarely(["one_device", "multiworker", "ps"], "multiworker"))
 def test_nan_ends_the_run_and_is_not_kept(tmp_path, strategy):
     """A rate that no model stands: one line with the steps, exit code 1, and no checkpoint of ruins."""
     flags = ["--optimizer=sgd", "--learning_rate=1e30", "--checkpoint_every_steps=2", "--epochs=2"]

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import programs
 import pytest
+from everything import rarely
 
 from tfdist.ports import PortReservation, check_grpc_server
 
@@ -18,10 +19,7 @@ REPOSITORY = str(Path(__file__).parents[2])
 pytestmark = pytest.mark.cluster
 STRATEGIES = ["one_device", "mirrored", "multiworker", "ps"]
 # Whose finished run is looked at again: the file is the same whatever has trained it.
-OTHER_RUNS = [
-    "ps",
-    *(pytest.param(name, marks=pytest.mark.everything) for name in ("one_device", "mirrored", "multiworker")),
-]
+OTHER_RUNS = rarely(STRATEGIES, "one_device", "mirrored", "multiworker")
 
 
 def run_train(cwd, *flags, env=None):

@@ -109,8 +109,6 @@ def run_worlds(run: Any) -> dict[str, Any]:
     """Returns what every answer leads to."""
     found: dict[str, Any] = {}
     for name in chosen(PLANTED, "skip/"):
-        if run.strategy_name == "ps" and name == "loss_scale":
-            continue
         case, data = PLANTED[name]
         found[f"skip/{name}"], _ = train(run, case, data, on_nan="skip")
     for name in chosen(("sgd", "gradients_only", "loss_only", "own_step"), "stop/"):

@@ -49,7 +49,7 @@ cases.CASES["adam"] = cases.Case(
     lambda: cases.classifier(lambda: cases.optimizers.Adam(0.01)), (cases.X, cases.Y)
 )
 SKIPPING = ("sgd", "batch_norm", "adamw_ema")
-SKIPPING_TOGETHER = ("adamw_ema",)
+SKIPPING_TOGETHER = tuple(name for name in SKIPPING if name in TOGETHER)
 
 
 class Measures(keras.callbacks.Callback):
@@ -177,11 +177,8 @@ def main(path: str, strategy: str) -> None:
     # One that falls due while the last is being written is left out; here each must be there.
     CheckpointWriter.is_busy = property(lambda self: False)  # type: ignore[assignment]
     if strategy == "keras":
-        asked = {
-            name
-            for loop in ("pairs/", "fours/", "sync/")
-            for name in chosen({**dict.fromkeys(CASES), **dict.fromkeys(TOGETHER)}, loop)
-        }
+        names = {*CASES, *TOGETHER}
+        asked = {name for group in (*LOOPS, "sync") for name in chosen(names, f"{group}/")}
         found = {f"plain/{name}": cases.run_keras(cases.CASES[name]) for name in sorted(asked | {"sgd"})}
         for name in SKIPPING:
             found[f"skip/{name}"] = nan_steps.train_plain(nan_steps.PLANTED[name][0], SKIPPED)

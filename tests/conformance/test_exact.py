@@ -34,12 +34,8 @@ DEFAULT = {
         "lars",
     ),
 }
-CASES = [
-    param
-    for param in marked(cases.CASES, WORLDS, DEFAULT)
-    # Replicas draw their own masks by design, as test_promises.py holds; loss scaling is refused under ps.
-    if tuple(param.values) not in {("loss_scale", "ps-1"), *(("dropout", world) for world in WORLDS[1:-1])}
-]
+# Replicas draw their own masks by design, as test_promises.py holds; loss scaling is refused, as test_refusals.py does.
+NEVER = {("loss_scale", "ps-1"), *(("dropout", world) for world in WORLDS[1:-1])}
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 
@@ -48,7 +44,7 @@ def results(tmp_path_factory, request):
     return results_of(cases.__file__, tmp_path_factory.mktemp("worlds"), request)
 
 
-@pytest.mark.parametrize(("case", "world"), CASES)
+@pytest.mark.parametrize(("case", "world"), marked(cases.CASES, WORLDS, DEFAULT, NEVER))
 def test_case_equals_keras(results, world, case):
     """Weights, history, evaluation, predictions and iterations agree to float32 rounding."""
     wanted = {k: v for k, v in results("keras").items() if k.startswith(case + "/")}

@@ -5,9 +5,10 @@ import json
 import loops
 import numpy as np
 import pytest
+from everything import rarely
 from worlds import results_of
 
-WORLDS = ["one_device", pytest.param("mirrored-2", marks=pytest.mark.everything), "multiworker-2"]
+WORLDS = rarely(["one_device", "mirrored-2", "multiworker-2"], "mirrored-2")
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 

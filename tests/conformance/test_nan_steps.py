@@ -13,6 +13,9 @@ SKIP_DEFAULT = {
     "multiworker-2": [],
     "ps-1": [f"skip/{c}" for c in ("sgd", "batch_norm", "adamw_ema", "accumulate", "own_step", "embedding")],
 }
+# Loss scaling is refused under ps, as test_refusals.py holds; replicas draw their own masks, and under ps the step's
+# number says which.
+SKIP_NEVER = {("skip/loss_scale", "ps-1"), *(("skip/dropout", world) for world in WORLDS[1:])}
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 
@@ -25,13 +28,9 @@ def part(found, name):
     return {key.removeprefix(f"{name}/"): v for key, v in found.items() if key.startswith(f"{name}/")}
 
 
-@pytest.mark.parametrize(("case", "world"), marked(SKIP, WORLDS, SKIP_DEFAULT))
+@pytest.mark.parametrize(("case", "world"), marked(SKIP, WORLDS, SKIP_DEFAULT, SKIP_NEVER))
 def test_skipped_batch_leaves_what_keras_makes_of_data_without_it(results, world, case):
     """Weights, history and iterations; statistics, averages, slots and random streams by their effect on them."""
-    if case == "skip/loss_scale" and world == "ps-1":
-        pytest.skip("loss scaling is refused under ps, as test_refusals.py holds")
-    if case == "skip/dropout" and world != "one_device":
-        pytest.skip("replicas draw their own masks; under ps a step's number says which")
     wanted, found = part(results("keras"), case), part(results(world), case)
     assert sorted(found) == sorted(wanted)
     assert all(np.isfinite(value).all() for value in found.values())

@@ -7,9 +7,10 @@ import re
 import numpy as np
 import pytest
 import resumed
+from everything import rarely
 from worlds import run_world
 
-WORLDS = ["one_device", pytest.param("mirrored-2", marks=pytest.mark.everything), "multiworker-2", "ps-1"]
+WORLDS = rarely(["one_device", "mirrored-2", "multiworker-2", "ps-1"], "mirrored-2")
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 

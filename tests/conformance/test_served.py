@@ -11,6 +11,7 @@ import programs
 import pytest
 import served
 from chosen import VARIABLE
+from everything import rarely
 from worlds import run_world
 
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
@@ -24,7 +25,7 @@ workers = [service.WorkerServer(service.WorkerConfig(dispatcher_address=address)
 print("dispatcher", address, flush=True)
 sys.stdin.read()
 """
-WORLDS = ("one_device", pytest.param("mirrored-2", marks=pytest.mark.everything), "multiworker-2", "ps-1")
+WORLDS = rarely(["one_device", "mirrored-2", "multiworker-2", "ps-1"], "mirrored-2")
 
 
 def run_served(world, service, out, cases=None):

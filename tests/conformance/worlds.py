@@ -29,18 +29,20 @@ def run_world(program, out, world):
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-6000:]}"
 
 
-def marked(cases, worlds, default):
+def marked(cases, worlds, default, never=()):
     """Returns `(case, world)` parameters, those that only `--everything` runs with their mark.
 
     Args:
         cases: All.
         worlds: All.
         default: For a world the cases that always run; all where it is not named.
+        never: `(case, world)` that is refused, or different by design.
     """
     return [
         pytest.param(case, world, marks=[] if case in default.get(world, cases) else pytest.mark.everything)
         for world in worlds
         for case in cases
+        if (case, world) not in never
     ]
 
 

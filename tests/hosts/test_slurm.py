@@ -132,7 +132,7 @@ def wait_until(what, *, secs, explain):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("strategy", ["multiworker", pytest.param("ps", marks=pytest.mark.everything)])
+@pytest.mark.parametrize("strategy", rarely(["multiworker", "ps"], "ps"))
 def test_job_that_is_told_saves_requeues_and_goes_on(run, tmp_path, strategy):
     """The signal is the one of `sbatch --signal=TERM@60`, for whose minute the test does not wait."""
     (tmp_path / "launch").symlink_to(REPOSITORY / "launch")

@@ -43,7 +43,6 @@ def local_batches(
             another pass begins.
         drop_remainder: Leave out a pass's last batch if it is short.
         num_epochs_after: Epochs that may be asked for next, in their order: a segment's elements may go on with theirs.
-
         fixed_sizes: Whether the sizes of several replicas' parts must be static, where the number of examples is known:
             a whole batch and the short one at the end then need a graph each.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from tfdist.config import SHARDS
+from tfdist.data.operations import apply_operation
 from tfdist.data.source import ShardedSource, Source, StreamSource
 from tfdist.errors import ConfigError
 
@@ -41,16 +42,15 @@ def shard_source(source: Source, shard: str, *, num_workers: int, index: int) ->
 
 
 def _own_files(dataset: tf.data.Dataset, num_workers: int, index: int) -> tf.data.Dataset:
-    variant = tf.raw_ops.AutoShardDataset(
-        input_dataset=tf.data.experimental.to_variant(dataset),
+    return apply_operation(
+        tf.raw_ops.AutoShardDataset,
+        dataset,
+        dataset.element_spec,
         num_workers=num_workers,
         index=index,
         auto_shard_policy=_FILE_POLICY,
         num_replicas=num_workers,
-        output_types=[spec.dtype for spec in tf.nest.flatten(dataset.element_spec)],
-        output_shapes=[spec.shape for spec in tf.nest.flatten(dataset.element_spec)],
     )
-    return tf.data.experimental.from_variant(variant, dataset.element_spec)
 
 
 def _check_files(dataset: tf.data.Dataset, num_workers: int) -> None:

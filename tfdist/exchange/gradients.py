@@ -67,10 +67,9 @@ class GradientExchange:
                 sums[i] = total
         # The last layers' are ready first.
         dense = [i for i in reversed(range(len(tensors))) if i not in sliced]
-        tensors = list(tensors)
         for i in dense:
             # A batch of unknown size leaves a gradient's shape open, too.
-            tensors[i] = tf.ensure_shape(tensors[i], self._shapes[places[i]])
+            tensors[i].set_shape(self._shapes[places[i]])
         total_scalar = None
         for bucket in self._split(dense, tensors):
             own = [tensors[i] for i in bucket]

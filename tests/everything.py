@@ -6,6 +6,7 @@ import pytest
 
 # Files that take more than a minute come first, so that at the end no worker waits for the other.
 _LONG = (
+    "test_generated.py",
     "test_exact.py",
     "test_slurm.py",
     "test_ssh.py",
@@ -21,6 +22,7 @@ _LONG = (
     "test_tables.py",
     "test_promises.py",
     "test_ps_steps.py",
+    "test_situations.py",
 )
 
 

@@ -210,7 +210,7 @@ def parse_tf_config(text: str) -> Cluster:
         text: JSON: `{"cluster": {"worker": ["host:port", …], …}, "task": {"type": "worker", "index": 0}}`.
 
     Returns:
-        The cluster; a local one where the text names no addresses.
+        The cluster; a local one where the text names neither addresses nor a task.
 
     Raises:
         ClusterError: If the text is malformed or contradicts itself.
@@ -229,6 +229,17 @@ def parse_tf_config(text: str) -> Cluster:
         )
     addresses = _parse_addresses(config.get("cluster") or {})
     if not addresses:
+        if config.get("task"):
+            raise ClusterError(
+                f"TF_CONFIG names the task {json.dumps(config['task'])} of no cluster: whoever is one of several would "
+                'train alone; give it a "cluster" with the addresses of all'
+                + (
+                    " (Kubeflow writes a sparseCluster for enableDynamicWorker: true, under which a task does not know "
+                    "the others: leave that out)"
+                    if "sparseCluster" in config
+                    else ", or take the task out"
+                )
+            )
         return Cluster()
     return Cluster(addresses=addresses, task=_parse_task(config.get("task"), addresses))
 
@@ -267,6 +278,11 @@ def check_strategy(cluster: Cluster, strategy: str) -> None:
         ConfigError: If the strategy is unknown.
     """
     strategy = canonical_strategy(strategy)
+    if cluster.task is not None and cluster.task.type == EVALUATOR:
+        raise ClusterError(
+            f"this process is {cluster.task}, which takes no part in training, and would train by itself: the chief "
+            "evaluates after each epoch, and --mode=eval a run's model; start no evaluator"
+        )
     got = ", ".join(f"{len(hosts)} {role}" for role, hosts in cluster.addresses.items()) or "no tasks"
     if strategy == "ps":
         for role in ROLES:

@@ -45,7 +45,8 @@ class RunConfig:
         num_ps: Tasks that hold variables: 0 unless the strategy is ps.
         num_replicas: Copies of the model in one process; None takes one per GPU, and without GPUs what the
             strategy finds best.
-        steps_per_epoch: Optimizer steps that count as one epoch; None is the whole data.
+        steps_per_epoch: Optimizer steps that count as one epoch, at most those of the whole data, which None is; the
+            next epoch goes on with the rest.
         drop_remainder: Whether an epoch's last batch is left out if it is short.
         shard: One of `SHARDS`: how workers share a stream.
         data_service: "local" or the dispatcher's host:port: a tf.data service prepares the training stream; None: the

@@ -2,12 +2,13 @@
 
 TensorFlow's servers listen on every interface, whatever address the cluster names, and obey anyone who can
 connect. A socket bound to the device `lo` is reachable from this machine alone, one bound to `eth1` from that network;
-Linux lets the socket's owner do that without root, also after `listen`. Beside that, or in its place, `tfdist.guests`
-says from which addresses one may come.
+Linux (5.7 and later) lets the socket's owner do that without root, also after `listen`. Beside that, or in its place,
+`tfdist.guests` says from which addresses one may come.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -16,7 +17,9 @@ from collections.abc import Sequence
 
 from tfdist.guests import turn_away_others
 
+_log = logging.getLogger("tfdist")
 LOOPBACK = "lo"
+_LOOPBACK_ADDRESSES = ("127.0.0.1", "::1")
 _DESCRIPTORS = "/proc/self/fd"
 
 
@@ -76,7 +79,26 @@ def _close(listener: socket.socket, port: int, device: str | None, guests: Seque
     if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) or listener.getsockname()[1] != port:
         return False
     if device is not None:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, f"{device}\0".encode())
+        _bind_or_filter(listener, port, device)
     if guests:
         turn_away_others(listener, guests)
     return True
+
+
+def _bind_or_filter(listener: socket.socket, port: int, device: str) -> None:
+    try:
+        _bind_to_device(listener, device)
+        return
+    except PermissionError:
+        # Kernels before 5.7 let root alone do that; they let everybody turn packets away, though.
+        if device == LOOPBACK and turn_away_others(listener, _LOOPBACK_ADDRESSES):
+            return
+    _log.warning(
+        "port %d stays OPEN to other machines, which TensorFlow's server obeys: this kernel does not let this user "
+        "close it (Linux 5.7 and later do); put a firewall before it, or run as root.",
+        port,
+    )
+
+
+def _bind_to_device(listener: socket.socket, device: str) -> None:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, f"{device}\0".encode())

@@ -28,6 +28,7 @@ from tfdist.runtime import Run, initialize
 from tfdist.training.callbacks import ConfigFile, MetricsFile, TensorBoardScalars
 from tfdist.training.checkpoint_dir import Checkpoints
 from tfdist.training.loop import plan_steps
+from tfdist.training.metrics import single_numbers
 from tfdist.training.profile import ProfileSteps
 from tfdist.training.progress import ProgressBar
 from tfdist.training.run_dir import RunDir
@@ -299,7 +300,8 @@ def _input_spec(batch: tf.Tensor) -> keras.InputSpec:
 
 
 def _report(results: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    say("test  " + "  ".join(f"{name} {value:.4f}" for name, value in results.items()))
+    numbers = {name: number for log in results.items() for name, number in single_numbers(*log).items()}
+    say("test  " + "  ".join(f"{name} {number:.4f}" for name, number in numbers.items()))
     return results
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import faulthandler
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 VARIABLE = "TFDIST_HEARTBEAT"  # Where the launcher wants the file.
@@ -21,9 +21,10 @@ class Beat:
     """What a task has done last.
 
     Attributes:
-        state: `started` (it can dump its stacks), `working` (steps follow each other), `resting` (the program does
-            something of its own, for as long as it likes), `waiting` (ready to join the others) or `told` (it serves
-            others, and SIGTERM told it to end).
+        state: `started` (it can dump its stacks), `preparing` (its first step is being compiled), `working` (steps
+            follow each other), `busy` (between two steps a callback or a checkpoint takes its time), `resting` (the
+            program does something of its own, for as long as it likes), `waiting` (ready to join the others) or `told`
+            (it serves others, and SIGTERM told it to end).
         step: Optimizer steps since the run began.
         num_beats: How often it has written; one that works writes more and more.
     """
@@ -84,6 +85,17 @@ class Heart:
         """
         if step is not None:
             self._step = step
+        self._write("working")
+
+    def prepare(self) -> None:
+        """Tells that the first step comes next, which TensorFlow may compile for long."""
+        self._write("preparing")
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """Tells that no step is made meanwhile, here nor by those that wait for this task."""
+        self._write("busy")
+        yield
         self._write("working")
 
     def rest(self) -> None:

@@ -7,16 +7,20 @@ Nothing else in tfdist may name one. Each function says which private name it le
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+from keras.src.backend import compute_output_spec
 from keras.src.losses import loss as keras_loss
 from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
 from keras.src.saving import saving_lib
 from tensorflow.python.distribute import distribute_lib
+from tensorflow.python.distribute import values as distributed_values
 from tensorflow.python.eager import context
 
 # By its private name: `tf.distribute.get_strategy` makes a graph, with which TensorFlow starts a thread and draws its
@@ -32,21 +36,76 @@ ApplyFn = Callable[..., Any]
 LossCorrection = Callable[[Any, Any, Any, str | None], Any]
 
 
-def build_model(model: keras.Model, batch: Any) -> None:
-    """Creates every variable of a compiled model: layers, loss, metrics and optimizer slots.
+def build_model(model: keras.Model, batch: Any, *, is_trained: bool = True) -> None:
+    """Creates every variable of a model: layers, loss, metrics and optimizer slots.
 
     Leans on `Trainer._symbolic_build`.
 
     Args:
-        model: A compiled model; call this inside the strategy's scope.
-        batch: Nest `x`, `(x, y)` or `(x, y, sample_weight)` of tensors with a leading batch axis.
+        model: Call this inside the strategy's scope.
+        batch: As `train_step` takes it: nest `x`, `(x, y)` or `(x, y, sample_weight)` of tensors with a leading batch
+            axis.
+        is_trained: False creates what a prediction needs: the layers alone.
     """
-    model._symbolic_build(data_batch=batch)
+    if not is_trained:
+        inputs = keras.utils.unpack_x_y_sample_weight(_symbolic(batch))[0]
+        if not all(layer.built for layer in model._flatten_layers()):
+            compute_output_spec(model, inputs, training=False)
+        return
+    try:
+        model._symbolic_build(data_batch=batch)
+    except Exception:
+        # A model without `call()`, or one whose step makes no use of the loss that it is compiled with.
+        if type(model).train_step is keras.Model.train_step:
+            raise
+        _build_by_step(model, batch)
     for optimizer in find_optimizers(model):
         if not optimizer.built:
             # One that `train_step` uses for some weights only gets slots for all: Keras would build it at its
             # first step, when no variable can be made any more.
             optimizer.build(model.trainable_variables)
+
+
+def _build_by_step(model: keras.Model, batch: Any) -> None:
+    """Traces a model's own `train_step` until all that it uses is there: layers first, then gradients for them.
+
+    Leans on `Layer._flatten_layers` and Keras's `compute_output_spec`, which creates variables when it has ended.
+    """
+    local_results = tf.distribute.get_strategy().experimental_local_results
+    is_whole = False
+    while not is_whole:
+        num_built, optimizers = sum(layer.built for layer in model._flatten_layers()), find_optimizers(model)
+        applied: list[tuple[keras.optimizers.Optimizer, list[keras.Variable]]] = []
+
+        def note(optimizer: keras.optimizers.Optimizer, apply: ApplyFn, applied: Any = applied) -> ApplyFn:
+            return lambda grads, variables=None: applied.append((optimizer, list(variables or ())))
+
+        # Of variables that replicas share no gradient can be asked outside of them: the first replica's stand for all.
+        binding = ReplicaBinding(
+            variables=[(v, local_results(native(v))[0]) for v in all_variables(model, optimizers)],
+            optimizers=optimizers,
+            apply=note,
+            loss_correction=lambda *args: None,
+        )
+        binding.install()
+        try:
+            compute_output_spec(model.train_step, _symbolic(batch))
+            is_whole = True
+        except Exception:
+            # It cannot go on where a gradient is asked for of a variable that comes with this call's end.
+            if sum(layer.built for layer in model._flatten_layers()) == num_built:
+                raise
+        finally:
+            binding.remove()
+    for optimizer, variables in applied:
+        if not optimizer.built and variables:
+            optimizer.build(variables)
+
+
+def _symbolic(batch: Any) -> Any:
+    return keras.tree.map_structure(
+        lambda t: keras.KerasTensor(t.shape, keras.backend.standardize_dtype(t.dtype)), batch
+    )
 
 
 def set_optimizer(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> None:
@@ -85,15 +144,52 @@ def find_optimizers(model: keras.Model) -> list[keras.optimizers.Optimizer]:
     return list(found.values())
 
 
+def compiled_parts(model: keras.Model) -> tuple[Any, ...]:
+    """Returns what `compile` has made: a function traced before holds the old ones.
+
+    Leans on `Trainer._compile_loss` and `Trainer._compile_metrics`.
+    """
+    return (
+        getattr(model, "optimizer", None),
+        getattr(model, "_compile_loss", None),
+        getattr(model, "_compile_metrics", None),
+    )
+
+
 def is_compiled(model: keras.Model) -> bool:
     """Tells whether `compile` was called."""
     return bool(getattr(model, "compiled", False))
+
+
+def has_metrics(model: keras.Model) -> bool:
+    """Tells whether a model's metrics can be asked: not before they have seen a target.
+
+    Leans on `Trainer._compile_metrics`.
+    """
+    metrics = getattr(model, "_compile_metrics", None)
+    return metrics is None or metrics.built
 
 
 def has_loss_by_output(model: keras.Model) -> bool:
     """Tells whether a built model logs the loss of each output: these means weigh batches by their static size."""
     loss = getattr(model, "_compile_loss", None)
     return loss is not None and len(loss.metrics) > 0
+
+
+def flat_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
+    """Returns a built model's metrics one by one: what `compile` was given is one object that holds several."""
+    found: list[keras.metrics.Metric] = []
+    for metric in model.metrics:
+        found += getattr(metric, "metrics", None) or [metric]
+    return found
+
+
+def known_inputs(model: keras.Model) -> list[keras.KerasTensor]:
+    """Returns a model's symbolic inputs; none where it takes whatever comes."""
+    try:
+        return list(model.inputs)
+    except (AttributeError, ValueError):  # a subclass, a `Sequential` without `Input`
+        return []
 
 
 def all_variables(
@@ -123,9 +219,12 @@ class ReplicaBinding:
     With it in force a Keras step reads and writes plain local variables, as on one device. It must be
     lifted whenever another replica's thread may run, that is, around every exchange.
 
-    Leans on `Variable._value`, `Optimizer._distribution_strategy`, `Optimizer._all_reduce_sum_gradients`
-    and `keras.src.losses.loss.reduce_weighted_values`, in which every `keras.Loss` ends; and on Keras looking
-    `compute_loss` up in the model itself.
+    Layers keep the losses that they add (`add_loss`, activity regularizers) until the model is called again: each
+    replica has its own list of them, or one that meets the others inside its step would count theirs.
+
+    Leans on `Variable._value`, `Layer._losses`, `Optimizer._distribution_strategy`, `Optimizer._var_key`,
+    `Optimizer._all_reduce_sum_gradients` and `keras.src.losses.loss.reduce_weighted_values`, in which every
+    `keras.Loss` ends; and on Keras looking `compute_loss` up in the model itself.
     """
 
     def __init__(
@@ -137,6 +236,7 @@ class ReplicaBinding:
         loss_correction: LossCorrection,
         model: keras.Model | None = None,
         note_loss: Callable[..., None] | None = None,
+        updates: Sequence[tuple[keras.metrics.Metric, Callable[..., Any]]] = (),
     ) -> None:
         """Prepares the binding.
 
@@ -145,8 +245,9 @@ class ReplicaBinding:
             optimizers: Those whose `apply` a step may call.
             apply: `(optimizer, its apply) → the apply to use`.
             loss_correction: `(values, sample_weight, mask, reduction) → factor on the reduced loss, or None`.
-            model: Whose `compute_loss` is listened to.
+            model: Whose layers keep their losses apart, and whose `compute_loss` is listened to.
             note_loss: `(loss, is_total=…)`, told of each reduced loss and each total; None: of none.
+            updates: Metrics, and what stands for their `update_state`.
         """
         self._model = model
         self._note_loss = note_loss
@@ -154,6 +255,10 @@ class ReplicaBinding:
         self._variables = variables
         self._optimizers = [o for outer in optimizers for o in (outer, *_inner_optimizers(outer))]
         self._applies = [(o, apply(o, o.apply)) for o in optimizers]
+        self._updates = updates
+        self._losses: list[tuple[Any, list[Any]]] = (
+            [] if model is None else [(layer, []) for layer in model._flatten_layers()]
+        )
         self._saved: list[tuple[Any, str, Any]] = []
 
     def install(self) -> None:
@@ -163,8 +268,13 @@ class ReplicaBinding:
         for optimizer in self._optimizers:
             self._set(optimizer, "_distribution_strategy", DEFAULT_STRATEGY)
             self._set(optimizer, "_all_reduce_sum_gradients", list)
+            self._set(optimizer, "_var_key", functools.partial(_key_of, optimizer))
         for optimizer, apply in self._applies:
             self._set(optimizer, "apply", apply)
+        for metric, update in self._updates:
+            self._set(metric, "update_state", update)
+        for layer, losses in self._losses:
+            self._set(layer, "_losses", losses)
         self._set(keras_loss, "reduce_weighted_values", self._reduced_loss)
         if self._model is not None and self._note_loss is not None:
             self._set(self._model, "compute_loss", self._total_loss)
@@ -209,8 +319,84 @@ class ReplicaBinding:
         owner.__dict__[name] = value
 
 
+def _key_of(optimizer: keras.optimizers.Optimizer, variable: Any) -> Any:
+    """Returns by what an optimizer knows a variable, also after a step has assigned it and captured the value."""
+    own = native(variable) if isinstance(variable, keras.Variable) else variable
+    return type(optimizer)._var_key(optimizer, own)
+
+
 def _inner_optimizers(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
     return [optimizer.inner_optimizer] if isinstance(optimizer, LossScaleOptimizer) else []
+
+
+@contextlib.contextmanager
+def answering_alone(model: keras.Model, strategy: tf.distribute.Strategy) -> Iterator[None]:
+    """Lets a model's own `predict` and `evaluate`, as callbacks call them, use this process's first copy of it.
+
+    Keras would have all replicas take part: that fails where they get parts of different sizes, and waits for ever
+    where one worker asks alone. The metrics that training has counted so far stay as they are.
+
+    Leans on `Variable._value`, `TensorFlowTrainer._distribute_strategy`, `predict_function` and `test_function`.
+
+    Args:
+        model: Built, in the strategy's scope.
+        strategy: Any but the default one.
+
+    Yields:
+        While it is in force.
+    """
+    traced: dict[str, Any] = {"_distribute_strategy": None, "predict_function": None, "test_function": None}
+    compiled = compiled_parts(model)
+
+    def alone(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            nonlocal compiled
+            if any(a is not b for a, b in zip(compiled, compiled_parts(model), strict=True)):
+                compiled = compiled_parts(model)
+                traced.update(predict_function=None, test_function=None)
+            local = strategy.experimental_local_results
+            variables = [(v, local(native(v))[0]) for v in all_variables(model, find_optimizers(model))]
+            counted = [(own, own.numpy()) for own in (local(native(v))[0] for v in model.metrics_variables)]
+            binding = ReplicaBinding(
+                variables=variables,
+                optimizers=[],
+                apply=lambda optimizer, apply: apply,
+                loss_correction=lambda *args: None,
+            )
+            shared = {name: model.__dict__.get(name) for name in traced}
+            binding.install()
+            model.__dict__.update(traced)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                traced.update({name: model.__dict__.get(name) for name in traced})
+                model.__dict__.update(shared)
+                binding.remove()
+                for variable, value in counted:
+                    variable.assign(value)
+
+        return answer
+
+    # Straight into __dict__: Keras's __setattr__ would track the value.
+    names = ("predict", "evaluate", "predict_on_batch", "test_on_batch")
+    model.__dict__.update({name: alone(getattr(model, name)) for name in names})
+    try:
+        yield
+    finally:
+        for name in names:
+            del model.__dict__[name]
+
+
+def allow_bare_values() -> None:
+    """Lets `float`, `int` and NumPy read a variable of several replicas, as callbacks do with the learning rate.
+
+    Adds what `DistributedVariable` lacks beside a variable of one device.
+    """
+    cls = distributed_values.DistributedVariable
+    cls.__float__ = lambda self: float(self.numpy())
+    cls.__int__ = lambda self: int(self.numpy())
+    cls.__array__ = lambda self, dtype=None: np.asarray(self.numpy(), dtype)
 
 
 def trainable_variables_of(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
@@ -398,6 +584,20 @@ def creating_strategy(model: keras.Model) -> tf.distribute.Strategy | None:
     Leans on `TensorFlowTrainer._distribute_strategy`.
     """
     return model._distribute_strategy
+
+
+def is_compiled_within(model: keras.Model, strategy: tf.distribute.Strategy) -> bool:
+    """Tells whether a model's optimizers and metrics were made in a strategy's scope.
+
+    Leans on `Optimizer._distribution_strategy`.
+    """
+    optimizers = [inner for o in find_optimizers(model) for inner in (o, *_inner_optimizers(o))]
+    if any(optimizer._distribution_strategy is not strategy for optimizer in optimizers):
+        return False
+    if strategy.num_replicas_in_sync == 1:
+        return True  # one copy serves all, as under ps
+    made = [native(variable) for metric in flat_metrics(model) for variable in metric.variables]
+    return all(strategy.extended.variable_created_in_scope(variable) for variable in made)
 
 
 def save_iterator(iterator: Any) -> bytes:

@@ -120,6 +120,26 @@ def check_reachable(cluster: Cluster, *, timeout_secs: float, tasks: Iterable[Ta
         time.sleep(min(_RETRY_SECS, max(0.0, deadline - time.monotonic())))
 
 
+def is_refused(address: str, *, timeout_secs: float = 2.0) -> bool | None:
+    """Asks whether somebody listens at an address.
+
+    Args:
+        address: `host:port`.
+        timeout_secs: How long to try.
+
+    Returns:
+        False if somebody does; True if the host itself says that nobody does; None if nothing was heard of it, as while
+        the network is down.
+    """
+    try:
+        socket.create_connection(split_address(address), timeout=timeout_secs).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return None
+    return False
+
+
 def check_grpc_server(address: str, *, timeout_secs: float) -> str | None:
     """Waits until a gRPC server answers at an address; TensorFlow's own calls would wait for one for ever.
 

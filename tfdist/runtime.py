@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from tfdist import keras_internals
 from tfdist.cluster import Cluster, Task, canonical_strategy, check_strategy
 from tfdist.config import JIT_COMPILE
 from tfdist.data import ShardedSource, Source, build_source, hold_out
+from tfdist.data.faults import readable_faults
 from tfdist.devices import configure_devices
 from tfdist.environments import detect_cluster
 from tfdist.errors import ConfigError, PeerLost
@@ -36,6 +36,7 @@ from tfdist.training.checkpoint import Snapshot
 from tfdist.training.checkpoint_dir import Checkpoints
 from tfdist.training.coordinator import CoordinatorLoop
 from tfdist.training.data_service import DataService
+from tfdist.training.first_batch import check_elements, read_first_batch
 from tfdist.training.loop import FitOptions, Loop, plan_steps, run_fit
 from tfdist.training.on_nan import OnNan
 from tfdist.training.plan import BatchPlan
@@ -47,6 +48,8 @@ from tfdist.training.sync import SyncLoop
 _log = logging.getLogger("tfdist")
 # A smaller table costs no time to speak of, whatever the optimizer does to it.
 _MANY_ROWS = 100_000
+# Models whose functions are kept: those of a run that takes turns.
+_MAX_LOOPS = 8
 
 
 def initialize(
@@ -204,7 +207,8 @@ class Run:
             validation_steps: Batches to validate on; None: all.
             validation_freq: Validate every so many epochs, or at the 1-based epochs of a sequence.
             callbacks: Keras callbacks; those that write run on the chief alone.
-            steps_per_epoch: None: until each example was seen once.
+            steps_per_epoch: None: until each example was seen once. An epoch of fewer steps than the data leaves the
+                rest to the next, as in Keras; with the data the epoch ends, with Keras's warning if it has fewer steps.
             initial_epoch: Epoch to start at.
             shuffle: False keeps the data's own order.
             class_weight: Class → weight.
@@ -281,6 +285,8 @@ class Run:
             source = build_source(train, class_weight=class_weight, sample_weight=sample_weight)
         validation = None if validation_data is None else build_source(validation_data)
         loop = self._loop(model, source)
+        if validation is not None:
+            check_elements(model, validation)
         if isinstance(loop, CoordinatorLoop):
             loop.share_out(ps_options)
         sync_options = SyncOptions(sync=sync) if isinstance(sync, str) else sync
@@ -321,7 +327,7 @@ class Run:
             global_batch_size=global_batch_size,
             epochs=epochs,
             initial_epoch=initial_epoch,
-            steps_per_epoch=steps,
+            steps_per_epoch=steps_per_epoch or steps,
             shuffle=shuffle,
             seed=self.seed,
             validation_batch_size=validation_batch_size or global_batch_size,
@@ -359,7 +365,10 @@ class Run:
             saver=saver,
             is_chief=self.is_chief,
         )
-        with self._working(), service or contextlib.nullcontext(), saver:
+        answering: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self.strategy_name != "one_device":
+            answering = keras_internals.answering_alone(model, self.strategy)
+        with self._working(), service or contextlib.nullcontext(), answering, saver:
             run_fit(
                 loop=loop,
                 model=model,
@@ -418,7 +427,7 @@ class Run:
             steps: None: all the data.
         """
         source = build_source(data)
-        loop = self._loop(model, source)
+        loop = self._loop(model, source, is_trained=False)
         num_steps = plan_steps(source, global_batch_size, steps)
         with self._working():
             return loop.predict(source, BatchPlan(global_batch_size=global_batch_size, num_steps=num_steps))
@@ -469,15 +478,9 @@ class Run:
     def _working(self) -> Iterator[None]:
         """Steps follow each other inside; a step that fails because other tasks are gone ends this one too."""
         try:
-            yield
+            with readable_faults():
+                yield
         except tf.errors.OpError as error:
-            if too_few := re.search(
-                r"expected to contain (\d+) elements but contained only (\d+)", error.message
-            ):
-                raise ConfigError(
-                    f"the data source ended after {too_few[2]} examples, and promised {too_few[1]}: the order of an "
-                    "epoch follows from its length; fix the source, or start another run on what it holds now."
-                ) from error
             if not is_peer_loss(error) or self.cluster.is_single:
                 raise
             print("tfdist: other tasks are gone in the middle of a step", file=sys.stderr, flush=True)
@@ -485,19 +488,25 @@ class Run:
         finally:
             self._heart.rest()
 
-    def _loop(self, model: keras.Model, source: Source) -> Loop:
-        if not keras_internals.is_compiled(model):
+    def _loop(self, model: keras.Model, source: Source, *, is_trained: bool = True) -> Loop:
+        if is_trained and not keras_internals.is_compiled(model):
             raise ConfigError(
                 f"the model {model.name!r} is not compiled; call model.compile(optimizer=…, loss=…) inside "
                 "run.strategy.scope() first."
             )
-        known = self._loops.get(id(model))
-        # Keyed by the optimizer too: compile() makes new state that an old loop would not see.
-        if known is not None and known[0] is model.optimizer:
+        check_elements(model, source)
+        known = self._loops.pop(id(model), None)
+        # compile() makes new state that an old loop would not see.
+        parts = (*keras_internals.compiled_parts(model), is_trained or (known is not None and known[0][-1]))
+        if known is not None and all(a is b for a, b in zip(known[0], parts, strict=True)):
+            self._loops[id(model)] = known
             return known[1]
-        with self.strategy.scope():
-            keras_internals.build_model(model, source.sample_batch(2))
+        batch = read_first_batch(
+            model, source, strategy=self.strategy_name, num_replicas=self.strategy.num_replicas_in_sync
+        )
         self._check_scope(model)
+        with self.strategy.scope():
+            keras_internals.build_model(model, batch, is_trained=is_trained)
         _use_sparse_rows(model, warn=_log.warning if self.is_chief else _log.debug)
         loop: Loop = (
             CoordinatorLoop(
@@ -505,11 +514,15 @@ class Run:
                 model=model,
                 num_workers=self.cluster.num_workers,
                 heart=self._heart,
+                batch=batch,
             )
             if self.strategy_name == "ps"
-            else SyncLoop(strategy=self.strategy, model=model, heart=self._heart)
+            else SyncLoop(strategy=self.strategy, model=model, heart=self._heart, batch=batch)
         )
-        self._loops[id(model)] = (model.optimizer, loop)
+        # A loop holds its model, so that an id stands for one model only. The latest last.
+        self._loops[id(model)] = ((*keras_internals.compiled_parts(model), is_trained), loop)
+        while len(self._loops) > _MAX_LOOPS:
+            self._loops.pop(next(iter(self._loops)))
         return loop
 
     def _check_sync(self, options: SyncOptions) -> None:
@@ -563,12 +576,17 @@ class Run:
             )
 
     def _check_scope(self, model: keras.Model) -> None:
-        if self.strategy_name == "one_device" or not model.trainable_variables:
+        if self.strategy_name == "one_device":
             return
         if keras_internals.creating_strategy(model) is not self.strategy:
             raise ConfigError(
                 f"the model {model.name!r} was made outside the strategy's scope; "
                 "build and compile it inside 'with run.strategy.scope():'."
+            )
+        if not keras_internals.is_compiled_within(model, self.strategy):
+            raise ConfigError(
+                f"the model {model.name!r} was compiled outside the strategy's scope, where its optimizer and metrics "
+                "have no copy for each replica; call model.compile(…) inside 'with run.strategy.scope():'."
             )
 
     def _get_coordinator(self) -> tf.distribute.coordinator.ClusterCoordinator:

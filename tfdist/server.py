@@ -16,17 +16,19 @@ from tfdist.cluster import Cluster, split_address
 from tfdist.devices import configure_devices
 from tfdist.door import LOOPBACK, close_when_listening
 from tfdist.environments import tf_config
-from tfdist.errors import ClusterError
+from tfdist.errors import PEER_LOST_CODE
 from tfdist.guests import LISTEN_VARIABLE, find_guests, is_open
 from tfdist.heartbeat import Heart
 from tfdist.launcher.job import count_cores
-from tfdist.ports import check_port_free, check_reachable
+from tfdist.ports import check_port_free, check_reachable, is_refused
 
 _log = logging.getLogger("tfdist")
 SERVER_GRACE_SECS = 30.0
-# How often a server looks whether its chief still listens, and how long it looks before it believes that it does not.
+# How often a server looks whether its chief still listens; how often in a row the chief's host must say that it does
+# not; and how long a chief may be out of reach: without its servers' parameters it could not go on.
 _CHIEF_POLL_SECS = 2.0
-_CHIEF_GONE_SECS = 3.0
+_MIN_REFUSED = 3
+_CHIEF_LOST_SECS = 600.0
 _MIN_THREADS_PS = 4
 
 
@@ -93,9 +95,10 @@ def serve(cluster: Cluster, *, start_timeout_secs: float = 300.0) -> NoReturn:
     # Who sets TF_CONFIG ends the servers too, or keeps them. In other worlds nobody does: they end with the chief.
     if tf_config.detect(os.environ):
         told.wait()
-    elif not _outlives(cluster, told, start_timeout_secs):
-        print("tfdist: the chief has ended", file=sys.stderr, flush=True)
-        os._exit(0)  # At once, and whatever the chief's last step has left undone here.
+    elif (code := _wait_for_end(cluster, told, start_timeout_secs)) is not None:
+        what = f"could not be reached for {_CHIEF_LOST_SECS:.0f} s" if code else "has ended"
+        print(f"tfdist: the chief {what}", file=sys.stderr, flush=True)
+        os._exit(code)  # At once, and whatever the chief's last step has left undone here.
     heart.tell()
     time.sleep(SERVER_GRACE_SECS)
     raise SystemExit(143)
@@ -114,17 +117,30 @@ def _prepare_grpc(cluster: Cluster, strategy: str) -> None:
         given.setdefault("TF_GRPC_WORKER_CACHE_THREADS", str(_MIN_THREADS_PS))
 
 
-def _outlives(cluster: Cluster, told: threading.Event, start_timeout_secs: float) -> bool:
-    """Waits until this process is told to end, and returns True, or the chief has come and gone."""
+def _wait_for_end(cluster: Cluster, told: threading.Event, start_timeout_secs: float) -> int | None:
+    """Waits until this process is told to end, or the chief has come and gone.
+
+    Returns:
+        None if it was told; else the exit code: 0, or that of a lost peer if nobody knows what became of the chief.
+
+    Raises:
+        ClusterError: If the chief does not come in time.
+    """
     assert cluster.chief is not None
-    has_come, deadline = False, time.monotonic() + start_timeout_secs
+    num_refused, heard_at = 0, time.monotonic()
+    has_come, deadline = False, heard_at + start_timeout_secs
     while not told.wait(_CHIEF_POLL_SECS):
-        try:
-            check_reachable(cluster, timeout_secs=_CHIEF_GONE_SECS, tasks=[cluster.chief])
-            has_come = True
-        except ClusterError:
-            if has_come:
-                return False
+        refused = is_refused(cluster.address(cluster.chief))
+        has_come |= refused is False
+        if not has_come:
             if time.monotonic() > deadline:
-                raise
-    return True
+                check_reachable(cluster, timeout_secs=_CHIEF_POLL_SECS, tasks=[cluster.chief])
+            continue
+        if refused is not None:
+            heard_at = time.monotonic()
+            num_refused = num_refused + 1 if refused else 0
+        if num_refused == _MIN_REFUSED:
+            return 0
+        if time.monotonic() - heard_at > _CHIEF_LOST_SECS:
+            return PEER_LOST_CODE
+    return None

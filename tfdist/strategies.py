@@ -27,6 +27,7 @@ def build_strategy(
     """
     if strategy == "one_device":
         return tf.distribute.get_strategy()
+    keras_internals.allow_bare_values()
     if strategy == "mirrored":
         return tf.distribute.MirroredStrategy(_mirrored_devices(num_replicas))
     resolver = _build_resolver(cluster)

@@ -452,3 +452,15 @@ def test_caller_gets_its_handlers_and_descriptors_back(folder):
 def test_job_runs_outside_the_main_thread():
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         assert pool.submit(run_local, Job(command=["sh", "-c", "exit 5"])).result(timeout=30) == 5
+
+
+def test_full_disk_under_the_launchers_own_output_does_not_end_it(folder):
+    """It says so on the other stream, and the tasks run to their end."""
+    script = write_script(folder, """for i in range(200): print("x" * 1000)\nleave("done-" + me)""")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            launch_args("--num_workers=2", script), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("stdout ends here") == 1
+    wait_for_files(folder, "done-worker-0", "done-worker-1")

@@ -70,7 +70,7 @@ def main(out: str, strategy: str, replicas: str | None = None) -> None:
         "steps": {"steps_per_epoch": 9},
     }
     for name in chosen(ways):
-        model, history = fit(data(), **ways[name])
+        model, history = fit(data().repeat() if name == "steps" else data(), **ways[name])
         found[f"{name}/seen"] = history["seen"]
         found[f"{name}/steps"] = model.optimizer.iterations.numpy()
         found[f"{name}/weights"] = [w.ravel()[0] for w in model.get_weights()]

@@ -6,33 +6,14 @@ import pytest
 from worlds import marked, results_of
 
 WORLDS = ["one_device", "mirrored-2", "mirrored-4", "multiworker-2", "ps-1"]
-# Replicas are traced one by one. Two of a process and two processes share their step: what one shows the other would.
+# What test_generated.py does not draw, and four replicas, of which some have no example; the rest with --everything.
+OWN = ("loss_scale", "embedding", "two_outputs", "two_players", "wide", "lars", "dice", "dropout")
 DEFAULT = {
-    "mirrored-2": (
-        "batch_norm",
-        "adamw_ema",
-        "accumulate",
-        "schedule",
-        "weights",
-        "loss_scale",
-        "embedding",
-        "two_players",
-    ),
+    "one_device": OWN,
+    "mirrored-2": ("loss_scale", "embedding", "two_players"),
     "mirrored-4": ("sgd", "mask", "two_outputs", "own_step", "dice"),
-    "multiworker-2": (
-        "sgd",
-        "batch_norm",
-        "accumulate_ema",
-        "schedule",
-        "mask",
-        "loss_scale",
-        "embedding",
-        "two_outputs",
-        "own_step",
-        "two_players",
-        "wide",
-        "lars",
-    ),
+    "multiworker-2": ("sgd", "loss_scale", "embedding", "two_outputs", "two_players", "wide", "lars"),
+    "ps-1": ("sgd", *OWN),
 }
 # Replicas draw their own masks by design, as test_promises.py holds; loss scaling is refused, as test_refusals.py does.
 NEVER = {("loss_scale", "ps-1"), *(("dropout", world) for world in WORLDS[1:-1])}

@@ -25,7 +25,7 @@ workers = [service.WorkerServer(service.WorkerConfig(dispatcher_address=address)
 print("dispatcher", address, flush=True)
 sys.stdin.read()
 """
-WORLDS = rarely(["one_device", "mirrored-2", "multiworker-2", "ps-1"], "mirrored-2")
+WORLDS = rarely(["one_device", "mirrored-2", "multiworker-2", "ps-1"], "mirrored-2", "ps-1")
 
 
 def run_served(world, service, out, cases=None):
@@ -72,8 +72,8 @@ def test_dropped_remainder_leaves_whole_batches(local):
         assert counts.max() == 1 and counts.sum() == 8 * process["dropped/steps"] > 0
 
 
-def test_steps_per_epoch_go_round(local):
-    """As many as asked for, of whole batches, from beyond the end of the data too."""
+def test_repeated_stream_gives_the_steps_asked_for(local):
+    """Of whole batches; the second epoch goes on where the first one ended."""
     for process in local[1]:
         assert process["steps/steps"] == 18
         np.testing.assert_array_equal(process["steps/seen"].sum(axis=1), [72, 72])

@@ -52,6 +52,33 @@ def test_one_that_is_not_whole_is_passed_over_with_a_warning(spoil, tmp_path, ca
     assert str(newest) in caplog.text and "Going on from the one before" in caplog.text
 
 
+def test_damaged_one_gives_its_place_up(tmp_path):
+    """Else every later one, which seems to be older, would be deleted at once."""
+    write(tmp_path, snapshot(5))
+    newest = tmp_path / "epoch-00005-step-00000000.npz"
+    newest.write_bytes(newest.read_bytes()[:100])
+    write(tmp_path, snapshot(1), keep=1)
+    assert names(tmp_path) == ["epoch-00001-step-00000000.npz", f"{newest.name}.damaged"]
+    write(tmp_path, snapshot(2), keep=1)
+    assert names(tmp_path) == ["epoch-00002-step-00000000.npz", f"{newest.name}.damaged"]
+
+
+def test_whoever_waits_hears_why_the_last_is_not_written(tmp_path, monkeypatch):
+    writer = CheckpointWriter(Checkpoints(directory=tmp_path))
+    writer.write(snapshot(1))
+    assert writer.wait() == ""
+    writer.write(Snapshot(epoch=2, step=0, variables={"w": np.array([np.nan])}, metrics=[]))
+    assert writer.wait() == "it holds NaN or infinite numbers"
+
+    def broken(*_):
+        raise RuntimeError("no such snapshot")
+
+    monkeypatch.setattr(checkpoint_dir, "write_checkpoint", broken)
+    writer.write(snapshot(3))
+    with pytest.raises(RuntimeError, match="no such snapshot"):
+        writer.wait()
+
+
 def test_a_full_disk_warns_each_time_and_removes_nothing(tmp_path, caplog, monkeypatch):
     write(tmp_path, snapshot(1), snapshot(2), keep=2)
 

@@ -24,14 +24,14 @@ from tfdist.training.loop import plan_steps
 
 
 def read_epoch(
-    source, *, num_replicas, batch, epoch=0, seed=3, shuffle=True, first_step=0, steps=None, **options
+    source, *, num_replicas, batch, lap=0, seed=3, shuffle=True, first_step=0, steps=None, **options
 ):
     """Returns the global batches, put together from what each replica's process would read."""
     joined = []
     for replica in range(num_replicas):
         segments = local_batches(
             source,
-            epoch=epoch,
+            lap=lap,
             seed=seed,
             shuffle=shuffle,
             global_batch_size=batch,
@@ -42,7 +42,7 @@ def read_epoch(
             **options,
         )
         read = [s.split(element) for s in segments for element in s.open()]
-        parts = [(p[0][0].numpy(), int(n)) for p, n in read]
+        parts = [(tf.nest.flatten(p)[0].numpy(), int(n)) for p, n in read]
         joined.append(parts)
     batches = []
     for row in zip(*joined, strict=True):
@@ -104,39 +104,39 @@ def test_seek_equals_skipping(kind):
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_stream_has_another_order_in_each_epoch():
+def test_stream_has_another_order_in_each_pass():
     """And the same one whenever the epoch is read."""
     source = build_source(tf.data.Dataset.range(100))
     first, again, second = (
-        np.concatenate(read_epoch(source, num_replicas=1, batch=10, epoch=epoch)).tolist()
-        for epoch in (0, 0, 1)
+        np.concatenate(read_epoch(source, num_replicas=1, batch=10, lap=lap)).tolist() for lap in (0, 0, 1)
     )
     assert first == again != second
     assert sorted(first) == sorted(second) == list(range(100))
 
 
-def test_steps_past_the_end_begin_another_pass():
-    """steps_per_epoch may exceed the data: the passes follow one another, each example once in each."""
-    source = build_source((np.arange(10, dtype=np.float32),))
-    batches = read_epoch(source, num_replicas=2, batch=4, steps=6)
-    assert [len(b) for b in batches] == [4, 4, 2, 4, 4, 2]
-    assert sorted(np.concatenate(batches[:3])) == sorted(np.concatenate(batches[3:])) == list(range(10))
-    short = read_epoch(build_source((np.arange(3, dtype=np.float32),)), num_replicas=1, batch=8, steps=3)
-    assert [len(b) for b in short] == [3, 3, 3]
+@pytest.mark.parametrize("kind", ["arrays", "stream"])
+def test_epoch_ends_with_the_pass(kind):
+    """Though more steps are asked for."""
+    data = (np.arange(10, dtype=np.float32),)
+    source = build_source(data if kind == "arrays" else tf.data.Dataset.from_tensor_slices(data))
+    options = {"num_replicas": 2, "batch": 4}
+    assert [len(b) for b in read_epoch(source, steps=6, **options)] == [4, 4, 2]
+    assert [len(b) for b in read_epoch(source, steps=6, first_step=2, **options)] == [2]
+    assert [len(b) for b in read_epoch(source, steps=2, first_step=1, **options)] == [4]
 
 
 @pytest.mark.parametrize("kind", ["arrays", "stream"])
 def test_remainder_is_dropped(kind):
-    """Once a pass, in each pass its own; the batches before are the same."""
+    """Once a pass, in each pass other examples; the batches before are the same."""
     data = (np.arange(10, dtype=np.float32),)
     source = build_source(data if kind == "arrays" else tf.data.Dataset.from_tensor_slices(data))
     kept = read_epoch(source, num_replicas=2, batch=4)
     dropped = read_epoch(source, num_replicas=2, batch=4, drop_remainder=True)
     assert [b.tolist() for b in dropped] == [b.tolist() for b in kept[:2]]
     assert plan_steps(source, 4, None, drop_remainder=True) == 2
-    longer = read_epoch(source, num_replicas=2, batch=4, steps=5, drop_remainder=True)
-    assert [len(b) for b in longer] == [4] * 5
-    assert len(set(np.concatenate(longer[2:4]))) == 8
+    later = read_epoch(source, num_replicas=2, batch=4, lap=1, drop_remainder=True)
+    assert [len(b) for b in later] == [4, 4]
+    assert sorted(np.concatenate(later)) != sorted(np.concatenate(dropped))
     with pytest.raises(ConfigError, match="all of the 10 examples"):
         plan_steps(source, 11, None, drop_remainder=True)
 
@@ -145,7 +145,7 @@ def test_whole_and_short_batches_of_one_replica_share_a_trace():
     """As in Keras."""
     source = build_source((np.zeros((22, 5), np.float32), np.zeros(22)))
     segments = local_batches(
-        source, epoch=0, seed=0, shuffle=False, global_batch_size=10, num_replicas=1, replica_ids=[0]
+        source, lap=0, seed=0, shuffle=False, global_batch_size=10, num_replicas=1, replica_ids=[0]
     )
     first, second = (s.build().element_spec for s in segments)
     assert first == second and first[0][0][0].shape.as_list() == [None, 5]
@@ -156,7 +156,7 @@ def test_parts_of_several_replicas_have_static_shapes():
     """One trace for the full batches, one for the short last one."""
     source = build_source((np.zeros((22, 5), np.float32), np.zeros(22)))
     segments = local_batches(
-        source, epoch=0, seed=0, shuffle=False, global_batch_size=10, num_replicas=4, replica_ids=[0, 1]
+        source, lap=0, seed=0, shuffle=False, global_batch_size=10, num_replicas=4, replica_ids=[0, 1]
     )
     shapes = [[part[0].shape.as_list() for part in s.build().element_spec[0]] for s in segments]
     assert shapes == [[[2, 5], [3, 5]], [[0, 5], [1, 5]]]
@@ -260,7 +260,7 @@ def test_every_segment_plans_with_its_tasks_share(kind, monkeypatch):
     monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "1")
     stream = tf.data.Dataset.range(20)
     data = {"arrays": np.arange(20), "stream": stream, "own": lambda context: stream.batch(4)}[kind]
-    options = {"epoch": 0, "seed": 0, "shuffle": True, "global_batch_size": 4}
+    options = {"lap": 0, "seed": 0, "shuffle": True, "global_batch_size": 4}
     for segment in local_batches(build_source(data), num_replicas=1, replica_ids=[0], **options):
         assert segment.build_in_budget().options().autotune.cpu_budget == 1
 

@@ -92,6 +92,21 @@ def test_tf_config_is_read():
     assert detect_cluster({"TF_CONFIG": text, **SLURM, **OPEN_MPI}, strategy="ps", num_ps=1) == cluster
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"task": {"type": "worker", "index": 1}}', "or take the task out"),
+        (
+            '{"sparseCluster": {"worker": {"1": "h:1"}}, "task": {"type": "worker", "index": 1}}',
+            "enableDynamicWorker",
+        ),
+    ],
+)
+def test_one_of_several_never_trains_alone(text, said):
+    with pytest.raises(ClusterError, match=said):
+        detect_cluster({"TF_CONFIG": text})
+
+
 def test_malformed_tf_config_is_an_error_and_not_ignored():
     with pytest.raises(ClusterError, match="not JSON"):
         detect_cluster({"TF_CONFIG": "{"})

@@ -5,6 +5,7 @@ import socket
 
 import pytest
 
+from tfdist import door
 from tfdist.cluster import Cluster, Task
 from tfdist.errors import ClusterError
 from tfdist.guests import find_guests, is_open, may_turn_away, render_filter, turn_away_others
@@ -109,3 +110,25 @@ def test_address_that_the_others_would_not_admit_is_an_error(monkeypatch):
         find_guests(cluster, {})
     assert "198.51.100.7" in find_guests(cluster, {"TFDIST_ADMIT": "198.51.100.7"})
     assert find_guests(cluster_of("127.0.1.1", "192.0.2.2"), {}) == ("127.0.1.1", "192.0.2.2")
+
+
+@pytest.mark.parametrize("may_filter", [True, False])
+def test_kernel_that_lets_no_user_bind_to_a_device_gets_a_filter_or_a_loud_word(
+    monkeypatch, caplog, may_filter
+):
+    """Linux before 5.7, which cannot be had here: its refusal is put in the place of the call."""
+    given = []
+
+    def refuse(listener, device):
+        raise PermissionError(1, "Operation not permitted")
+
+    def turn_away(listener, guests):
+        given.append(tuple(guests))
+        return may_filter
+
+    monkeypatch.setattr(door, "_bind_to_device", refuse)
+    monkeypatch.setattr(door, "turn_away_others", turn_away)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert door.close_to_other_machines(listener.getsockname()[1])
+    assert given == [("127.0.0.1", "::1")]
+    assert ("stays OPEN to other machines" in caplog.text) == (not may_filter)

@@ -11,7 +11,7 @@ import tfdist
 from tfdist.data import build_source, local_batches
 from tfdist.errors import ConfigError
 from tfdist.training.input_position import InputPosition, check_order
-from tfdist.training.plan import BatchPlan
+from tfdist.training.plan import BatchPlan, Place
 
 COUNT, BATCH = 103, 10
 X = np.arange(COUNT, dtype=np.float32)
@@ -21,14 +21,15 @@ class Died(Exception):
     """Stands for the end of a process."""
 
 
-class DieAt(keras.callbacks.Callback):
-    def __init__(self, step):
+class DieAfter(keras.callbacks.Callback):
+    def __init__(self, num_steps):
         super().__init__()
-        self.step = step
+        self.num_left = num_steps
 
     def on_train_batch_end(self, batch, logs=None):
-        if batch == self.step:
+        if self.num_left == 0:
             raise Died
+        self.num_left -= 1
 
 
 def slices(spoiled):
@@ -43,7 +44,7 @@ def generator(spoiled):
     )
 
 
-def fit(folder, data, *, steps=None, shuffle=True, die_at=None, seed=3, **changes):
+def fit(folder, data, *, steps=None, shuffle=True, die_after=-1, seed=3, **changes):
     run = tfdist.initialize(strategy="one_device", seed=seed)
     model = keras.Sequential(
         [keras.Input((1,)), keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(1)]
@@ -58,36 +59,36 @@ def fit(folder, data, *, steps=None, shuffle=True, die_at=None, seed=3, **change
         "shuffle": shuffle,
         **changes,
     }
-    run.fit(model, data, callbacks=[DieAt(die_at)], checkpoints=checkpoints, **options)
+    run.fit(model, data, callbacks=[DieAfter(die_after)], checkpoints=checkpoints, **options)
     return [w for v in model.get_weights() for w in v.ravel()]
 
 
 @pytest.mark.parametrize(("build", "is_saved"), [(slices, True), (generator, False)])
 @pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("steps", [None, 16])
-def test_resumed_run_ends_as_the_uninterrupted(tmp_path, build, is_saved, steps, shuffle):
-    """Within a pass and in the second one; the state is there where it can be."""
-    wanted = fit(tmp_path / "whole", build(False), steps=steps, shuffle=shuffle)
-    die_at = 6 if steps is None else 12
-    with pytest.raises(Died):
-        fit(tmp_path / "run", build(False), steps=steps, shuffle=shuffle, die_at=die_at)
-    newest = max((tmp_path / "run").glob("*.npz"))
-    with np.load(newest) as stored:
-        # A generator can be where the shuffle buffer holds all that it had to give.
-        assert ("__input__" in stored.files) == is_saved or shuffle
-    # What was not read yet must be good: all was, if one pass is shuffled.
-    data = build(spoiled=steps is None and shuffle)
-    assert fit(tmp_path / "run", data, steps=steps, shuffle=shuffle) == wanted
+@pytest.mark.parametrize(("steps", "deaths"), [(None, [6]), (5, [5, 2])])
+def test_resumed_run_ends_as_the_uninterrupted(tmp_path, build, is_saved, steps, deaths, shuffle):
+    """Inside an epoch, and where one has left the rest of the data to the next; the state is there if it can be."""
+    options = {"steps": steps, "shuffle": shuffle, "epochs": 1 if steps is None else 2}
+    wanted = fit(tmp_path / "whole", build(False), **options)
+    for death in deaths:
+        with pytest.raises(Died):
+            fit(tmp_path / "run", build(False), die_after=death, **options)
+        newest = max((tmp_path / "run").glob("*.npz"))
+        with np.load(newest) as stored:
+            # A generator can be where the shuffle buffer holds all that it had to give.
+            assert ("__input__" in stored.files) == is_saved or shuffle
+    # What was not read yet must be good: all was, if the pass is shuffled.
+    assert fit(tmp_path / "run", build(spoiled=shuffle), **options) == wanted
 
 
 @pytest.mark.parametrize(
-    ("die_at", "num_examples", "changes", "words"),
+    ("die_after", "num_examples", "changes", "words"),
     [
         (
             3,
             COUNT,
             {"global_batch_size": 20},
-            r"\d steps inside an epoch with global_batch_size=10, and .*=20: ",
+            r"\d steps inside a pass over the data with global_batch_size=10, and .*=20: ",
         ),
         (3, COUNT, {"seed": 4}, "resume with seed=3, or start anew"),
         (3, COUNT, {"shuffle": False}, "resume with shuffle=True"),
@@ -102,18 +103,18 @@ def test_resumed_run_ends_as_the_uninterrupted(tmp_path, build, is_saved, steps,
             None,
             COUNT - 1,
             {"epochs": 2},
-            "after an epoch with num_examples=103, and this run has num_examples=102",
+            "after a pass over the data with num_examples=103, and this run has num_examples=102",
         ),
     ],
 )
 def test_place_in_other_data_is_refused_and_nothing_overwritten(
-    tmp_path, die_at, num_examples, changes, words
+    tmp_path, die_after, num_examples, changes, words
 ):
-    if die_at is None:
+    if die_after is None:
         fit(tmp_path, (X[:, None], X[:, None] / COUNT))
     else:
         with pytest.raises(Died):
-            fit(tmp_path, (X[:, None], X[:, None] / COUNT), die_at=die_at)
+            fit(tmp_path, (X[:, None], X[:, None] / COUNT), die_after=die_after)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     x = np.arange(num_examples, dtype=np.float32)[:, None]
     with pytest.raises(ConfigError, match=words):
@@ -155,7 +156,7 @@ def test_other_pipelines_state_is_not_used(tmp_path):
             first_step=step,
             input_state=state,
         )
-        options = {"epoch": plan.epoch, "seed": plan.seed, "shuffle": plan.shuffle, "first_step": step}
+        options = {"lap": plan.place.lap, "seed": plan.seed, "shuffle": plan.shuffle, "first_step": step}
         (segment,) = local_batches(
             source, global_batch_size=plan.global_batch_size, num_replicas=1, replica_ids=[0], **options
         )
@@ -175,7 +176,7 @@ def test_other_pipelines_state_is_not_used(tmp_path):
     for other in (state[32:], label, label + b"x" * 99, b"x" * 99):
         assert next(open_at(3, other)).numpy().tolist() == wanted
         assert position.save() == b""
-    for changes in ({"epoch": 1}, {"seed": 2}, {"shuffle": False}, {"global_batch_size": 4}):
+    for changes in ({"place": Place(1)}, {"seed": 2}, {"shuffle": False}, {"global_batch_size": 4}):
         wanted = next(open_at(3, **changes)).numpy().tolist()
         assert next(open_at(3, state, **changes)).numpy().tolist() == wanted
 
@@ -188,7 +189,7 @@ def test_large_state_is_not_kept(monkeypatch):
         if limit:
             monkeypatch.setattr("tfdist.training.input_position._MAX_BYTES", limit)
         plan = BatchPlan(global_batch_size=1, shuffle=True)
-        options = {"epoch": 0, "seed": 0, "shuffle": True, "global_batch_size": 1}
+        options = {"lap": 0, "seed": 0, "shuffle": True, "global_batch_size": 1}
         (segment,) = local_batches(source, num_replicas=1, replica_ids=[0], **options)
         position = InputPosition()
         next(position.open(segment, source, plan)) if source is small else position.open(

@@ -24,6 +24,7 @@ from tfdist.keras_internals import (
     decays,
     find_layers,
     find_optimizers,
+    has_metrics,
     is_compiled,
     native,
     saving_in_blocks,
@@ -228,6 +229,88 @@ def test_build_model_gives_slots_to_the_models_own_optimizers(kind):
     build_model(model, (tf.constant(X), tf.constant(Y)))
     assert own.built
     assert len(own.variables) == 2 + 4
+
+
+class TwoParts(keras.Model):
+    """No `call()`, nothing built, two optimizers for a part each."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = keras.layers.Dense(2), keras.layers.Dense(1)
+        self.optimizers = [keras.optimizers.SGD(0.1, momentum=0.9), keras.optimizers.Adam(0.1)]
+
+    def train_step(self, x):
+        for part, optimizer in zip((self.first, self.second), self.optimizers, strict=True):
+            with tf.GradientTape() as tape:
+                loss = keras.ops.mean(keras.ops.square(self.second(self.first(x))))
+            weights = part.trainable_weights
+            optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        return {"loss": loss}
+
+
+def test_model_without_call_is_built_by_its_step():
+    """Nothing is computed, and each optimizer gets slots for what it is asked to change."""
+    model = TwoParts()
+    model.compile()
+    build_model(model, tf.constant(X))
+    assert [len(layer.weights) for layer in (model.first, model.second)] == [2, 2]
+    assert [len(o.variables) for o in model.optimizers] == [2 + 2, 2 + 4]
+    assert all(int(o.iterations) == 0 for o in model.optimizers)
+
+
+def test_step_that_cannot_be_built_says_why():
+    class Broken(keras.Model):
+        def train_step(self, x):
+            raise ZeroDivisionError("of its own")
+
+    model = Broken()
+    model.compile()
+    with pytest.raises(ZeroDivisionError, match="of its own"):
+        build_model(model, tf.constant(X))
+
+
+def test_prediction_needs_the_layers_alone():
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("adam", "mse", metrics=["mae"])
+    build_model(model, tf.constant(X), is_trained=False)
+    assert len(model.weights) == 2
+    assert not has_metrics(model)
+    build_model(model, (tf.constant(X), tf.constant(Y)))
+    assert has_metrics(model)
+
+
+def test_losses_of_layers_are_kept_apart_while_bound():
+    """Each binding has its own, and the model's own come back."""
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, activity_regularizer="l2")])
+    model.compile("sgd", "mse")
+    build_model(model, (tf.constant(X), tf.constant(Y)))
+    bindings = [
+        ReplicaBinding(
+            variables=(), optimizers=(), apply=plain_apply, loss_correction=lambda *args: None, model=model
+        )
+        for _ in range(2)
+    ]
+    for binding in bindings:
+        binding.install()
+        model(tf.constant(X))
+        assert len(model.losses) == 1
+        binding.remove()
+        assert model.losses == []
+    bindings[0].install()
+    assert len(model.losses) == 1
+    bindings[0].remove()
+
+
+def test_optimizer_knows_a_variable_whose_value_a_scope_has_captured():
+    model = make_model(keras.optimizers.Adam(0.1))
+    (optimizer,) = find_optimizers(model)
+    binding = bind(model)
+    binding.install()
+    with keras.StatelessScope() as scope:
+        weight = model.trainable_variables[0]
+        scope.add_update((weight, tf.zeros_like(weight.value)))
+        assert optimizer._get_variable_index(weight) == 0
+    binding.remove()
 
 
 def test_compile_config_is_what_save_writes(tmp_path):

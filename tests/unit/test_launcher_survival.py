@@ -16,8 +16,9 @@ from tfdist.launcher import Job, build_cluster, parse_num_workers
 from tfdist.launcher.chaos import Chaos, Failure, parse_chaos
 from tfdist.launcher.children import read_stop_mark
 from tfdist.launcher.memory import is_memory_short
+from tfdist.launcher.processes import killed_by
 from tfdist.launcher.restarts import Restarts
-from tfdist.launcher.watch import FROZEN_SECS, Watch
+from tfdist.launcher.watch import FIRST_STEP_SECS, FROZEN_SECS, Watch
 
 PS_CLUSTER = build_cluster(Job(command=["true"], num_workers=2, num_ps=1), range(1, 5))
 
@@ -175,6 +176,36 @@ def test_task_that_evaluates_does_not_hang(tmp_path):
         heart.beat()
         assert watch.find_hung([child], now) is None
     assert watch.find_hung([child], 28.0) is child
+
+
+def test_nobody_hangs_while_one_is_busy_between_two_steps(tmp_path):
+    """A checkpoint or a callback of one, for which the others wait, takes as long as it takes."""
+    watch = Watch(str(tmp_path), hang_timeout_secs=10)
+    children = [FakeChild(Task("worker", i)) for i in range(2)]
+    hearts = [Heart(watch.path(child.task)) for child in children]
+    for heart in hearts:
+        heart.beat(5)
+    with hearts[0].busy():
+        assert [watch.find_hung(children, now) for now in (0.0, 11.0, 500.0)] == [None] * 3
+    assert watch.find_hung(children, 505.0) is None
+    assert watch.find_hung(children, 520.0) is not None
+
+
+def test_hang_before_the_first_step_is_seen(tmp_path):
+    """Late, since TensorFlow may compile it for long."""
+    watch, child = Watch(str(tmp_path), hang_timeout_secs=10), FakeChild(Task("worker", 0))
+    Heart(watch.path(child.task)).prepare()
+    assert watch.find_hung([child], 0.0) is None
+    assert watch.find_hung([child], FIRST_STEP_SECS - 1) is None
+    assert watch.find_hung([child], FIRST_STEP_SECS) is child
+
+
+@pytest.mark.parametrize(
+    ("code", "is_a_signal"), [(137, True), (139, True), (255, False), (254, False), (1, False)]
+)
+def test_only_a_signals_code_counts_as_killed(code, is_a_signal):
+    """`sys.exit(-1)` leaves 255, which no signal does."""
+    assert (killed_by(code) is not None) == is_a_signal
 
 
 def test_stopped_process_is_frozen_and_a_sleeping_one_is_not(tmp_path):

@@ -93,7 +93,7 @@ def test_limit_of_a_spike_is_that_of_the_mean_from_the_first_step_it_is_known(ru
         loop=None,
         model=None,
         source=None,
-        saver=types.SimpleNamespace(is_saving=False),
+        saver=types.SimpleNamespace(is_saving=False, kept={}),
         is_chief=True,
     )
     plan = BatchPlan(global_batch_size=1)
@@ -138,6 +138,26 @@ def test_spike_counts_once_the_mean_is_known(run):
     assert "more than max_loss_spike=10 times its mean of" in str(caught.value)
     assert "in epoch 1 at step 23" in str(caught.value)
     fit(run, linear(), data, on_nan="stop")
+
+
+def test_resumed_run_knows_the_mean_of_its_losses(run, tmp_path):
+    """The third step after the resume is judged by the twenty before it."""
+    spike = np.ones((40, 1), np.float32)
+    spike[25] = 1000.0
+    options = {
+        "on_nan": "stop",
+        "max_loss_spike": 10.0,
+        "checkpoints": tfdist.Checkpoints(directory=tmp_path),
+    }
+
+    def linear():
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        model.compile(keras.optimizers.SGD(1e-6), "mse")
+        return model
+
+    fit(run, linear(), (X, np.ones((40, 1), np.float32)), epochs=5, **options)
+    with pytest.raises(tfdist.NonFiniteError, match="in epoch 6 at step 3"):
+        fit(run, linear(), (X, spike), epochs=6, **options)
 
 
 def test_overflow_of_a_scaled_loss_is_not_a_fault(run, caplog):

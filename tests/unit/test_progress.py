@@ -251,8 +251,14 @@ def test_bar_of_unknown_length_has_no_eta():
 
 
 def test_metrics_are_rendered_as_keras_does():
-    logs = {"small": 1e-5, "loss": np.float32(0.5), "zero": 0.0, "confusion": np.zeros((2, 2)), "text": "x"}
-    assert render_metrics(logs) == ["loss 0.5000", "small 1.0000e-05", "zero 0.0000"]
+    logs = {
+        "small": 1e-5,
+        "loss": np.float32(0.5),
+        "zero": 0.0,
+        "of_class": np.array([0.5, 1.0]),
+        "text": "x",
+    }
+    assert render_metrics(logs) == ["loss 0.5000", "small 1.0000e-05", "zero 0.0000", "of_class 0.7500"]
 
 
 @pytest.mark.parametrize(("secs", "text"), [(7, "0:07"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")])

@@ -1,8 +1,11 @@
 """`fit`, `evaluate` and `predict` take Keras's arguments with Keras's meaning: each is held against Keras itself."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tfdist
 from tfdist import execute, train
@@ -48,6 +51,51 @@ def test_fit_is_kerass(run, options):
         np.testing.assert_allclose(found.history[name], values, rtol=1e-5, err_msg=name)
     for weight, right in zip(model.get_weights(), wanted_model.get_weights(), strict=True):
         np.testing.assert_allclose(weight, right, rtol=1e-5)
+
+
+class Sums(keras.Model):
+    """Logs the sum of all that it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = self.add_weight(name="total", initializer="zeros", trainable=False)
+        self.build((None, 1))
+
+    def call(self, x):
+        return x
+
+    def train_step(self, data):
+        self.total.assign_add(keras.ops.sum(data))
+        return {"seen": self.total + 0.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps"), [("arrays", 2), ("arrays", 7), ("finite", 3), ("repeated", 3), ("open", 3)]
+)
+def test_epochs_of_few_steps_go_on_as_kerass(run, kind, steps):
+    """Where the one before has ended, with a warning where the data end."""
+    x = np.arange(22, dtype="float32")[:, None]
+    stream = tf.data.Dataset.from_tensor_slices(x)
+    data = {
+        "arrays": x,
+        "finite": stream,
+        "repeated": stream.repeat(),
+        "open": stream.filter(lambda x: True),
+    }[kind]
+    batches = data if kind == "arrays" else data.batch(5)
+    options = {"steps_per_epoch": steps, "epochs": 4, "shuffle": False, "verbose": 0}
+    results = []
+    for fit in (
+        lambda model: model.fit(batches, batch_size=5 if kind == "arrays" else None, **options),
+        lambda model: run.fit(model, data, global_batch_size=5, **options),
+    ):
+        model = Sums()
+        model.compile("sgd")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            seen = fit(model).history["seen"]
+        results.append((list(map(float, seen)), sum("ran out of data" in str(w.message) for w in caught)))
+    assert results[0] == results[1]
 
 
 def test_fit_that_stopped_early_does_not_stop_the_next_one(run):

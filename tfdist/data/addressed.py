@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfdist.data.indexed import IndexedSource
 from tfdist.data.operations import apply_operation
-from tfdist.data.order import examples_at, num_steps, part_slice, step_size
+from tfdist.data.order import examples_at, num_steps, part_slice
 from tfdist.data.segment import Segment, Share
 from tfdist.data.source import ArraySource, take
 
@@ -20,56 +20,48 @@ _MAX_OBJECT_STEPS_AT_ONCE = 8
 
 
 def addressed_batches(source: ArraySource | IndexedSource, share: Share) -> list[Segment]:
-    """Returns a process's share of an epoch: for each pass its full batches, and its short last one."""
+    """Returns a process's share of an epoch: its full batches, and the short one at the pass's end."""
     count, batch = source.num_examples, share.global_batch_size
-    shape: Any = {
-        "num_examples": count,
-        "global_batch_size": batch,
-        "drop_remainder": share.drop_remainder,
-    }
-    per_pass, whole = num_steps(**shape), count // batch
-    last = per_pass if share.num_steps is None else share.num_steps
+    per_pass = num_steps(num_examples=count, global_batch_size=batch, drop_remainder=share.drop_remainder)
+    whole, rest = divmod(count, batch)
+    last = per_pass if share.num_steps is None else min(share.num_steps, per_pass)
     if isinstance(source, IndexedSource):
         source.check_length()
-    # A pass's last batch is its smallest.
-    never_empty = step_size(step=per_pass - 1, **shape) >= share.num_replicas
+    sizes = {batch: whole, rest: per_pass - whole}
+    never_empty = min(size for size, number in sizes.items() if number) >= share.num_replicas
     segments = []
-    step = share.first_step
-    while step < last:
-        size = step_size(step=step, **shape)
-        lap, within = divmod(step, per_pass)
-        end = step + 1 if size < batch else min(last, lap * per_pass + whole)
-        # Batches of this size in a pass, and where the first of them starts.
-        every, offset = (whole, 0) if within < whole else (1, whole * batch)
+    for size, offset, first, end in (
+        (batch, 0, share.first_step, min(last, whole)),
+        (rest, whole, max(share.first_step, whole), last),
+    ):
+        if first >= end:
+            continue
         run = _Run(
             source=source,
             seed=share.seed,
             shuffle=share.shuffle,
-            offset=offset,
-            every=every,
+            offset=offset * batch,
+            every=sizes[size],
             batch=batch,
             size=size,
             slices=tuple(part_slice(size, k, share.num_replicas) for k in share.replica_ids),
             # What of a batch may be empty is known where the sizes are: a step without examples is another one.
             is_sized=share.num_replicas > 1 and (share.fixed_sizes or not never_empty),
-            # The passes are numbered through where each is an epoch: then one run holds the batches of all.
-            epoch=None if last == per_pass else share.epoch,
         )
-        start = (share.epoch if run.epoch is None else lap) * every + (within if within < whole else 0)
-        stop = start + end - step
-        if run.epoch is None:
-            stop = (share.epoch + 1 + share.num_epochs_after) * every
+        before = share.lap * run.every
+        start, stop = before + first - offset, before + end - offset
+        if share.num_epochs_after:
+            stop = before + (1 + share.num_epochs_after) * run.every
         segments.append(
             Segment(
                 build=functools.partial(run.read, start, stop),
-                num_steps=end - step,
+                num_steps=end - first,
                 never_empty=never_empty,
                 run=run,
                 start=start,
                 stop=stop,
             )
         )
-        step = end
     return segments
 
 
@@ -87,7 +79,6 @@ class _Run:
         size: Examples of each.
         slices: Which of these this process's replicas take.
         is_sized: Whether their lengths are static.
-        epoch: Whose passes they are; None: each pass is an epoch of its own.
     """
 
     source: ArraySource | IndexedSource
@@ -99,7 +90,6 @@ class _Run:
     size: int
     slices: tuple[tuple[int, int], ...]
     is_sized: bool
-    epoch: int | None
 
     def read(self, start: int, stop: int) -> tf.data.Dataset:
         """Reads several small batches at once: a call of the function costs more than what it reads."""
@@ -120,7 +110,6 @@ class _Run:
                 self.size,
                 source.num_examples,
                 self.seed,
-                *((0, 1) if self.epoch is None else (self.epoch, 0)),
                 *(bound for low_high in self.slices for bound in low_high),
             ],
             tf.int64,
@@ -168,15 +157,14 @@ def _build_reader(take_own: Any, num_parts: int, shuffle: bool, is_several: bool
     """
 
     def read(data: Any, first: Any, numbers: Any) -> Any:
-        at_once, stop, every, offset, batch, size, count, seed, epoch, per_pass, *bounds = tf.unstack(
-            numbers, 10 + 2 * num_parts
+        at_once, stop, every, offset, batch, size, count, seed, *bounds = tf.unstack(
+            numbers, 8 + 2 * num_parts
         )
         places = first + (
             tf.range(tf.minimum(at_once, stop - first)) if is_several else tf.zeros([1], tf.int64)
         )
-        passes = places // every
-        epochs = epoch + per_pass * passes
-        starts = (1 - per_pass) * passes * count + offset + places % every * batch
+        laps = places // every
+        starts = offset + places % every * batch
         parts = []
         for low, high in zip(bounds[::2], bounds[1::2], strict=True):
             positions = starts[:, None] + tf.range(low, high)[None]
@@ -184,7 +172,7 @@ def _build_reader(take_own: Any, num_parts: int, shuffle: bool, is_several: bool
                 tf.reshape(positions, [-1]),
                 num_examples=count,
                 seed=seed,
-                epoch=tf.reshape(tf.broadcast_to(epochs[:, None], tf.shape(positions)), [-1]),
+                epoch=tf.reshape(tf.broadcast_to(laps[:, None], tf.shape(positions)), [-1]),
                 shuffle=shuffle,
             )
             rows = take(data, wanted) if take_own is None else take_own(wanted)

@@ -13,7 +13,7 @@ from tfdist.data.streams import self_sharded_batches, served_batches, sharded_ba
 def local_batches(
     source: Source,
     *,
-    epoch: int,
+    lap: int,
     seed: int,
     shuffle: bool,
     global_batch_size: int,
@@ -32,15 +32,14 @@ def local_batches(
 
     Args:
         source: The examples.
-        epoch: Zero-based.
+        lap: Passes through the data before this one.
         seed: Of the order.
         shuffle: False keeps the data's own order.
         global_batch_size: Examples per step over all replicas.
         num_replicas: R.
         replica_ids: This process's k.
-        first_step: Steps of the epoch to leave out at its start.
-        num_steps: Where the epoch ends, counted from its start; None: with the data. Past the data's end
-            another pass begins.
+        first_step: Steps of the pass to leave out at its start.
+        num_steps: Where the epoch ends, counted from the pass's start; None: with the data, as at the latest.
         drop_remainder: Leave out a pass's last batch if it is short.
         num_epochs_after: Epochs that may be asked for next, in their order: a segment's elements may go on with theirs.
         fixed_sizes: Whether the sizes of several replicas' parts must be static, where the number of examples is known:
@@ -50,7 +49,7 @@ def local_batches(
         Runs of batches.
     """
     share = Share(
-        epoch=epoch,
+        lap=lap,
         seed=seed,
         shuffle=shuffle,
         global_batch_size=global_batch_size,

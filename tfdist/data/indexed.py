@@ -21,14 +21,14 @@ class IndexedSource:
         examples: Has `__len__` and `__getitem__`, and `__getitems__` where it reads several better than one; an
             example is a nest of arrays, all of one shape.
         num_examples: Its length, which must stay what it is.
-        spec: Nest as Keras's `train_step` takes it, a tuple, of each part's `TensorSpec` in one example.
-        map_batch: TensorFlow function of a batch's `(x, …)`, None for the identity.
+        spec: Nest as Keras's `train_step` takes it of each part's `TensorSpec` in one example.
+        map_batch: TensorFlow function of a batch, of a tuple's parts one by one; None for the identity.
         num_parallel_reads: Batches read at once; more than one only from objects that threads may share.
     """
 
     examples: Any
     num_examples: int
-    spec: tuple[Any, ...]
+    spec: Any
     map_batch: Callable[..., Any] | None = None
     num_parallel_reads: int = 1
 
@@ -43,7 +43,9 @@ class IndexedSource:
         for column, spec in zip(columns, flat, strict=True):
             column.set_shape([indices.shape[0], *spec.shape])
         batch = tf.nest.pack_sequence_as(self.spec, columns)
-        return batch if self.map_batch is None else self.map_batch(*batch)
+        if self.map_batch is None:
+            return batch
+        return self.map_batch(*batch) if isinstance(batch, tuple) else self.map_batch(batch)
 
     def check_length(self) -> None:
         """Makes sure that the data are as many as ever.
@@ -68,7 +70,7 @@ class IndexedSource:
         else:
             rows = [self.examples[place] for place in places]
         # A plain tuple needs no flattening, which would cost as much as reading it.
-        is_flat = len(self.spec) == len(specs) > 1 and isinstance(rows[0], tuple)
+        is_flat = isinstance(self.spec, tuple) and len(self.spec) == len(specs) > 1
         columns = zip(*(rows if is_flat else map(tf.nest.flatten, rows)), strict=True)
         return [_stack(column, spec, places) for column, spec in zip(columns, specs, strict=True)]
 
@@ -110,7 +112,7 @@ def build_indexed(examples: Any, *, keys: Sequence[str] | None = None) -> Indexe
     if keys and isinstance(first, Mapping):
         examples = _Chosen(examples, tuple(keys))
         first = examples[0]
-    spec = tf.nest.map_structure(_spec, first if isinstance(first, tuple) else (first,))
+    spec = tf.nest.map_structure(_spec, first)
     return IndexedSource(examples=examples, num_examples=len(examples), spec=spec)
 
 

@@ -29,7 +29,7 @@ class Segment:
         never_empty: Whether each replica is sure to get an example of each batch.
         run: Names what goes on after the segment's last element, maybe with another epoch's; None: nothing does.
         start: Place of the first element in the run.
-        stop: Place in the run at which the dataset ends.
+        stop: Place in the run at which the dataset ends; None: where the data do.
     """
 
     build: Callable[[], tf.data.Dataset]
@@ -40,7 +40,7 @@ class Segment:
     never_empty: bool = False
     run: Hashable = None
     start: int = 0
-    stop: int = 0
+    stop: int | None = None
 
     def build_in_budget(self) -> tf.data.Dataset:
         """Returns a fresh dataset of all elements that plans with this task's share of the machine."""
@@ -56,7 +56,7 @@ class Segment:
 class Share:
     """A process's part of an epoch; the fields mean what they mean in `local_batches`."""
 
-    epoch: int
+    lap: int
     seed: int
     shuffle: bool
     global_batch_size: int
@@ -80,8 +80,8 @@ class Share:
         return part_slice(self.global_batch_size, self.replica_ids[-1], self.num_replicas)[1] - low
 
     def shuffle_seed(self, *keys: int) -> int:
-        """Returns the seed of a shuffle buffer, another one in each epoch and for other keys."""
-        return hash((self.seed, self.epoch, *keys)) % 2**31
+        """Returns the seed of a shuffle buffer, another one in each pass and for other keys."""
+        return hash((self.seed, self.lap, *keys)) % 2**31
 
     def split(self, batch: Any) -> tuple[tuple[Any, ...], Any]:
         """Divides a whole batch: this process's parts, and its examples (int32 scalar)."""
@@ -111,7 +111,6 @@ def build_budget(environ: Mapping[str, str]) -> tf.data.Options:
 
 def split_batch(batch: Any, num_replicas: int, replica_ids: Sequence[int]) -> tuple[tuple[Any, ...], Any]:
     """Returns the parts of some replicas, and the examples of the batch (int32 scalar)."""
-    batch = as_tuple(batch)
     first = tf.nest.flatten(batch)[0]
     size = tf.shape(first)[0] if first.shape[0] is None else first.shape[0]
     if num_replicas == 1:
@@ -121,8 +120,3 @@ def split_batch(batch: Any, num_replicas: int, replica_ids: Sequence[int]) -> tu
         tf.nest.map_structure(lambda t, low=low, high=high: t[low:high], batch) for low, high in slices
     )
     return parts, tf.convert_to_tensor(size)
-
-
-def as_tuple(part: Any) -> Any:
-    """Returns the form of a batch that a step takes."""
-    return part if isinstance(part, tuple) else (part,)

@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from tfdist.data.indexed import IndexedSource, build_indexed, is_indexed
+from tfdist.data.sparse_rows import SparseRows, is_sparse
 from tfdist.data.tfds import TfdsSplit, load_arrays, load_split, parse_split
 from tfdist.errors import ConfigError
 
@@ -21,7 +23,7 @@ class ArraySource:
     """Examples in memory, any of which can be taken at once.
 
     Attributes:
-        tensors: Nest as Keras's `train_step` takes it; each `[num_examples, …]`, on the host.
+        tensors: Nest as Keras's `train_step` takes it, `x` alone as itself; each `[num_examples, …]`, on the host.
     """
 
     tensors: Any
@@ -130,7 +132,8 @@ def build_source(
 
     Args:
         data: Arrays (`x`, `(x, y)` or `(x, y, sample_weight)`, each an array or a nest of arrays with examples
-            along the first axis), a `tf.data.Dataset` of examples (batches are not told from examples), a
+            along the first axis; also lists of numbers, data frames, and SciPy's sparse matrices, whose rows are made
+            dense batch by batch), a `tf.data.Dataset` of examples (batches are not told from examples), a
             `TfdsSplit` or "tfds:NAME/SPLIT", an object with `__len__` and `__getitem__` that yields examples, or a
             callable `InputContext → Dataset` of per-replica batches.
         class_weight: Class → weight of its examples.
@@ -149,10 +152,12 @@ def build_source(
         source = StreamSource(dataset=data, num_examples=count if count >= 0 else None)
     elif isinstance(data, TfdsSplit) or (isinstance(data, str) and data.startswith("tfds:")):
         source = _from_split(data if isinstance(data, TfdsSplit) else parse_split(data))
-    elif is_indexed(data):
+    elif is_indexed(data) and not is_sparse(data):
         source = build_indexed(data)
     elif callable(data):
         source = SelfShardedSource(local_dataset=data)
+    elif any(map(is_sparse, tf.nest.flatten(data))):
+        source = build_indexed(SparseRows(data))
     else:
         source = _from_arrays(data)
     return _weigh(source, class_weight, sample_weight)
@@ -204,8 +209,10 @@ def _from_arrays(data: Any) -> ArraySource:
             f"data is a tuple of {len(data)}; it must be (x,), (x, y) or (x, y, sample_weight). "
             "Several inputs go into a list or a dict: ([a, b], y)."
         )
+    data = tuple(_lists_as_arrays(part) for part in data)
     with tf.device("CPU:0"):
         tensors = tf.nest.map_structure(lambda a: tf.convert_to_tensor(_plain(a)), data)
+    tensors = keras.utils.pack_x_y_sample_weight(*tensors)
     sizes = [t.shape[0] if t.shape.rank else None for t in tf.nest.flatten(tensors)]
     if not sizes or None in sizes or len(set(sizes)) > 1:
         raise ConfigError(
@@ -214,6 +221,22 @@ def _from_arrays(data: Any) -> ArraySource:
     if sizes[0] == 0:
         raise ConfigError("the data holds no examples; pass at least one.")
     return ArraySource(tensors=tensors)
+
+
+def _lists_as_arrays(data: Any) -> Any:
+    """Makes an array of a list of numbers or texts, or of lists of them; a list of arrays is several inputs."""
+    if isinstance(data, Mapping):
+        return {name: _lists_as_arrays(part) for name, part in data.items()}
+    if not isinstance(data, list):
+        return data
+    if not all(isinstance(leaf, (bool, int, float, str, bytes)) for leaf in tf.nest.flatten(data)):
+        return [_lists_as_arrays(part) for part in data]
+    try:
+        return np.asarray(data)
+    except ValueError:
+        raise ConfigError(
+            "a list of data holds lists of different lengths, which make no array: pad them to one length."
+        ) from None
 
 
 def _plain(array: Any) -> Any:
@@ -233,26 +256,24 @@ def _weigh(source: Source, class_weight: Mapping[int, float] | None, sample_weig
     if sample_weight is not None:
         if not isinstance(source, ArraySource):
             raise ConfigError("sample_weight goes with arrays; let a dataset yield (x, y, sample_weight).")
-        return _from_arrays((*source.tensors[:2], sample_weight))
+        return _from_arrays((*keras.utils.unpack_x_y_sample_weight(source.tensors)[:2], sample_weight))
     assert class_weight is not None
-    return _weigh_classes(source, _weight_table(class_weight))
+    return _weigh_classes(source, class_weight)
 
 
-def _weigh_classes(source: Source, table: tf.Tensor) -> Source:
+def _weigh_classes(source: Source, class_weight: Mapping[Any, float]) -> Source:
     def weigh(*batch: Any) -> Any:
         if len(batch) != 2 or not tf.is_tensor(batch[1]):
             raise ConfigError("class_weight needs data of the form (x, y) with a single y.")
-        x, y = batch
-        one_hot = y.shape.rank is not None and y.shape.rank > 1 and y.shape[-1] != 1
-        classes = tf.argmax(y, -1) if one_hot else tf.reshape(y, [-1])
-        return x, y, tf.gather(table, tf.cast(classes, tf.int64))
+        return *batch, class_weights(batch[1], class_weight)
 
     def weigh_one(*example: Any) -> Any:
         rows = tf.nest.map_structure(lambda t: t[None], example)
         return tf.nest.map_structure(lambda t: t[0], weigh(*rows))
 
     if isinstance(source, ArraySource):
-        return ArraySource(tensors=weigh(*source.tensors))
+        tensors = source.tensors
+        return ArraySource(tensors=weigh(*tensors) if isinstance(tensors, tuple) else weigh(tensors))
     if isinstance(source, IndexedSource):
         return dataclasses.replace(source, map_batch=_compose(source.map_batch, weigh))
     if isinstance(source, SelfShardedSource):
@@ -268,8 +289,29 @@ def _compose(first: Callable[..., Any] | None, then: Callable[..., Any]) -> Call
     return then if first is None else lambda *batch: then(*first(*batch))
 
 
-def _weight_table(class_weight: Mapping[int, float]) -> tf.Tensor:
-    table = np.ones(max(class_weight) + 1, np.float32)
-    for label, weight in class_weight.items():
-        table[label] = weight
-    return tf.constant(table)
+def class_weights(y: tf.Tensor, class_weight: Mapping[Any, float]) -> tf.Tensor:
+    """Returns each example's weight, `[n]` float32, as Keras's `class_weight_to_sample_weights` does of arrays.
+
+    A soft label is rounded to its class, half to even; a row of several is of the class that is largest in it; a class
+    that is not named weighs 1.
+
+    Args:
+        y: `[n]`, `[n, 1]` or `[n, classes]`.
+        class_weight: Class → weight; a key of any type that equals a whole number.
+
+    Raises:
+        ConfigError: If `y` has another shape.
+    """
+    if y.shape.rank not in (1, 2):
+        raise ConfigError(
+            f"class_weight with y of shape {tuple(y.shape)}: an example has one class; pass sample_weight instead."
+        )
+    if y.shape.rank == 2:
+        y = tf.argmax(y, -1) if y.shape[-1] != 1 else y[:, 0]
+    classes = tf.cast(tf.round(tf.cast(y, tf.float64)), tf.int64)
+    named = {int(label): weight for label, weight in class_weight.items() if label == int(label)}
+    if not named:
+        return tf.ones_like(classes, tf.float32)
+    labels, weights = tf.constant(list(named), tf.int64), tf.constant(list(named.values()), tf.float32)
+    is_of = tf.equal(classes[:, None], labels)
+    return tf.where(tf.reduce_any(is_of, 1), tf.gather(weights, tf.argmax(tf.cast(is_of, tf.int32), 1)), 1.0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfdist.data.segment import Segment, Share, as_tuple
+from tfdist.data.segment import Segment, Share
 from tfdist.data.source import SelfShardedSource, ServedSource, ShardedSource, StreamSource
 from tfdist.errors import ConfigError
 
@@ -26,9 +26,7 @@ def streamed_batches(source: StreamSource, share: Share) -> Segment:
         if buffer:
             dataset = dataset.shuffle(buffer, seed=share.shuffle_seed())
         dataset = dataset.batch(share.global_batch_size, drop_remainder=share.drop_remainder)
-        if share.num_steps is not None:
-            dataset = dataset.repeat().take(share.num_steps)
-        return dataset.with_options(options).prefetch(tf.data.AUTOTUNE)
+        return _as_far_as_asked(dataset, share).with_options(options).prefetch(tf.data.AUTOTUNE)
 
     # Split in the step, not here: where the pipeline stands is then the same for all workers.
     return Segment(
@@ -37,6 +35,7 @@ def streamed_batches(source: StreamSource, share: Share) -> Segment:
         split=share.split,
         num_skipped=share.first_step,
         num_buffered=buffer,
+        **_run(source, share),
     )
 
 
@@ -47,13 +46,16 @@ def sharded_batches(source: ShardedSource, share: Share) -> Segment:
         dataset = source.dataset
         if share.shuffle:
             dataset = dataset.shuffle(_SHUFFLE_BUFFER, seed=share.shuffle_seed(share.replica_ids[0]))
-        dataset = dataset.map(_as_one)
         dataset = dataset.batch(share.own_batch_size, drop_remainder=share.drop_remainder)
-        if share.num_steps is not None:
-            dataset = dataset.repeat()
         return _with_has_more(dataset).prefetch(tf.data.AUTOTUNE)
 
-    return Segment(build=build, num_steps=share.num_left, split=share.split_own, num_skipped=share.first_step)
+    return Segment(
+        build=build,
+        num_steps=share.num_left,
+        split=share.split_own,
+        num_skipped=share.first_step,
+        **_run(source, share),
+    )
 
 
 def served_batches(source: ServedSource, share: Share) -> Segment:
@@ -65,22 +67,23 @@ def served_batches(source: ServedSource, share: Share) -> Segment:
         if share.shuffle:
             # There and not here, where a worker would fill its buffer with what the others shall have.
             dataset = dataset.shuffle(_SHUFFLE_BUFFER, seed=share.shuffle_seed())
-        dataset = dataset.map(_as_one)
-        if share.num_steps is not None:
-            dataset = dataset.repeat()
         # Workers' batches may differ in size, while what is served is one for all; and those who prepare it end
         # with a short batch each, in the middle of the epoch.
         dataset = source.serve(dataset.batch(max(1, share.global_batch_size // source.num_readers)))
         dataset = dataset.rebatch(share.own_batch_size, drop_remainder=share.drop_remainder)
-        if share.num_steps is not None:
-            dataset = dataset.take(share.num_steps)
         if not is_sole:
             dataset = _with_has_more(dataset)
         # No more: what one worker holds another lacks at the epoch's end.
         return dataset.prefetch(1)
 
     split = share.split if is_sole else share.split_own
-    return Segment(build=build, num_steps=share.num_left, split=split, num_skipped=share.first_step)
+    return Segment(
+        build=build,
+        num_steps=share.num_left,
+        split=split,
+        num_skipped=share.first_step,
+        **_run(source, share),
+    )
 
 
 def self_sharded_batches(source: SelfShardedSource, share: Share) -> Segment:
@@ -104,13 +107,27 @@ def self_sharded_batches(source: SelfShardedSource, share: Share) -> Segment:
     def build() -> tf.data.Dataset:
         dataset = source.local_dataset(context)
         rows = tf.data.Dataset.zip(tuple(dataset.shard(num_local, i) for i in range(num_local)))
-        return rows.map(lambda *parts: (tuple(as_tuple(p) for p in parts), -1)).prefetch(tf.data.AUTOTUNE)
+        return rows.map(lambda *parts: (parts, -1)).prefetch(tf.data.AUTOTUNE)
 
-    return Segment(build=build, num_steps=share.num_left, num_skipped=share.first_step)
+    return Segment(build=build, num_steps=share.num_left, num_skipped=share.first_step, **_run(source, share))
 
 
-def _as_one(*example: Any) -> Any:
-    return as_tuple(example if len(example) > 1 else example[0])
+def _run(source: Any, share: Share) -> dict[str, Any]:
+    """Says how a segment goes on: with the rest of the pass, if an epoch that follows may want it."""
+    if not share.num_epochs_after or share.num_steps is None:
+        return {}
+    order = (share.lap, share.seed, share.shuffle, share.global_batch_size, share.drop_remainder)
+    return {"run": (source, order), "start": share.first_step}
+
+
+def _as_far_as_asked(dataset: tf.data.Dataset, share: Share) -> tf.data.Dataset:
+    """Reads no further ahead than somebody may ask for.
+
+    The number is no part of what a saved place must fit, the operation is: another epoch's pipeline has it, too.
+    """
+    if share.num_steps is None:
+        return dataset
+    return dataset.take(share.num_steps * (1 + share.num_epochs_after))
 
 
 def _with_has_more(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -118,7 +135,9 @@ def _with_has_more(dataset: tf.data.Dataset) -> tf.data.Dataset:
     empty = tf.nest.map_structure(
         lambda spec: tf.zeros([0, *(d or 0 for d in spec.shape[1:])], spec.dtype), dataset.element_spec
     )
-    dataset = dataset.map(lambda *b: (b, True)).concatenate(
+    # A function of a dataset gets the parts of a tuple one by one, and anything else whole.
+    is_tuple = isinstance(dataset.element_spec, tuple)
+    dataset = dataset.map(lambda *b: (b if is_tuple else b[0], True)).concatenate(
         tf.data.Dataset.from_tensors((empty, False)).repeat()
     )
     return dataset.scan(empty, lambda before, element: (element[0], (before, element[1])))

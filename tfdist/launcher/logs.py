@@ -1,6 +1,7 @@
 """What tasks print: cut into lines, shown with a prefix, and kept whole in files."""
 
 import collections
+import contextlib
 import os
 import sys
 import time
@@ -121,7 +122,10 @@ class TaskOutput:
         try:
             self._log.write(data)
         except OSError as error:  # a full disk must not end the training that is being watched
-            print(f"tfdist.launch: the log of {self.task} ends here: {error}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print(
+                    f"tfdist.launch: the log of {self.task} ends here: {error}", file=sys.stderr, flush=True
+                )
             self._log.close()
             self._log = None
 
@@ -135,6 +139,7 @@ class Display:
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self.broken = False
+        self._ended: set[str] = set()
         self.last_shown: bytes | None = None
         plain = bool(env.get("NO_COLOR")) or env.get("TERM") == "dumb"
         self._coloured = {
@@ -151,7 +156,7 @@ class Display:
             stream: `stdout` or `stderr`.
             lines: Without line ends; any bytes.
         """
-        if not lines or self.broken:
+        if not lines or self.broken or stream in self._ended:
             return
         self.last_shown = lines[-1]
         colour = self._colours.setdefault(task, _COLOURS[len(self._colours) % len(_COLOURS)])
@@ -162,6 +167,11 @@ class Display:
             self.broken = True
             # What is still buffered would raise again when the interpreter ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), getattr(sys, stream).fileno())
+        except OSError as error:  # a full disk must not end the training that is being watched
+            self._ended.add(stream)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), getattr(sys, stream).fileno())
+            with contextlib.suppress(OSError):
+                print(f"tfdist.launch: {stream} ends here: {error}", file=sys.stderr, flush=True)
 
 
 def render_prefix(task: Task, *, colour: int | None) -> bytes:
@@ -218,7 +228,8 @@ def open_log(run_dir: str, task: Task) -> BinaryIO:
             f"run_dir {run_dir!r} cannot be written ({error.strerror}: {error.filename}): choose another --run_dir"
         ) from None
     if log.tell():
-        log.write(f"\n--- launched again {time.strftime('%Y-%m-%d %H:%M:%S')} ---\n".encode())
+        with contextlib.suppress(OSError):  # a full disk
+            log.write(f"\n--- launched again {time.strftime('%Y-%m-%d %H:%M:%S')} ---\n".encode())
     return log
 
 

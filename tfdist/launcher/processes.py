@@ -136,7 +136,9 @@ class Processes:
 
     def say(self, text: str) -> None:
         """Prints a line of the launcher's own."""
-        with contextlib.suppress(BrokenPipeError):  # nobody listens; the tasks must still be looked after
+        with contextlib.suppress(
+            OSError
+        ):  # nobody listens, or a full disk; the tasks must still be looked after
             print(f"tfdist.launch: {text}", file=sys.stderr, flush=True)
         self.note(text)
 
@@ -188,11 +190,19 @@ class Processes:
             child.reap()
 
 
+def killed_by(exit_code: int) -> signal.Signals | None:
+    """Returns the signal that an exit code of 128 + n stands for; None if a program left with it (`sys.exit(-1)`)."""
+    try:
+        return signal.Signals(exit_code - 128)
+    except ValueError:
+        return None
+
+
 def is_no_fault(child: Child | None) -> bool:
     """Says whether a task ended by no fault of its program: it was killed, or lost the others."""
     if child is None or child.exit_code is None:
         return False
-    was_killed = child.exit_code > 128 and child.exit_code not in _ASKED_TO_END
+    was_killed = killed_by(child.exit_code) is not None and child.exit_code not in _ASKED_TO_END
     return was_killed or child.exit_code == PEER_LOST_CODE
 
 
@@ -205,9 +215,6 @@ def render_exit(child: Child) -> str:
         return "did not end"
     if code == PEER_LOST_CODE:
         return f"lost the others (exit code {code})"
-    if code <= 128:
+    if (number := killed_by(code)) is None:
         return f"exited with code {code}"
-    try:
-        return f"was killed by {signal.Signals(code - 128).name} (exit code {code})"
-    except ValueError:
-        return f"exited with code {code}"
+    return f"was killed by {number.name} (exit code {code})"

@@ -11,7 +11,7 @@ from tfdist.launcher.children import Child
 from tfdist.launcher.job import Job
 from tfdist.launcher.logs import log_path
 from tfdist.launcher.memory import MemoryWatch
-from tfdist.launcher.processes import Processes, is_no_fault, render_exit
+from tfdist.launcher.processes import Processes, is_no_fault, killed_by, render_exit
 from tfdist.launcher.recovery import Recovery
 from tfdist.launcher.regroup import Regrouping
 from tfdist.launcher.restarts import Restarts
@@ -221,7 +221,7 @@ class Supervisor:
     def _exit_order(self, child: Child) -> tuple[bool, bool]:
         """Orders ends that were seen in the same moment, on a busy machine, from likely cause to likely echo."""
         is_good_end = self._job.has_chief and child.task.type == "chief" and child.exit_code == 0
-        is_killed = (child.exit_code or 0) > 128
+        is_killed = killed_by(child.exit_code or 0) is not None
         return not is_good_end, not is_killed
 
     def _note_exit(self, child: Child, now: float) -> None:

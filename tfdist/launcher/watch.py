@@ -8,6 +8,8 @@ from tfdist.heartbeat import Beat, read_beat
 from tfdist.launcher.children import Child
 
 FROZEN_SECS = 3.0
+# How long the first step may take: XLA compiles large models for many minutes.
+FIRST_STEP_SECS = 3600.0
 
 
 class Watch:
@@ -66,8 +68,12 @@ class Watch:
         return frozen
 
     def find_hung(self, children: Iterable[Child], now: float) -> Child | None:
-        """Returns a task that made steps and makes none any more: of several, which wait for each other, the last."""
+        """Returns a task that makes no steps any more: of several, which wait for each other, the last.
+
+        While one of them is busy between two steps the others may wait for it, as long as it takes.
+        """
         hung: list[tuple[int, int, Child]] = []
+        is_any_busy = False
         for place, child in enumerate(children):
             beat = self.read(child.task)
             if beat is None:
@@ -75,6 +81,20 @@ class Watch:
             known = self._changed_at.get(child.task)
             if known is None or known[0] != beat:
                 self._changed_at[child.task] = (beat, now)
-            elif beat.state == "working" and 0 < self._hang_timeout_secs <= now - known[1]:
+            elif 0 < self._patience_secs(beat) <= now - known[1]:
                 hung.append((beat.step, place, child))
+            if beat.state == "busy":
+                is_any_busy = True
+        if is_any_busy:
+            # Patience begins anew when it is done.
+            self._changed_at = {task: (beat, now) for task, (beat, _) in self._changed_at.items()}
+            return None
         return min(hung)[2] if hung else None
+
+    def _patience_secs(self, beat: Beat) -> float:
+        """Returns how long a record may stay as it is; 0: forever."""
+        if beat.state == "working":
+            return self._hang_timeout_secs
+        if beat.state == "preparing" and self._hang_timeout_secs:
+            return max(self._hang_timeout_secs, FIRST_STEP_SECS)
+        return 0.0

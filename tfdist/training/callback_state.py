@@ -9,6 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from tfdist.training.metrics import as_plain
+
 # What Keras's own remember: History, EarlyStopping, ReduceLROnPlateau, ModelCheckpoint. A callback of one's own lists
 # the attributes in `state_names`; they must be what JSON can hold, or lists of arrays.
 _STATE_NAMES = (
@@ -83,4 +85,4 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return value.item() if hasattr(value, "item") else value
+    return as_plain(value)

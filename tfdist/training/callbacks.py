@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from tfdist.config import RunConfig
 from tfdist.training.epoch_clock import EpochClock
+from tfdist.training.metrics import single_numbers
 from tfdist.training.run_dir import RunDir
 
 _log = logging.getLogger("tfdist")
@@ -97,7 +98,8 @@ class MetricsFile(keras.callbacks.Callback):
     in which the chief waited for input), under `ps` `dispatch_share` (the share of the workers' time, 0..1, in which
     they had nothing to do), `staleness_mean` and `staleness_p95` (optimizer steps of others between a gradient's
     reading of the weights and its applying) and `staleness_counts` (how many gradients had a staleness of 0, of 1 and
-    so on), with backup workers `num_dropped` (examples whose parts came too late), under a sync strategy `step_secs`
+    so on), with backup workers `num_dropped` (examples whose parts came too late), where a worker has died
+    `num_repeated` (steps that were made twice), under a sync strategy `step_secs`
     (for each worker the mean seconds of a step, by what they went to) and `steps_per_loop` (in one call of a graph, if
     several), under `multiworker` `slowest_worker`,
     `straggler` (how many times the median it computes, where that is much) and `exchange_mb` (megabytes, 10**6
@@ -214,7 +216,7 @@ class TensorBoardScalars(keras.callbacks.Callback):
         by_split: dict[str, dict[str, float]] = {"train": {}, "validation": {}}
         for name, value in (logs or {}).items():
             split = "validation" if name.startswith("val_") else "train"
-            by_split[split]["epoch_" + name.removeprefix("val_")] = float(value)
+            by_split[split] |= single_numbers("epoch_" + name.removeprefix("val_"), value)
         self._unwritten += [(epoch, split, scalars) for split, scalars in by_split.items() if scalars]
         try:
             while self._unwritten:

@@ -19,6 +19,7 @@ import keras
 import numpy as np
 
 from tfdist.errors import ConfigError
+from tfdist.training.plan import Place
 from tfdist.training.run_dir import open_atomically
 from tfdist.training.state import BLOCK_BYTES, Blocks, StateArray, named_state
 
@@ -49,6 +50,12 @@ class Snapshot:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     input_state: bytes = b""
+
+    @property
+    def place(self) -> Place:
+        """Where in the data the epoch begins that is to go on, or the next one."""
+        # Files of earlier versions do not tell: each of their epochs began with the data.
+        return Place(*self.extra.get("place", [self.epoch]))
 
     @property
     def file_name(self) -> str:

@@ -81,6 +81,8 @@ class CheckpointWriter:
     def __init__(self, checkpoints: Checkpoints) -> None:
         self._checkpoints = checkpoints
         self._thread: threading.Thread | None = None
+        self._reason = ""
+        self._error: Exception | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -91,32 +93,57 @@ class CheckpointWriter:
         """Starts writing, once the one before is done; waits for the end if the snapshot is no copy."""
         self.wait()
         if not snapshot.is_copy:
-            self._write(snapshot)
+            self._reason = self._write(snapshot)
             return
         # No daemon: the interpreter waits for it when it ends.
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="tfdist-checkpoint")
+        self._thread = threading.Thread(target=self._try, args=(snapshot,), name="tfdist-checkpoint")
         self._thread.start()
 
-    def wait(self) -> None:
-        """Returns once what was started is on the disk, or was warned of."""
+    def wait(self) -> str:
+        """Waits until what was started is done.
+
+        Returns:
+            Why the last snapshot is not on the disk; empty if it is.
+
+        Raises:
+            Exception: What ended the thread, but for a disk's errors, which were warned of.
+        """
         if self._thread is not None:
             self._thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        return self._reason
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _try(self, snapshot: Snapshot) -> None:
+        try:
+            self._reason = self._write(snapshot)
+        except Exception as error:  # noqa: BLE001 - whoever waits is to hear of it
+            self._error = error
+
+    def _write(self, snapshot: Snapshot) -> str:
         folder = Path(self._checkpoints.directory)
+        path = folder / snapshot.file_name
         if not snapshot.is_finite:
             _log.warning("%s is not kept: it holds NaN or infinite numbers", snapshot.file_name)
-            return
+            return "it holds NaN or infinite numbers"
         try:
-            write_checkpoint(folder / snapshot.file_name, snapshot)
+            write_checkpoint(path, snapshot)
         except OSError as error:
             _log.warning(
                 "checkpoint %s could not be written (%s); training goes on, and the next one is tried all the same",
-                folder / snapshot.file_name,
+                path,
                 error.strerror or error,
             )
-            return
-        for old in self._checkpoints.files()[self._checkpoints.keep :]:
+            return error.strerror or str(error)
+        files = self._checkpoints.files()
+        # A run goes on from the newest that is whole: those that seem to be newer than this one are damaged.
+        place = files.index(path) if path in files else 0
+        for damaged in files[:place]:
+            with contextlib.suppress(OSError):
+                os.replace(damaged, damaged.with_name(f"{damaged.name}.damaged"))
+                _log.warning("%s cannot be read, and is now %s.damaged", damaged, damaged.name)
+        for old in files[place:][self._checkpoints.keep :]:
             with contextlib.suppress(OSError):
                 old.unlink()
         # What a killed process left half-written.
@@ -124,3 +151,4 @@ class CheckpointWriter:
             if not torn.name.endswith(f"-{os.getpid()}"):
                 with contextlib.suppress(OSError):
                     torn.unlink()
+        return ""

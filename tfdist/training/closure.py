@@ -18,39 +18,12 @@ import tensorflow as tf
 from tfdist import keras_internals
 from tfdist.errors import ConfigError
 from tfdist.training.accumulation import Accumulation
+from tfdist.training.capturing import CapturingScope
+from tfdist.training.metric_parts import start_state
 from tfdist.training.metrics import returned_names, scalar_logs
 from tfdist.training.replica import SEED_STRIDE
 from tfdist.training.staleness import StepStaleness
 from tfdist.training.step_check import UNCHECKED, StepCheck, run_if
-
-
-class CapturingScope(keras.StatelessScope):
-    """A stateless scope that counts how often each variable was assigned.
-
-    Args:
-        state_mapping: Variables and the values that they have at first.
-        outer: The scope around it, whose values hold where this one has none.
-    """
-
-    def __init__(
-        self, state_mapping: list[tuple[keras.Variable, Any]], *, outer: CapturingScope | None = None
-    ) -> None:
-        super().__init__(state_mapping=state_mapping)
-        self.num_updates: dict[int, int] = {}
-        self._outer = outer
-
-    def add_update(self, update: tuple[keras.Variable, Any]) -> None:
-        """Captures one assignment."""
-        key = id(update[0])
-        self.num_updates[key] = self.num_updates.get(key, 0) + 1
-        super().add_update(update)
-
-    def get_current_value(self, variable: keras.Variable) -> Any:
-        """Returns the captured value, or the variable itself: regularizers ask for all of them here."""
-        value = super().get_current_value(variable)
-        if value is None and self._outer is not None:
-            return self._outer.get_current_value(variable)
-        return keras_internals.native(variable) if value is None else value
 
 
 class SharedStep:
@@ -62,6 +35,7 @@ class SharedStep:
         self.returned: dict[str, list[str] | None] = {}
         self._optimizers = keras_internals.find_optimizers(model)
         self._metrics = list(model.metrics_variables)
+        self._start = start_state(model)
         self._seeds = keras_internals.seed_states(model)
         self._draws: list[int] | None = None
         local = {id(v) for v in [*self._metrics, *self._seeds]}
@@ -100,8 +74,8 @@ class SharedStep:
             scales_by_staleness: Multiply the learning rate by `1 / (1 + staleness)`.
 
         Returns:
-            The metric states, the logs that are no metrics, and `[steps, 3]` float32: the check's verdict, the loss,
-            and the staleness. Each has one row a step, but summed states have one.
+            What was added to the metrics' states, the logs that are no metrics, and `[steps, 3]` float32: the check's
+            verdict, the loss, and the staleness. Each has one row a step, but summed states have one.
         """
         if self._draws is None:
             self._draws = self._count_draws(batches[0])
@@ -166,21 +140,49 @@ class SharedStep:
         added: list[tuple[keras.Variable, Any]],
         staleness: StepStaleness | None = None,
     ) -> tuple[list[Any], dict[str, Any], Any]:
-        scope = CapturingScope([*added, *self._local_state(step)])
         check = None if limit is None else StepCheck(limit)
-        with self._as_single_device(check, scope, staleness), scope:
-            outputs = getattr(self._model, f"{kind}_step")(batch)
-        self._write(scope, added, check)
+        # What may have to be undone is captured.
+        written = self._model.trainable_variables if check is None else []
+        scope = CapturingScope([*added, *self._local_state(step)], written=written)
+        with self._readable(kind):
+            with self._as_single_device(check, scope, staleness), scope:
+                outputs = getattr(self._model, f"{kind}_step")(batch)
+            self._write(scope, added, check)
         self.returned[kind] = returned_names(outputs)
-        state = [tf.identity(scope.get_current_value(v)) for v in self._metrics]
+        state = self._added_to_metrics(scope)
         if check is not None:
             state = [tf.where(check.is_sound, value, tf.zeros_like(value)) for value in state]
         # No None: a closure's results must be tensors.
         verdict = UNCHECKED if check is None else check.verdict
         return state, scalar_logs(outputs, self._metric_names), tf.convert_to_tensor(verdict)
 
+    @contextlib.contextmanager
+    def _readable(self, kind: str) -> Iterator[None]:
+        """Says in one line where a model's own step does what works on variables alone: values stand for them here."""
+        try:
+            yield
+        except (AttributeError, TypeError, ValueError) as error:
+            said = str(error)
+            if "object has no attribute 'handle'" in said:
+                what = "asks for the gradient of a weight that it has assigned before, which on_nan could not undo"
+            elif "out of scope" in said:
+                what = "assigns variables inside a tf.cond or a loop"
+            else:
+                raise
+            raise ConfigError(
+                f"under ps {type(self._model).__name__}.{kind}_step {what}: assign in every step, with tf.where, and "
+                "before it none of the weights; or choose another strategy, or on_nan='ignore'."
+            ) from error
+
+    def _added_to_metrics(self, scope: CapturingScope) -> list[Any]:
+        """Returns what a step has added to the state that metrics start from."""
+        return [
+            tf.convert_to_tensor(scope.get_current_value(v)) - start
+            for v, start in zip(self._metrics, self._start, strict=True)
+        ]
+
     def _local_state(self, step: Any, part: Any = 0) -> list[tuple[keras.Variable, Any]]:
-        state: list[tuple[keras.Variable, Any]] = [(v, tf.zeros(v.shape, v.dtype)) for v in self._metrics]
+        state: list[tuple[keras.Variable, Any]] = list(zip(self._metrics, self._start, strict=True))
         for variable, draws in zip(self._seeds, self._draws or [0] * len(self._seeds), strict=True):
             start = tf.cast(keras_internals.native(variable), tf.int64)
             shift = tf.stack([tf.cast(part, tf.int64) * SEED_STRIDE, tf.cast(step, tf.int64) * draws])
@@ -211,7 +213,7 @@ class SharedStep:
 
     def _count_draws(self, batch: Any) -> list[int]:
         """Returns how far one step moves each seed generator, by tracing one that is thrown away."""
-        scope = CapturingScope([])
+        scope = CapturingScope([], written=self._model.trainable_variables)
 
         def throw_away(batch: Any) -> None:
             with contextlib.ExitStack() as stack:
@@ -220,6 +222,7 @@ class SharedStep:
                     stack.enter_context(never)
                 stack.enter_context(self._as_single_device(None, scope, None))
                 stack.enter_context(scope)
+                stack.enter_context(self._readable("train"))
                 self._model.train_step(batch)
 
         specs = tf.nest.map_structure(tf.TensorSpec.from_tensor, batch)

@@ -23,7 +23,8 @@ from tfdist.training.feeds import Feed, OwnFeed, Part, ResidentFeed, SentFeed
 from tfdist.training.input_position import InputPosition
 from tfdist.training.input_wait import InputWait
 from tfdist.training.message import OneMessage, Scheduled
-from tfdist.training.metrics import add_states, metric_results, select_logs, zero_state
+from tfdist.training.metric_parts import aggregation_of, find_whole, start_state
+from tfdist.training.metrics import add_states, metric_results, select_logs
 from tfdist.training.parts import PartsInFlight
 from tfdist.training.plan import BatchPlan, FinishedStep
 from tfdist.training.ps_options import PsOptions
@@ -75,6 +76,7 @@ class CoordinatorLoop:
 
     Attributes:
         num_replicas: Among how many workers a batch is divided.
+        metric_origins: What the steps' parts of the metrics' state are counted from: what these start from.
     """
 
     num_readers = 1
@@ -86,12 +88,15 @@ class CoordinatorLoop:
         model: keras.Model,
         num_workers: int,
         heart: Heart,
+        batch: Any,
     ) -> None:
+        _check_metrics(model, batch)
         self._heart = heart
         self._coordinator = coordinator
         self._model = model
         self._num_workers = num_workers
-        names = set(metric_results(model, zero_state(model)))
+        self.metric_origins = start_state(model)
+        names = set(metric_results(model, self.metric_origins))
         self._step = UnionStep(model=model, metric_names=names, num_parts=num_workers)
         self._apply_functions: dict[Any, Any] = {}
         self._feeds: collections.OrderedDict[int, Feed] = collections.OrderedDict()
@@ -103,6 +108,7 @@ class CoordinatorLoop:
         self._staleness = StalenessRecord()
         self._parts = PartsInFlight(num_places=num_workers, fetch=self._fetch, end_late=self._end_late)
         self._num_dropped = 0
+        self._num_repeated = 0
         self._position = InputPosition()
 
     def start(self) -> None:
@@ -133,12 +139,13 @@ class CoordinatorLoop:
         self._dispatch.begin_epoch()
         self._staleness.begin_epoch()
         self._num_dropped = 0
-        self._state = plan.metrics or zero_state(self._model)
+        self._state = plan.metrics or self.metric_origins
         if self._options.mode == "sync":
             yield from self._train_together(source, plan)
             return
         extra: dict[str, Any] = {}
         step = plan.first_step
+        self._num_repeated, before, num_made = 0, self._count_applied(), 0
         for ((states, extras, report), secs), call, is_boundary in self._results(
             "train", self._train_calls(source, plan)
         ):
@@ -147,6 +154,7 @@ class CoordinatorLoop:
                 if i < (len(states[0]) if states else 0):
                     self._state = add_states(self._state, [rows[i] for rows in states])
                 self._staleness.add(float(staleness))
+                num_made += fault == SOUND or self._step.accumulation_steps > 1
                 if fault == SOUND:
                     extra = {name: values[i] for name, values in extras.items()}
                 logs = self._logs("train", self._state, extra) if plan.wants_logs(step) else None
@@ -158,7 +166,15 @@ class CoordinatorLoop:
                     loss=float(loss),
                 )
                 step += 1
+        if before is not None and (after := self._count_applied()) is not None:
+            self._num_repeated = after - before - num_made
         self.epoch_logs = self._logs("train", self._state, extra)
+
+    def _count_applied(self) -> int | None:
+        """Returns the steps that are in the weights; None where a step of the model's own may count otherwise."""
+        if type(self._model).train_step is not keras.Model.train_step or self._model.optimizer is None:
+            return None
+        return int(keras_internals.batch_counter(self._model.optimizer).numpy())
 
     def _train_together(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
         self._parts.wait_for_late()  # of an epoch that was given up
@@ -183,6 +199,8 @@ class CoordinatorLoop:
             yield FinishedStep(
                 step=step, logs=logs, is_boundary=is_boundary, fault=int(fault), loss=float(loss)
             )
+            if plan.is_stopped():
+                break
         self._parts.wait_for_late()
         self.epoch_logs = self._logs("train", self._state, extra)
 
@@ -245,10 +263,13 @@ class CoordinatorLoop:
     def measures(self) -> dict[str, Any]:
         """Returns of the epoch so far `dispatch_share` (see `Dispatch`), and `StalenessRecord.summary`.
 
-        With backup workers also `num_dropped`, the examples whose parts were late.
+        With backup workers also `num_dropped`, the examples whose parts were late; and where workers have died
+        `num_repeated`, the steps that TensorFlow has run again although they were in the weights already.
         """
         share = self._dispatch.share
         measures = ({} if share is None else {"dispatch_share": share}) | self._staleness.summary()
+        if self._num_repeated:
+            measures["num_repeated"] = self._num_repeated
         return measures | ({"num_dropped": self._num_dropped} if self._options.num_backup_workers else {})
 
     def snapshot_metrics(self) -> list[Any]:
@@ -279,8 +300,8 @@ class CoordinatorLoop:
         return content
 
     def own_metrics(self) -> list[Any]:
-        """Returns the metrics' state so far."""
-        return self._state
+        """Returns this process's part of the metrics' state, from its origin."""
+        return [state - start for state, start in zip(self._state, self.metric_origins, strict=True)]
 
     def vote(self, values: list[float]) -> list[float]:
         """Returns the values: only the chief runs the program."""
@@ -288,7 +309,7 @@ class CoordinatorLoop:
 
     def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
         """Returns the metrics over the plan's steps."""
-        state = zero_state(self._model)
+        state = self.metric_origins
         last: dict[str, Any] = {}
         for ((part, extra),), _, _ in self._results("test", self._other_calls("test", source, plan)):
             state, last = add_states(state, part), extra
@@ -353,6 +374,9 @@ class CoordinatorLoop:
         while True:
             try:
                 return scheduled.closure.unpack(self._coordinator.fetch(scheduled.value))
+            except tf.errors.CancelledError:
+                self._coordinator.done()  # raises what it was cancelled for, if nobody has heard of it yet
+                raise
             except tf.errors.OpError:
                 # The worker may have died while its result was on the way: then TensorFlow runs the step elsewhere, and
                 # the result will come. An error of the step itself is the coordinator's too: raised here.
@@ -365,6 +389,8 @@ class CoordinatorLoop:
         # Whoever goes back to a batch needs the metrics up to it.
         sums_states = not plan.log_every_steps and plan.loss_limit is None
         for runs in self._grouped(self._runs(feed, plan)):
+            if plan.is_stopped():  # Those that are on their way still count.
+                return
             parts = [part for run in runs for part in run.parts]
             sizes = tuple(part.size for part in parts)
             phase = runs[0].phase
@@ -482,3 +508,20 @@ class CoordinatorLoop:
         if isinstance(source, SelfShardedSource):
             return OwnFeed(source, self._coordinator, self._num_workers)
         return SentFeed(source, self._position)
+
+
+def _check_metrics(model: keras.Model, batch: Any) -> None:
+    """Makes sure that what each step adds to a metric can be added up: workers step at once, in no order.
+
+    Raises:
+        ConfigError: If one cannot.
+    """
+    whole = find_whole(model, batch)
+    other = [v for v in model.metrics_variables if aggregation_of(v) != "sum"]
+    if not whole and not other:
+        return
+    name = whole[0].name if whole else other[0].path
+    raise ConfigError(
+        f"the metric {name!r} is no sum over examples (a maximum, or a mean of states), and under ps each worker sees "
+        "some of them: leave it out, or choose strategy='multiworker', where it gets all examples of a batch."
+    )

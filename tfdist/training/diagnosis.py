@@ -80,7 +80,8 @@ def find_place(model: keras.Model, batch: Any) -> str | None:
     trained = {id(v) for v in model.trainable_variables}
     weights = [(v, value) for v, value in state if id(v) in trained]
     takes_training = "training" in inspect.signature(model.call).parameters
-    with keras.StatelessScope(state_mapping=state), tf.GradientTape(watch_accessed_variables=False) as tape:
+    scope = keras.StatelessScope(state_mapping=state, collect_losses=True)
+    with scope, tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch([value for _, value in weights])
         with keras_internals.watching_outputs(model, look):
             outputs = model(x, training=True) if takes_training else model(x)
@@ -109,14 +110,14 @@ def _own_step(model: keras.Model) -> str:
 def _read_batch(source: Source, plan: BatchPlan, step: int) -> Any:
     (segment,) = local_batches(
         source,
-        epoch=plan.epoch,
+        lap=plan.place.lap,
         seed=plan.seed,
         shuffle=plan.shuffle,
         global_batch_size=plan.global_batch_size,
         num_replicas=1,
         replica_ids=[0],
-        first_step=step,
-        num_steps=step + 1,
+        first_step=plan.place.step + step,
+        num_steps=plan.place.step + step + 1,
     )
     parts, _ = segment.split(next(segment.open()))
     return parts[0]
@@ -125,11 +126,15 @@ def _read_batch(source: Source, plan: BatchPlan, step: int) -> Any:
 def _indices(source: Source, plan: BatchPlan, step: int, count: int) -> list[int] | None:
     if not isinstance(source, (ArraySource, IndexedSource)):
         return None
-    start = step_start(step=step, num_examples=source.num_examples, global_batch_size=plan.global_batch_size)
+    start = step_start(
+        step=plan.place.step + step,
+        num_examples=source.num_examples,
+        global_batch_size=plan.global_batch_size,
+    )
     indices = epoch_indices(
         num_examples=source.num_examples,
         seed=plan.seed,
-        epoch=plan.epoch,
+        epoch=plan.place.lap,
         start=start,
         size=count,
         shuffle=plan.shuffle,

@@ -59,10 +59,10 @@ class ResidentFeed:
             "global_batch_size": plan.global_batch_size,
             "drop_remainder": plan.drop_remainder,
         }
-        for step in range(plan.first_step, plan.num_steps or 0):
+        for step in range(plan.first_in_pass, plan.end_in_pass or 0):
             size, start = step_size(step=step, **shape), step_start(step=step, **shape)
             slices = [part_slice(size, k, num_parts) for k in range(num_parts)]
-            yield [Part(high - low, (plan.epoch, start + low)) for low, high in slices if high > low]
+            yield [Part(high - low, (plan.place.lap, start + low)) for low, high in slices if high > low]
 
     def pack(self, parts: Sequence[Part]) -> Any:
         """Returns what a closure that reads some parts is called with."""
@@ -99,14 +99,14 @@ class SentFeed:
         """Yields the parts of every batch, empty ones left out."""
         for segment in local_batches(
             self._source,
-            epoch=plan.epoch,
+            lap=plan.place.lap,
             seed=plan.seed,
             shuffle=plan.shuffle,
             global_batch_size=plan.global_batch_size,
             num_replicas=num_parts,
             replica_ids=range(num_parts),
-            first_step=plan.first_step,
-            num_steps=plan.num_steps,
+            first_step=plan.first_in_pass,
+            num_steps=plan.end_in_pass,
             drop_remainder=plan.drop_remainder,
             num_epochs_after=plan.num_epochs_after,
         ):

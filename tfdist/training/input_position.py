@@ -41,15 +41,17 @@ class InputPosition:
     def keep(self, segment: Segment, iterator: Iterator[Any]) -> None:
         """Keeps the iterator of a segment that was read to its end, if the next epoch's elements follow."""
         place = segment.start + (segment.num_steps or 0)
-        if segment.run is not None and place < segment.stop:
+        if segment.run is not None and (segment.stop is None or place < segment.stop):
             self._kept[segment.run] = place, iterator
 
     def open(self, segment: Segment, source: Source, plan: BatchPlan) -> Iterator[Any]:
         """Returns an iterator over a segment's elements, from the plan's first step on."""
+        place, kept = self._kept.pop(segment.run, (None, None))
+        if kept is not None and place == segment.start:
+            return kept
         self._iterator = None
-        if segment.run is not None:
-            place, kept = self._kept.pop(segment.run, (None, None))
-            return segment.open() if place != segment.start or kept is None else kept
+        if segment.stop is None:
+            self._kept.clear()  # what is left of the pass before
         if not isinstance(source, StreamSource):
             return segment.open()
         dataset = segment.build_in_budget()
@@ -89,10 +91,10 @@ def check_order(before: Mapping[str, Any], now: Mapping[str, Any], *, step: int)
         before: What the order of an epoch's examples followed from when it was made, by name, as `fit` takes it;
             `num_parts` are those in which workers read a stream.
         now: The same of this run.
-        step: Steps finished inside an epoch; 0: the next one may have another order.
+        step: Steps finished inside a pass over the data; 0: the next one may have another order.
 
     Raises:
-        ConfigError: If inside the epoch the order is another, or there are fewer examples than there were.
+        ConfigError: If inside the pass the order is another, or there are fewer examples than there were.
     """
     for name, new in now.items():
         old = before.get(name, new)  # Files of earlier versions do not tell.
@@ -108,7 +110,7 @@ def check_order(before: Mapping[str, Any], now: Mapping[str, Any], *, step: int)
                 new,
             )
             continue
-        where = f"{step} steps inside an epoch" if step else "after an epoch"
+        where = f"{step} steps inside a pass over the data" if step else "after a pass over the data"
         remedy = f"resume with {'the data it began with' if name == 'num_examples' else f'{name}={old!r}'}"
         raise ConfigError(
             f"the checkpoint stands {where} with {name}={old!r}, and this run has {name}={new!r}: examples would be "
@@ -120,12 +122,11 @@ def _label(dataset: tf.data.Dataset, plan: BatchPlan) -> bytes:
     """Names the pipeline: another one, or another TensorFlow's, is not brought to this state."""
     parts = (
         tf.__version__,
-        plan.epoch,
+        plan.place.lap,
         plan.seed,
         plan.shuffle,
         plan.global_batch_size,
         plan.drop_remainder,
-        plan.num_steps,
         dataset.element_spec,
     )
     return hashlib.sha256(repr(parts).encode()).digest()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -13,9 +16,15 @@ from tfdist.errors import ConfigError
 from tfdist.heartbeat import Heart
 from tfdist.training.input_wait import InputWait
 from tfdist.training.on_nan import OnNan
-from tfdist.training.plan import BatchPlan, FinishedStep
+from tfdist.training.plan import BatchPlan, FinishedStep, Place
 from tfdist.training.saver import Loop as SavedLoop
 from tfdist.training.saver import Saver
+
+# Keras's own words.
+_RAN_OUT = (
+    "Your input ran out of data; interrupting training. Make sure that your dataset or generator can generate at least "
+    "`steps_per_epoch * epochs` batches. You may need to use the `.repeat()` function when building your dataset."
+)
 
 
 class Loop(SavedLoop, Protocol):
@@ -90,38 +99,58 @@ def run_fit(
     model.stop_training = False
     callbacks.on_train_begin()
     resumed = saver.restore()
+    heart.prepare()
     loop.start()
     if resumed is None and on_nan.goes_back:
         saver.save(epoch=options.initial_epoch, step=0, at_epoch_end=True)
     logs: dict[str, Any] = {}
     first_epoch = options.initial_epoch if resumed is None else resumed.epoch
+    per_pass = plan_steps(source, options.global_batch_size, None, drop_remainder=options.drop_remainder)
+    saver.place = Place(first_epoch) if resumed is None else resumed.place
+    on_nan.restore({} if resumed is None else resumed.extra)
     for epoch in range(first_epoch, options.epochs):
         callbacks.on_epoch_begin(epoch)
+        watched = _log_every(callbacks, options.steps_per_epoch, shown=options.shown)
         plan = BatchPlan(
             epoch=epoch,
+            place=saver.place,
             seed=options.seed,
             shuffle=options.shuffle,
             global_batch_size=options.global_batch_size,
-            num_steps=options.steps_per_epoch,
+            num_steps=_cut(options.steps_per_epoch, per_pass, saver.place),
             first_step=0 if resumed is None else resumed.step,
             drop_remainder=options.drop_remainder,
             input_state=b"" if resumed is None else resumed.input_state,
             metrics=None if resumed is None else resumed.metrics,
             is_boundary=saver.is_boundary,
             is_saved=saver.is_saving,
-            log_every_steps=_log_every(callbacks, options.steps_per_epoch, shown=options.shown),
+            log_every_steps=watched,
             steps_per_loop=options.steps_per_loop,
             num_epochs_after=options.epochs - epoch - 1,
             is_due=saver.is_due,
+            # Callbacks that look at each batch see the same logs everywhere, so all workers stop together.
+            is_stopped=functools.partial(_is_stopped, model, watched),
             loss_limit=on_nan.loss_limit,
         )
         resumed = None  # the epochs after this one begin at their start
-        _train(loop, model, source, plan, callbacks, saver, heart, on_nan)
+        num_done = _train(loop, model, source, plan, callbacks, saver, heart, on_nan)
+        if num_done == 0 and plan.place.step:
+            # The epoch before had ended with the data, of which nobody knew how many they are.
+            plan = dataclasses.replace(plan, place=Place(plan.place.lap + 1))
+            num_done = _train(loop, model, source, plan, callbacks, saver, heart, on_nan)
+        saver.place = _next_place(plan, num_done, per_pass)
+        if (
+            options.steps_per_epoch is not None
+            and num_done < options.steps_per_epoch
+            and not model.stop_training
+        ):
+            warnings.warn(_RAN_OUT, stacklevel=2)
         logs = dict(loop.epoch_logs)
         if validation is not None and _is_due(epoch, options.validation_freq):
             logs |= {f"val_{k}": v for k, v in _validate(loop, validation, options, callbacks).items()}
-        callbacks.on_epoch_end(epoch, logs)
-        saver.save(epoch=epoch + 1, step=0, at_epoch_end=True)
+        with heart.busy():
+            callbacks.on_epoch_end(epoch, logs)
+            saver.save(epoch=epoch + 1, step=0, at_epoch_end=True)
         if model.stop_training:
             break
     if model.optimizer is not None and options.epochs > options.initial_epoch:
@@ -145,11 +174,32 @@ def plan_steps(
             f"drop_remainder leaves out all of the {source.num_examples} examples, fewer than "
             f"global_batch_size={global_batch_size}; take a smaller batch, or keep the remainder."
         )
-    if steps is not None:
-        return steps
-    return num_steps(
+    per_pass = num_steps(
         num_examples=source.num_examples, global_batch_size=global_batch_size, drop_remainder=drop_remainder
     )
+    return per_pass if steps is None else min(steps, per_pass)
+
+
+def _is_stopped(model: keras.Model, log_every_steps: int) -> bool:
+    return bool(model.stop_training) and log_every_steps == 1
+
+
+def _cut(steps: int | None, per_pass: int | None, place: Place) -> int | None:
+    """Returns the steps of an epoch that begins somewhere in the data: it ends with them at the latest, as in Keras."""
+    if per_pass is None:
+        return steps
+    left = per_pass - place.step
+    return left if steps is None else min(steps, left)
+
+
+def _next_place(plan: BatchPlan, num_done: int, per_pass: int | None) -> Place:
+    step = plan.place.step + num_done
+    has_ended = (
+        num_done < plan.num_steps if plan.num_steps is not None and per_pass is None else step == per_pass
+    )
+    if plan.num_steps is None or has_ended:
+        return Place(plan.place.lap + 1)
+    return Place(plan.place.lap, step)
 
 
 def _train(
@@ -161,28 +211,29 @@ def _train(
     saver: Saver,
     heart: Heart,
     on_nan: OnNan,
-) -> None:
+) -> int:
+    """Returns the steps that the epoch has had."""
     steps = loop.train_epoch(source, plan)
     step = plan.first_step
     while True:
-        callbacks.on_train_batch_begin(step)
+        # Where only the data's end will tell, it is one call too many, as in Keras.
+        if not plan.is_stopped() and (plan.num_steps is None or step < plan.num_steps):
+            callbacks.on_train_batch_begin(step)
         try:
             finished = next(steps)
         except StopIteration:
             on_nan.check_logs(step - 1, plan, loop.epoch_logs)
-            return
+            return step
         instead = on_nan.after_step(finished, plan)
-        callbacks.on_train_batch_end(step, finished.logs)
+        heart.beat(plan.total_steps(step + 1))
+        with heart.busy() if plan.log_every_steps == 1 else contextlib.nullcontext():
+            callbacks.on_train_batch_end(step, finished.logs)
         step += 1
-        heart.beat(plan.total_steps(step))
         if instead is not None:
             plan, steps = instead, loop.train_epoch(source, instead)
         elif finished.is_boundary:
-            saver.save(epoch=plan.epoch, step=step)
-        if model.stop_training and plan.wants_logs(0):
-            # Callbacks that look at each batch see the same logs everywhere, so all workers stop here together.
-            loop.epoch_logs = dict(finished.logs or {})
-            return
+            with heart.busy():
+                saver.save(epoch=plan.epoch, step=step)
 
 
 def _validate(

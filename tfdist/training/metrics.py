@@ -14,15 +14,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-
-def zero_state(model: keras.Model) -> list[Any]:
-    """Returns zeros in the shapes and dtypes of `model.metrics_variables`."""
-    return [np.zeros(v.shape, v.dtype) for v in model.metrics_variables]
+from tfdist import keras_internals
 
 
-def add_states(total: Sequence[Any], state: Sequence[Any]) -> list[Any]:
-    """Returns the state of the union of two disjoint sets of examples."""
-    return [a + b for a, b in zip(total, state, strict=True)]
+def add_states(total: Sequence[Any], added: Sequence[Any]) -> list[Any]:
+    """Returns a state to which other examples have added something."""
+    return [a + b for a, b in zip(total, added, strict=True)]
 
 
 def metric_results(model: keras.Model, state: Sequence[Any]) -> dict[str, float]:
@@ -32,6 +29,8 @@ def metric_results(model: keras.Model, state: Sequence[Any]) -> dict[str, float]
         model: A built model.
         state: One array for each of `model.metrics_variables`.
     """
+    if not keras_internals.has_metrics(model):
+        return {}
     results = _results_function(model)([tf.convert_to_tensor(value) for value in state])
     return {name: _as_number(value) for name, value in results.items()}
 
@@ -58,8 +57,12 @@ def _results_function(model: keras.Model) -> Any:
     key = tuple(id(v) for v in variables)
     known = _functions.get(model)
     if known is None or known[0] != key:
+        # What is remembered of a model must not keep it.
+        reference = weakref.ref(model)
 
         def results(state: list[tf.Tensor]) -> dict[str, Any]:
+            model = reference()
+            assert model is not None
             with keras.StatelessScope(state_mapping=list(zip(variables, state, strict=True))):
                 return dict(model.get_metrics_result())
 
@@ -75,6 +78,19 @@ _functions: weakref.WeakKeyDictionary[keras.Model, tuple[Any, Any]] = weakref.We
 def _as_number(value: Any) -> Any:
     array = keras.ops.convert_to_numpy(value)
     return float(array) if array.ndim == 0 else array
+
+
+def as_plain(value: Any) -> Any:
+    """Returns a log as JSON holds it: a number, or a list of them where a metric has several (`F1Score`)."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def single_numbers(name: str, value: Any) -> dict[str, float]:
+    """Returns a log's numbers by name: one of several with its place behind it, `f1_score_0` for a class."""
+    numbers = np.ravel(np.asarray(value, np.float64))
+    if np.ndim(value) == 0:
+        return {name: float(numbers[0])}
+    return {f"{name}_{i}": float(number) for i, number in enumerate(numbers)}
 
 
 def scalar_logs(logs: Any, metric_names: set[str]) -> dict[str, tf.Tensor]:

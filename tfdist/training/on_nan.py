@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -74,6 +74,25 @@ class OnNan:
         self._mean = 0.0
         self._num_seen = self._num_skipped = self._num_in_a_row = 0
         self._num_rollbacks: collections.Counter[tuple[int, int]] = collections.Counter()
+        saver.kept["on_nan"] = self._state
+
+    def _state(self) -> dict[str, Any]:
+        """Returns what a checkpoint must hold of it."""
+        return {
+            "mean": self._mean,
+            "seen": self._num_seen,
+            "skipped": self._num_skipped,
+            "in_a_row": self._num_in_a_row,
+            "rollbacks": [[*place, count] for place, count in self._num_rollbacks.items()],
+        }
+
+    def restore(self, extra: Mapping[str, Any]) -> None:
+        """Goes on with what a checkpoint's `extra` holds; earlier versions' hold nothing."""
+        state = extra.get("on_nan")
+        if state:
+            self._mean, self._num_seen = state["mean"], state["seen"]
+            self._num_skipped, self._num_in_a_row = state["skipped"], state["in_a_row"]
+            self._num_rollbacks.update({(epoch, step): count for epoch, step, count in state["rollbacks"]})
 
     @property
     def goes_back(self) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import tensorflow as tf
 
 from tfdist.training.message import Scheduled
 
@@ -59,7 +62,9 @@ class PartsInFlight:
     def wait_for_late(self) -> None:
         """Waits until nothing is in flight."""
         while self._late:
-            self._end_late(self._fetch(self._late.pop(next(iter(self._late)))))
+            late = self._late.pop(next(iter(self._late)))
+            with contextlib.suppress(tf.errors.CancelledError):  # with an epoch that an error has ended
+                self._end_late(self._fetch(late))
 
     def _free_places(self) -> list[int]:
         for place in [p for p, scheduled in self._late.items() if scheduled.has_ended]:

@@ -14,13 +14,27 @@ def _never(step: int) -> bool:
     return False
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchPlan:
-    """One pass over a source.
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where in the data an epoch begins: as in Keras one of fewer steps than the data have leaves the rest to the next.
 
     Attributes:
-        epoch: Zero-based; with `seed` it fixes the order.
-        num_steps: Where the pass ends, counted in steps from its start; None: with the data.
+        lap: Passes through the data before.
+        step: Batches of this pass that earlier epochs have had.
+    """
+
+    lap: int
+    step: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """An epoch: a pass over a source, or a part of one.
+
+    Attributes:
+        epoch: Zero-based.
+        place: Where it begins; with `seed` the pass fixes the order.
+        num_steps: Where it ends, counted in steps from its start; None: with the data.
         first_step: Where it begins, when it goes on after an interruption.
         drop_remainder: Leave out a last batch that is short.
         input_state: Where the input stood before `first_step`, as the loop saved it; empty: to be found again.
@@ -34,11 +48,13 @@ class BatchPlan:
             worth it for the epochs after this one.
         num_epochs_after: Passes that follow this one, over the same source and as long.
         is_due: Whether a checkpoint follows a zero-based step by its number; unlike `is_boundary`, asked at any time.
+        is_stopped: Asked after each step: is the epoch to end with it? What ends an epoch is done all the same.
         loss_limit: Asked once a step for the largest loss that it may have; a step with a larger one, or with a
             loss or gradients that are not finite, changes nothing and reports a fault. None checks nothing.
     """
 
     epoch: int = 0
+    place: Place = Place(0)
     seed: int = 0
     shuffle: bool = False
     global_batch_size: int
@@ -53,7 +69,18 @@ class BatchPlan:
     steps_per_loop: int | None = 1
     num_epochs_after: int = 0
     is_due: Callable[[int], bool] = _never
+    is_stopped: Callable[[], bool] = lambda: False
     loss_limit: Callable[[], float] | None = None
+
+    @property
+    def first_in_pass(self) -> int:
+        """The first step, counted from the start of the pass."""
+        return self.place.step + self.first_step
+
+    @property
+    def end_in_pass(self) -> int | None:
+        """The step after the last one, counted from the start of the pass; None: the data's end."""
+        return None if self.num_steps is None else self.place.step + self.num_steps
 
     def total_steps(self, num_steps: int) -> int:
         """Returns the steps since the run began, when `num_steps` of this pass are done."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
 import keras
+import numpy as np
 
 from tfdist.errors import ConfigError
 from tfdist.training.epoch_clock import EpochClock
@@ -250,7 +251,7 @@ def render_metrics(logs: Mapping[str, Any]) -> list[str]:
     """Renders each scalar as "name value", as Keras does: four decimals, or scientific when tiny.
 
     Args:
-        logs: Numbers by name; what is no single number is left out.
+        logs: Numbers by name; of several under one name there is their mean, as in Keras.
 
     Returns:
         One text per number, in the order given, but the loss first.
@@ -258,7 +259,7 @@ def render_metrics(logs: Mapping[str, Any]) -> list[str]:
     texts = []
     for name, value in sorted(logs.items(), key=lambda item: item[0] != "loss"):
         try:
-            number = float(value)
+            number = float(np.mean(value))
         except (TypeError, ValueError):
             continue
         is_tiny = number != 0 and abs(number) <= 1e-3

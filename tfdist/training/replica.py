@@ -12,10 +12,11 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.errors import ConfigError
-from tfdist.exchange import Carrier, reduce_all
+from tfdist.exchange import Carrier, gather_all, reduce_all
 from tfdist.optimizers.one_pass import in_one_pass
 from tfdist.training.compute import Compute, Computed, time_calls
-from tfdist.training.metrics import metric_results, returned_names, scalar_logs, zero_state
+from tfdist.training.metric_parts import aggregation_of, part_origin, start_state, weigh_part
+from tfdist.training.metrics import metric_results, returned_names, scalar_logs
 from tfdist.training.sharing import DelayedGradients, SharedGradients, Sharing
 from tfdist.training.sole_replica import SoleReplica
 from tfdist.training.step_check import UNCHECKED, StepCheck, side_variables
@@ -32,6 +33,7 @@ class ReplicaStep:
         carrier: What sums between replicas go by; None: the strategy.
         jit: Computes gradients by XLA; None: as TensorFlow does.
         num_seen: Examples that this process's replicas have trained on by themselves.
+        metric_origins: What replicas' parts of the metrics' states are counted from; see `part_origin`.
     """
 
     def __init__(
@@ -40,12 +42,22 @@ class ReplicaStep:
         strategy: tf.distribute.Strategy,
         model: keras.Model,
         optimizers: Sequence[keras.optimizers.Optimizer],
+        first_replica: int = 0,
+        whole_metrics: Sequence[keras.metrics.Metric] = (),
     ) -> None:
         self._strategy = strategy
         self._model = model
         self._optimizers = list(optimizers)
         self._variables = keras_internals.all_variables(model, self._optimizers)
-        self._metric_ids = {id(v) for v in model.metrics_variables}
+        self._first_replica = first_replica
+        self._whole_metrics = list(whole_metrics)
+        # Those that see all examples are the same on every replica, whoever has any.
+        self._whole_ids = {id(v) for metric in whole_metrics for v in metric.variables}
+        self._metric_ids = {id(v) for v in model.metrics_variables} - self._whole_ids
+        start = start_state(model)
+        aggregations = [self._aggregation(v) for v in model.metrics_variables]
+        self.metric_origins = [part_origin(s, a) for s, a in zip(start, aggregations, strict=True)]
+        self._start = start
         self._side_ids = {id(v) for v in side_variables(model)}
         self.returned: dict[str, list[str] | None] = {}
         self.sharing: Sharing = SharedGradients()
@@ -56,7 +68,7 @@ class ReplicaStep:
         self._average_fn: Callable[[], Any] | None = None
         self._metric_state_fn: Callable[[], Any] | None = None
         self._sum_fns: dict[Any, Callable[..., Any]] = {}
-        self.metric_names = set(metric_results(model, zero_state(model)))
+        self.metric_names = set(metric_results(model, self._start))
 
     def train(self, parts: Sequence[Any], global_size: Any, limit: Any = None, **known: Any) -> Any:
         """Runs one optimizer step; see `_run`."""
@@ -139,7 +151,7 @@ class ReplicaStep:
             with sole.guarding(self._metric_ids), after_reading(part), sole:
                 outputs = getattr(self._model, f"{kind}_step")(_at_least_one(part, sole))
             if kind == "predict":
-                return tf.nest.map_structure(lambda t: outer.all_gather(t[:local_size], axis=0), outputs)
+                return tf.nest.map_structure(lambda t: gather_all(outer, t[:local_size]), outputs)
             self.returned[kind] = returned_names(outputs)
             result = self._weighted_logs(outputs, sole)
         return result if has_more is None else (result, num_more)
@@ -156,7 +168,20 @@ class ReplicaStep:
             loss_correction=sole.loss_correction,
             model=self._model,
             note_loss=None if sole.check is None else sole.check.note_loss,
+            updates=[(metric, self._see_all(metric, sole)) for metric in self._whole_metrics],
         )
+
+    def _see_all(self, metric: keras.metrics.Metric, sole: SoleReplica) -> Callable[..., Any]:
+        """Returns an `update_state` that gets the examples of all replicas."""
+
+        def update_state(*args: Any, **kwargs: Any) -> Any:
+            gathered = tf.nest.map_structure(lambda t: None if t is None else sole.gather(t), (args, kwargs))
+            return type(metric).update_state(metric, *gathered[0], **gathered[1])
+
+        return update_state
+
+    def _aggregation(self, variable: keras.Variable) -> str:
+        return "only_first_replica" if id(variable) in self._whole_ids else aggregation_of(variable)
 
     def _train_part(self, sole: SoleReplica, part: Any) -> tuple[dict[str, Any], Any]:
         check = sole.check
@@ -184,7 +209,16 @@ class ReplicaStep:
 
     def _step(self, sole: SoleReplica, part: Any) -> tuple[Any, list[str] | None]:
         if self.jit is None:
-            outputs = self._model.train_step(part)
+            try:
+                outputs = self._model.train_step(part)
+            except RuntimeError as error:
+                if "merge_call" not in str(error):
+                    raise
+                raise ConfigError(
+                    f"{type(self._model).__name__}.train_step applies gradients inside a tf.cond or a loop, where "
+                    "replicas cannot meet: apply them in every step, zeros where nothing is to change, or let the "
+                    "optimizer's gradient_accumulation_steps count."
+                ) from error
             return outputs, returned_names(outputs)
         found = self._compute(sole, self.jit, part, jit=True)
         self.jit.optimizer.apply(found.gradients, found.variables)
@@ -346,28 +380,56 @@ class ReplicaStep:
             self._average_fn()
 
     def metric_state(self) -> list[Any]:
-        """Returns the metric variables' values summed over all replicas; every process must call it."""
+        """Returns the metrics' state over the examples of all replicas; every process must call it."""
         if self._metric_state_fn is None:
 
             def total() -> list[Any]:
                 context = tf.distribute.get_replica_context()
                 index = local_replica_index(context, self.num_local)
-                own = [tf.identity(self._local(v, index)) for v in self._model.metrics_variables]
-                return reduce_all(context, tf.distribute.ReduceOp.SUM, own)
+                changes = [
+                    weigh_part(
+                        self._local(v, index) - origin,
+                        self._aggregation(v),
+                        is_first=context.replica_id_in_sync_group == 0,
+                        num_parts=context.num_replicas_in_sync,
+                    )
+                    for v, origin in zip(self._model.metrics_variables, self.metric_origins, strict=True)
+                ]
+                sums = reduce_all(context, tf.distribute.ReduceOp.SUM, changes)
+                return [origin + change for origin, change in zip(self.metric_origins, sums, strict=True)]
 
             self._metric_state_fn = tf.function(lambda: self._strategy.run(total), autograph=False)
         state = self._metric_state_fn()
         return [self._strategy.experimental_local_results(v)[0].numpy() for v in state]
 
+    def own_metrics(self) -> list[np.ndarray]:
+        """Returns what this process's replicas have added to the metrics' state."""
+        found = []
+        for variable, origin in zip(self._model.metrics_variables, self.metric_origins, strict=True):
+            changes = [
+                weigh_part(
+                    self._local(variable, index) - origin,
+                    self._aggregation(variable),
+                    is_first=self._first_replica + index == 0,
+                    num_parts=self._strategy.num_replicas_in_sync,
+                )
+                for index in range(self.num_local)
+            ]
+            found.append(np.asarray(sum(changes)))
+        return found
+
     def set_metric_state(self, state: Sequence[Any]) -> None:
-        """Gives the first replica a state, and the others zeros, so that the sum is that state."""
+        """Gives the replicas a state: the first one where the parts are added up, the others what they start from."""
 
         def share_out(values: Sequence[Any]) -> None:
             context = tf.distribute.get_replica_context()
             index = local_replica_index(context, self.num_local)
             is_first = context.replica_id_in_sync_group == 0
-            for variable, value in zip(self._model.metrics_variables, values, strict=True):
-                self._local(variable, index).assign(tf.where(is_first, value, tf.zeros_like(value)))
+            for variable, value, start in zip(
+                self._model.metrics_variables, values, self._start, strict=True
+            ):
+                is_own = is_first | (self._aggregation(variable) != "sum")
+                self._local(variable, index).assign(tf.where(is_own, value, start))
 
         tf.function(lambda values: self._strategy.run(share_out, args=(values,)), autograph=False)(
             [tf.convert_to_tensor(value) for value in state]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import signal
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,16 +26,20 @@ from tfdist.training.checkpoint import (
     Snapshot,
     apply_snapshot,
     parse_checkpoint,
+    read_checkpoint,
     render_checkpoint,
     take_snapshot,
 )
 from tfdist.training.checkpoint_dir import Checkpoints, CheckpointWriter
 from tfdist.training.input_position import check_order
+from tfdist.training.plan import Place
 
 _log = logging.getLogger("tfdist")
 # How often workers agree on what time says, in seconds: a vote is an exchange.
 _VOTE_SECS = 1.0
 _MAX_STEPS_BETWEEN_VOTES = 1000
+# Of a checkpoint's file that crosses at once: all of it would be in memory several times.
+_SENT_BYTES = 64 * 2**20
 
 
 class Loop(Protocol):
@@ -61,8 +67,12 @@ class Loop(Protocol):
     def broadcast(self, content: bytes, *, source: int = 0) -> bytes:
         """Returns the bytes of one process, by default the chief's, on every process."""
 
+    @property
+    def metric_origins(self) -> list[np.ndarray]:
+        """What the processes' parts of the metrics' state are counted from."""
+
     def own_metrics(self) -> list[Any]:
-        """Returns the metrics' state of this process alone."""
+        """Returns this process's part of the metrics' state, from its origin."""
 
     def vote(self, values: list[float]) -> list[float]:
         """Returns the sums over all processes."""
@@ -84,6 +94,10 @@ class Saver:
         order: What the order of an epoch's examples follows from; see `check_order`.
         members: Tells when the cluster is to be formed anew; None if it never is.
         carried: What this process brings along from the cluster before; None if it was not in it.
+
+    Attributes:
+        place: Where in the data the epoch began that is trained on.
+        kept: What else a snapshot's `extra` holds, by name, and what gives it, plain enough for JSON.
     """
 
     def __init__(
@@ -105,6 +119,8 @@ class Saver:
         self._members = members if num_steps is not None else None
         self._carried = carried
         self._epoch = self._step = 0
+        self.place = Place(0)
+        self.kept: dict[str, Callable[[], Any]] = {}
         self._counted = 0
         self._counted_metrics: list[Any] = []
         self._is_regrouping = False
@@ -130,8 +146,11 @@ class Saver:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._previous_handler is not None:
             signal.signal(signal.SIGTERM, self._previous_handler)
-        if self._writer is not None:
+        if self._writer is not None and error is None:
             self._writer.wait()
+        elif self._writer is not None:
+            with contextlib.suppress(Exception):  # The error that is on its way says more.
+                self._writer.wait()
         if self._members is not None and isinstance(error, tf.errors.OpError) and is_peer_loss(error):
             raise Regroup(self._rescue()) from error
 
@@ -156,7 +175,10 @@ class Saver:
         else:
             snapshot, path = self._apply_newest()
         if snapshot is not None:
-            check_order(snapshot.extra.get("order", {}), self._order, step=snapshot.step)
+            # An epoch of fewer steps than the data ends inside a pass.
+            check_order(
+                snapshot.extra.get("order", {}), self._order, step=snapshot.place.step + snapshot.step
+            )
             self._go_on_from(snapshot)
         if snapshot is not None and path is not None:
             where = f"after epoch {snapshot.epoch}" + (f" and {snapshot.step} steps" if snapshot.step else "")
@@ -178,20 +200,46 @@ class Saver:
             return None, None
         newest = self._checkpoints.read_newest() if self._is_chief else None
         snapshot, path = newest or (None, None)
-        if self._loop.num_readers > 1:
-            # From the chief to all: its folder need not be theirs, and nobody may see another checkpoint than it did.
-            content = self._loop.broadcast(path.read_bytes() if path else b"")
-            snapshot = parse_checkpoint(content, name="of the chief") if content else None
-        if snapshot is not None:
-            apply_snapshot(snapshot, self._model)
-            self._loop.restore_sync(snapshot.arrays)
+        with contextlib.ExitStack() as stack:
+            if self._loop.num_readers > 1:
+                # From the chief to all: its folder need not be theirs, and nobody may see another than it did.
+                copy = stack.enter_context(self._copy_of(path))
+                snapshot = read_checkpoint(copy) if copy is not None else snapshot
+            if snapshot is not None:
+                apply_snapshot(snapshot, self._model)
+                self._loop.restore_sync(snapshot.arrays)
         return snapshot, path
+
+    @contextlib.contextmanager
+    def _copy_of(self, path: Path | None) -> Iterator[Path | None]:
+        """Gives every process but the chief a copy of the chief's file, block by block; None where it has none."""
+        (size,) = self._loop.vote([float(path.stat().st_size) if path is not None else 0.0])
+        if size == 0:
+            yield None
+            return
+        with contextlib.ExitStack() as stack:
+            copy = None
+            file: Any
+            if path is not None:
+                file = stack.enter_context(path.open("rb"))
+            else:
+                file = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".npz"))
+                copy = Path(file.name)
+            for _ in range(0, int(size), _SENT_BYTES):
+                block = self._loop.broadcast(file.read(_SENT_BYTES) if path is not None else b"")
+                if copy is not None:
+                    file.write(block)
+            if copy is not None:
+                file.flush()
+            yield copy
 
     def _go_on_from(self, snapshot: Snapshot) -> None:
         restore_callbacks(self._callbacks, snapshot.extra.get("callbacks", {}), snapshot.arrays)
         self._epoch, self._step, self._counted = snapshot.epoch, snapshot.step, self._count()
         if self._members is not None and snapshot.metrics and self._is_chief:
-            self._counted_metrics = snapshot.metrics  # the first replica's; the others begin with zeros
+            # The first replica's; the others have added nothing.
+            origins = self._loop.metric_origins
+            self._counted_metrics = [m - o for m, o in zip(snapshot.metrics, origins, strict=True)]
 
     def _agree(self) -> Snapshot:
         """Gives every member the state of the one that came furthest, which may be a step ahead of the others."""
@@ -215,8 +263,8 @@ class Saver:
             np.array(self._loop.vote(flat.tolist())), np.cumsum([np.size(part) for part in parts])[:-1]
         )
         metrics = [
-            np.reshape(total, np.shape(part)).astype(part.dtype)
-            for total, part in zip(sums, parts, strict=True)
+            origin + np.reshape(total, np.shape(part)).astype(part.dtype)
+            for origin, total, part in zip(self._loop.metric_origins, sums, parts, strict=True)
         ]
         return dataclasses.replace(snapshot, metrics=metrics)
 
@@ -238,7 +286,14 @@ class Saver:
             epoch=epoch,
             step=step,
             metrics=metrics,
-            extra={"callbacks": states, "config": config, "order": self._order, **extra},
+            extra={
+                "callbacks": states,
+                "config": config,
+                "order": self._order,
+                **extra,
+                **{name: state() for name, state in self.kept.items()},
+                "place": dataclasses.astuple(self.place),
+            },
             arrays={**arrays, **self._loop.snapshot_sync()},
             input_state=input_state,
             # The variables are gone before a cluster is formed anew.
@@ -293,7 +348,9 @@ class Saver:
         self._last_save_at = time.monotonic()
         must = at_epoch_end or self._is_stopping
         if self._writer is not None and (must or not self._writer.is_busy):
-            input_state = b"" if at_epoch_end else self._loop.snapshot_input()
+            # At an epoch's end too where the next one goes on with the same pass.
+            is_inside = not at_epoch_end or self.place.step > 0
+            input_state = self._loop.snapshot_input() if is_inside else b""
             self._writer.write(self._take(epoch, step, metrics, input_state=input_state))
         if self._is_stopping:
             self._leave(epoch, step)
@@ -303,9 +360,17 @@ class Saver:
 
     def _leave(self, epoch: int, step: int) -> None:
         if self._writer is not None:
-            self._writer.wait()
+            reason = self._writer.wait()
             where = f"after epoch {epoch}" + (f" and {step} steps" if step else "")
-            self._say(f"SIGTERM: the state {where} is saved; the same command with --resume goes on from it")
+            if reason:
+                self._say(
+                    f"SIGTERM: the state {where} could NOT be saved ({reason}); the same command with --resume goes on "
+                    "from the checkpoint before"
+                )
+            else:
+                self._say(
+                    f"SIGTERM: the state {where} is saved; the same command with --resume goes on from it"
+                )
         self._loop.vote([0.0])  # Nobody leaves while the chief still writes.
         raise Preempted
 

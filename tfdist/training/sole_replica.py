@@ -17,7 +17,7 @@ import keras
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.exchange import Carrier, reduce_all
+from tfdist.exchange import Carrier, gather_all, reduce_all
 from tfdist.training.step_check import StepCheck
 
 
@@ -96,6 +96,16 @@ class SoleReplica(tf.distribute.ReplicaContext):
                 return reduce_all(outer, tf.distribute.ReduceOp.SUM, values)
 
         return list(self.through(add_up))
+
+    def gather(self, tensor: tf.Tensor) -> tf.Tensor:
+        """Returns the examples of all replicas, in their order."""
+        own = tensor[: self.local_size]
+
+        def gather(outer: tf.distribute.ReplicaContext) -> tf.Tensor:
+            with outer:
+                return gather_all(outer, own)
+
+        return self.through(gather)
 
     def note_ready(self, gradients: Sequence[Any]) -> None:
         """Notes when the first gradients to cross, those of the last layer, are there."""

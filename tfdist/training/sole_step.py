@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.training.compute import Compute, time_calls
-from tfdist.training.metrics import metric_results, returned_names, scalar_logs, zero_state
+from tfdist.training.metric_parts import start_state
+from tfdist.training.metrics import metric_results, returned_names, scalar_logs
 from tfdist.training.replica import after_reading
 from tfdist.training.step_check import UNCHECKED, StepCheck, run_if, side_variables
 
@@ -21,7 +22,8 @@ class SoleStep:
     def __init__(self, model: keras.Model) -> None:
         self._model = model
         self.returned: dict[str, list[str] | None] = {}
-        self.metric_names = set(metric_results(model, zero_state(model)))
+        self.metric_origins = start_state(model)
+        self.metric_names = set(metric_results(model, self.metric_origins))
         self.jit: Compute | None = None
 
     @property
@@ -109,6 +111,12 @@ class SoleStep:
     def metric_state(self) -> list[Any]:
         """Returns the metric variables' values."""
         return [v.numpy() for v in self._model.metrics_variables]
+
+    def own_metrics(self) -> list[Any]:
+        """Returns what was added to the state that the metrics start from."""
+        return [
+            v.numpy() - o for v, o in zip(self._model.metrics_variables, self.metric_origins, strict=True)
+        ]
 
     def set_metric_state(self, state: Sequence[Any]) -> None:
         """Assigns them."""

@@ -27,6 +27,7 @@ from tfdist.training.compute import Compute
 from tfdist.training.input_position import InputPosition
 from tfdist.training.input_wait import InputWait, timed_next
 from tfdist.training.meeting import Meeting
+from tfdist.training.metric_parts import find_whole
 from tfdist.training.metrics import metric_results, select_logs
 from tfdist.training.plan import BatchPlan, FinishedStep
 from tfdist.training.replica import ReplicaStep
@@ -38,7 +39,9 @@ from tfdist.training.step_times import StepTimes
 class SyncLoop:
     """Runs epochs, evaluation and prediction of a built model in lock step over all replicas."""
 
-    def __init__(self, *, strategy: tf.distribute.Strategy, model: keras.Model, heart: Heart) -> None:
+    def __init__(
+        self, *, strategy: tf.distribute.Strategy, model: keras.Model, heart: Heart, batch: Any
+    ) -> None:
         self._heart = heart
         self._strategy = strategy
         self._model = model
@@ -56,9 +59,16 @@ class SyncLoop:
         self._step: ReplicaStep | SoleStep = (
             SoleStep(model)
             if self._alone
-            else ReplicaStep(strategy=strategy, model=model, optimizers=optimizers)
+            else ReplicaStep(
+                strategy=strategy,
+                model=model,
+                optimizers=optimizers,
+                first_replica=offset,
+                whole_metrics=find_whole(model, batch) if self.num_replicas > 1 else (),
+            )
         )
         self._functions: dict[Any, Any] = {}
+        self._asked_of_compiler: tuple[str, int] | None = None
         self.input_wait = InputWait()
         self._times = StepTimes(num_workers=self._num_workers, rank=self.replica_ids[0] // num_local)
         self._position = InputPosition()
@@ -108,7 +118,12 @@ class SyncLoop:
         Raises:
             ConfigError: If the model's step cannot be compiled so.
         """
-        self._functions.clear()
+        asked = jit_compile, global_batch_size if jit_compile == "auto" else 0
+        if asked == self._asked_of_compiler:
+            return ""
+        if self._step.jit is not None or jit_compile != "off":
+            self._functions.clear()
+        self._asked_of_compiler = asked
         self._step.jit = None
         if jit_compile == "off":
             return ""
@@ -170,6 +185,8 @@ class SyncLoop:
                 fault=found[1],
                 loss=found[2],
             )
+            if plan.is_stopped():
+                break
         if self._meeting is not None:
             self._meeting.end_epoch(is_saved=plan.is_saved)
         self._step.average_statistics()
@@ -215,18 +232,21 @@ class SyncLoop:
             return content
         if self.replica_ids[0] // len(self.replica_ids) != source:
             content = b""
-        size = int(self._step.sum_first(np.array([len(content)], np.int32))[0])
+        size = int(self._step.sum_first(np.array([len(content)], np.int64))[0])
         if size == 0:
             return b""
         words = np.zeros(-(-size // 4), np.int32)
         words.view(np.uint8)[: len(content)] = np.frombuffer(content, np.uint8)
         return self._step.sum_first(words).view(np.uint8)[:size].tobytes()
 
+    @property
+    def metric_origins(self) -> list[np.ndarray]:
+        """What the processes' parts of the metrics' state are counted from."""
+        return self._step.metric_origins
+
     def own_metrics(self) -> list[Any]:
-        """Returns the metrics' state of this process alone, where the others cannot be asked any more."""
-        first = [keras_internals.native(v) for v in self._model.metrics_variables]
-        local = [self._strategy.experimental_local_results(v) for v in first]
-        return [sum(part.numpy() for part in parts) for parts in local]
+        """Returns this process's part of the metrics' state, from its origin."""
+        return self._step.own_metrics()
 
     def vote(self, values: list[float]) -> list[float]:
         """Returns the sums over all processes."""
@@ -323,14 +343,14 @@ class SyncLoop:
     def _segments(self, source: Source, plan: BatchPlan) -> Sequence[Segment]:
         return local_batches(
             source,
-            epoch=plan.epoch,
+            lap=plan.place.lap,
             seed=plan.seed,
             shuffle=plan.shuffle,
             global_batch_size=plan.global_batch_size,
             num_replicas=self.num_replicas,
             replica_ids=self.replica_ids,
-            first_step=plan.first_step,
-            num_steps=plan.num_steps,
+            first_step=plan.first_in_pass,
+            num_steps=plan.end_in_pass,
             drop_remainder=plan.drop_remainder,
             num_epochs_after=plan.num_epochs_after,
             fixed_sizes=self._fixed_sizes,
@@ -339,12 +359,13 @@ class SyncLoop:
     def _function(self, kind: str, source: Source, segment: Segment, size: int) -> Any:
         """Returns what makes `size` steps, and returns for each its outputs, who has more, and the wait for input."""
         way = self._meeting.way() if kind == "train" and self._meeting is not None else None
-        key = kind, type(source), segment.never_empty, way, size
+        is_compiled = isinstance(self._step, SoleStep) and self._step.is_compiled
+        key = kind, type(source), segment.never_empty, self._model.run_eagerly, is_compiled, way, size
         if key not in self._functions:
             own, split = isinstance(source, SelfShardedSource), segment.split
             is_part = self._ends_alone(source)
             step = functools.partial(getattr(self._step, kind), never_empty=segment.never_empty)
-            if isinstance(self._step, SoleStep) and self._step.is_compiled and not self._model.run_eagerly:
+            if is_compiled and not self._model.run_eagerly:
                 # Without the reading, for which there is no such code.
                 step = tf.function(step, autograph=False, jit_compile=True)
 

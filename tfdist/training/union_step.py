@@ -19,7 +19,8 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.errors import ConfigError
-from tfdist.training.closure import CapturingScope, SharedStep, as_single_device
+from tfdist.training.capturing import CapturingScope
+from tfdist.training.closure import SharedStep, as_single_device
 from tfdist.training.metrics import returned_names, scalar_logs
 from tfdist.training.step_check import UNCHECKED, StepCheck, run_if
 
@@ -142,7 +143,7 @@ class UnionStep(SharedStep):
         self._with_changes = [v for _, v in changes]
         self._write_slots(part, [*gradients, *changes])
         self.returned["train"] = returned_names(outputs)
-        state = [tf.identity(scope.get_current_value(v)) for v in self._metrics]
+        state = self._added_to_metrics(scope)
         extra = {k: v * tf.cast(share, v.dtype) for k, v in scalar_logs(outputs, self._metric_names).items()}
         return state, extra, tf.math.multiply_no_nan(check.own_loss, share)
 

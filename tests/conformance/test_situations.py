@@ -1,0 +1,55 @@
+"""What users bring works as in plain Keras, or is refused in one line that names the remedy."""
+
+import numpy as np
+import pytest
+import situations
+from worlds import marked, results_of
+
+pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
+
+WORLDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1"]
+DEFAULT = {
+    "one_device": ["pair", "stateful", "sparse", "never_fitted"],
+    "multiworker-2": ["cached", "strings", "extremes"],
+    "ps-1": ["pair", "strings", "callback", "extremes", "spectral", "muon", "branch"],
+}
+# The words of a refusal, by case and by world; "" for all.
+REFUSED = {
+    ("stateful", "mirrored-2"): "leave its batch size open",
+    ("stateful", "multiworker-2"): "leave its batch size open",
+    ("stateful", "ps-1"): "leave its batch size open",
+    ("branch", "ps-1"): "inside a tf.cond or a loop",
+    ("batched", ""): "dataset.unbatch()",
+    ("batched_for_anything", ""): "dataset.unbatch()",
+    ("cached", "multiworker-2"): "a file of its own",
+    ("branch", "mirrored-2"): "gradient_accumulation_steps",
+    ("compiled_outside", "mirrored-2"): "inside 'with run.strategy.scope():'",
+    ("compiled_outside", "multiworker-2"): "inside 'with run.strategy.scope():'",
+    ("compiled_outside", "ps-1"): "inside 'with run.strategy.scope():'",
+    ("ragged", ""): "bring them to one",
+    ("extremes", "ps-1"): "choose strategy='multiworker'",
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, request):
+    return results_of(situations.__file__, tmp_path_factory.mktemp("worlds"), request)
+
+
+@pytest.mark.parametrize(("case", "world"), marked(list(situations.CASES), WORLDS, DEFAULT))
+def test_situation_is_as_in_keras_or_refused(results, case, world):
+    found = {k.partition("/")[2]: v for k, v in results(world).items() if k.startswith(f"{case}/")}
+    words = REFUSED.get((case, world)) or REFUSED.get((case, ""))
+    # A worker that comes when the other has written the whole file reads it.
+    if words is not None and ("refused" in found or case != "cached"):
+        said = str(found["refused"])
+        assert words in said and "\n" not in said
+        return
+    wanted = {k.partition("/")[2]: v for k, v in results("keras").items() if k.startswith(f"{case}/")}
+    assert "refused" not in found, found
+    assert sorted(found) == sorted(wanted)
+    for name, value in wanted.items():
+        if value.dtype.kind == "U":
+            assert found[name].tolist() == value.tolist()
+        else:
+            np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=2e-6, err_msg=name)

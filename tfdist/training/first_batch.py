@@ -1,0 +1,64 @@
+"""The first examples of a source, with which a model is built, and whether they are what it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfdist import keras_internals
+from tfdist.data import Source, StreamSource
+from tfdist.data.faults import readable_faults
+from tfdist.errors import ConfigError
+
+
+def read_first_batch(model: keras.Model, source: Source, *, strategy: str, num_replicas: int) -> Any:
+    """Returns a batch of two examples, or as many as the model's fixed batch has.
+
+    Args:
+        model: Which is to be built.
+        source: Of the data.
+        strategy: Canonical name.
+        num_replicas: Among how many the run's batches are divided.
+
+    Raises:
+        ConfigError: If the model's batch is fixed and would be divided.
+    """
+    inputs = keras_internals.known_inputs(model)
+    fixed = next((x.shape[0] for x in inputs if x.shape and x.shape[0] is not None), None)
+    if fixed is not None and (strategy == "ps" or num_replicas > 1):
+        raise ConfigError(
+            f"the model {model.name!r} has a fixed batch of {fixed} examples, and under {strategy} batches are shared "
+            "out: leave its batch size open, or choose one_device."
+        )
+    with readable_faults():
+        return source.sample_batch(fixed or 2)
+
+
+def check_elements(model: keras.Model, source: Source) -> None:
+    """Makes sure that a stream's elements are examples, as far as their shapes tell.
+
+    Raises:
+        ConfigError: If they are batches.
+    """
+    if not isinstance(source, StreamSource):
+        return
+    element = source.dataset.element_spec
+    shapes = [tuple(x.shape[1:]) for x in keras_internals.known_inputs(model)]
+    parts = element if isinstance(element, tuple) else (element,)
+    found = [spec.shape for spec in tf.nest.flatten(parts) if isinstance(spec, tf.TensorSpec)]
+    x = [spec.shape for spec in tf.nest.flatten(parts[0]) if isinstance(spec, tf.TensorSpec)]
+    if any(shape.rank is None for shape in found):
+        return
+    if len(x) == len(shapes):
+        are_batches = any(own.rank > len(asked) for own, asked in zip(x, shapes, strict=True))
+    else:
+        # Of a model that takes anything: `batch` leaves the first axis of each part open.
+        are_batches = len(found) > 1 and all(shape.rank and shape[0] is None for shape in found)
+    if are_batches:
+        taken = f", and the model takes {shapes[0]}" if len(x) == len(shapes) else ""
+        raise ConfigError(
+            f"an element of the dataset is a batch (x has shape {tuple(x[0])}{taken}), and must be one example: pass "
+            "dataset.unbatch(); global_batch_size says how many examples a step takes."
+        )

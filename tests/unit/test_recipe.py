@@ -348,7 +348,8 @@ def test_load_recipe_passes_on_the_modules_own_error(source, error, tmp_path, mo
 
     (tmp_path / "package_of_mine").mkdir()
     (tmp_path / "package_of_mine" / "broken.py").write_text(source)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    # Not by `syspath_prepend`: it would bring back, after the test, the folder that `load_recipe` has added above.
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     with pytest.raises(error):
         load_recipe("package_of_mine.broken")
 

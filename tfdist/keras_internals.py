@@ -56,7 +56,7 @@ def build_model(model: keras.Model, batch: Any, *, is_trained: bool = True) -> N
         model._symbolic_build(data_batch=batch)
     except Exception:
         # A model without `call()`, or one whose step makes no use of the loss that it is compiled with.
-        if type(model).train_step is keras.Model.train_step:
+        if not has_own_step(model):
             raise
         _build_by_step(model, batch)
     for optimizer in find_optimizers(model):
@@ -159,6 +159,11 @@ def compiled_parts(model: keras.Model) -> tuple[Any, ...]:
 def is_compiled(model: keras.Model) -> bool:
     """Tells whether `compile` was called."""
     return bool(getattr(model, "compiled", False))
+
+
+def has_own_step(model: keras.Model) -> bool:
+    """Tells whether a model has a `train_step` other than Keras's: what it computes and applies is its own affair."""
+    return type(model).train_step is not keras.Model.train_step
 
 
 def has_metrics(model: keras.Model) -> bool:

@@ -106,9 +106,9 @@ def check_reachable(cluster: Cluster, *, timeout_secs: float, tasks: Iterable[Ta
     while True:
         reasons: dict[Task, str] = {}
         for task in waiting:
-            reason = _try_to_connect(cluster.address(task), max(0.1, min(2.0, deadline - time.monotonic())))
-            if reason:
-                reasons[task] = reason
+            error = _try_to_connect(cluster.address(task), max(0.1, min(2.0, deadline - time.monotonic())))
+            if error is not None:
+                reasons[task] = error.strerror or str(error)
         waiting = list(reasons)
         if not waiting:
             return
@@ -131,13 +131,10 @@ def is_refused(address: str, *, timeout_secs: float = 2.0) -> bool | None:
         False if somebody does; True if the host itself says that nobody does; None if nothing was heard of it, as while
         the network is down.
     """
-    try:
-        socket.create_connection(split_address(address), timeout=timeout_secs).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return None
-    return False
+    error = _try_to_connect(address, timeout_secs)
+    if error is None:
+        return False
+    return True if isinstance(error, ConnectionRefusedError) else None
 
 
 def check_grpc_server(address: str, *, timeout_secs: float) -> str | None:
@@ -206,11 +203,11 @@ def open_listener(cluster: Cluster) -> socket.socket:
     return listener
 
 
-def _try_to_connect(address: str, timeout_secs: float) -> str | None:
+def _try_to_connect(address: str, timeout_secs: float) -> OSError | None:
     try:
         socket.create_connection(split_address(address), timeout=timeout_secs).close()
     except OSError as error:
-        return error.strerror or str(error)
+        return error
     return None
 
 

@@ -21,6 +21,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
+from building import build_in_scope
 from chosen import chosen
 
 layers, losses, metrics = keras.layers, keras.losses, keras.metrics
@@ -450,8 +451,7 @@ def data_of(program: Program) -> Any:
 
 def run_keras(program: Program) -> dict[str, Any]:
     """Returns what plain Keras makes of it."""
-    keras.utils.set_random_seed(1)
-    model = program.build()
+    model = build_in_scope(None, program.build)
     # Nothing is traced: most of the time that such a small program takes.
     model.run_eagerly = True
     options = dict(program.options)
@@ -477,9 +477,7 @@ def run_keras(program: Program) -> dict[str, Any]:
 
 def run_tfdist(run: Any, program: Program) -> dict[str, Any]:
     """Returns what a strategy makes of it."""
-    keras.utils.set_random_seed(1)
-    with run.strategy.scope():
-        model = program.build()
+    model = build_in_scope(run, program.build)
     options = dict(program.options)
     batch = options.pop("batch_size")
     callbacks = options.pop("callbacks", list)()

@@ -18,6 +18,7 @@ import cases
 import keras
 import numpy as np
 import tensorflow as tf
+from building import build_in_scope
 from chosen import chosen
 
 EVEN = 20  # Examples that two batches of ten hold without a rest.
@@ -103,11 +104,7 @@ class Trainer:
 
     def build(self, build: Callable[[], keras.Model]) -> keras.Model:
         """Makes a model in scope, from seed 1."""
-        keras.utils.set_random_seed(1)
-        if self.run is None:
-            return build()
-        with self.run.strategy.scope():
-            return build()
+        return build_in_scope(self.run, build)
 
     def fit(self, model: keras.Model, data: Any, batch: int, **options: Any) -> Any:
         """Fits, in the data's order."""

@@ -18,6 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
+from building import build_in_scope
 from chosen import chosen
 
 layers, ops = keras.layers, keras.ops
@@ -35,11 +36,7 @@ class Side:
 
     def build(self, build: Callable[[], keras.Model]) -> keras.Model:
         """Builds a model, in the strategy's scope."""
-        keras.utils.set_random_seed(1)
-        if self.run is None:
-            return build()
-        with self.run.strategy.scope():
-            return build()
+        return build_in_scope(self.run, build)
 
     def fit(self, model: keras.Model, data: Any, **options: Any) -> dict[str, Any]:
         """Fits in order; returns the history and the weights."""

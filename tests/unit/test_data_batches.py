@@ -6,6 +6,7 @@ import numpy as np
 import programs
 import pytest
 import tensorflow as tf
+from keras.src.trainers.data_adapters import data_adapter_utils
 
 from tfdist.data import (
     StreamSource,
@@ -19,6 +20,7 @@ from tfdist.data import (
     tfds_split,
 )
 from tfdist.data.segment import build_budget
+from tfdist.data.source import class_weights
 from tfdist.errors import ConfigError
 from tfdist.training.loop import plan_steps
 
@@ -196,6 +198,28 @@ def test_class_weight_becomes_sample_weight():
         stream = build_source(tf.data.Dataset.from_tensor_slices(data), class_weight={0: 2.0, 2: 0.5})
         assert isinstance(stream, StreamSource)
         np.testing.assert_array_equal(stream.sample_batch(4)[2], [2, 1, 0.5, 1])
+
+
+@pytest.mark.parametrize("form", ["integers", "floats", "column", "one_hot", "soft", "logits"])
+@pytest.mark.parametrize(
+    "class_weight",
+    [{0: 2.0, 1: 0.5, 2: 3.0}, {1: 4.0}, {0.0: 2.0, 2.0: 0.0}, {np.int64(2): 5.0}, {7: 3.0}],
+    ids=repr,
+)
+def test_class_weights_are_kerass(form, class_weight):
+    """Held against the function that Keras itself calls for arrays."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 40)
+    y = {
+        "integers": labels,
+        "floats": rng.uniform(0, 3, 40).round(1),
+        "column": labels[:, None].astype("float32"),
+        "one_hot": np.eye(4, dtype="float32")[labels],
+        "soft": rng.dirichlet(np.ones(4), 40),
+        "logits": rng.normal(size=(40, 4)),
+    }[form]
+    wanted = data_adapter_utils.class_weight_to_sample_weights(y, class_weight)
+    np.testing.assert_allclose(class_weights(tf.constant(y), class_weight), wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -163,13 +163,13 @@ class Display:
         prefix = render_prefix(task, colour=colour if self._coloured[stream] else None)
         try:
             _write(getattr(sys, stream), b"".join(prefix + line + b"\n" for line in lines))
-        except BrokenPipeError:
-            self.broken = True
+        except OSError as error:
             # What is still buffered would raise again when the interpreter ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), getattr(sys, stream).fileno())
-        except OSError as error:  # a full disk must not end the training that is being watched
-            self._ended.add(stream)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), getattr(sys, stream).fileno())
+            if isinstance(error, BrokenPipeError):
+                self.broken = True
+                return
+            self._ended.add(stream)  # a full disk must not end the training that is being watched
             with contextlib.suppress(OSError):
                 print(f"tfdist.launch: {stream} ends here: {error}", file=sys.stderr, flush=True)
 

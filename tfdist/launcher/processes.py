@@ -136,9 +136,8 @@ class Processes:
 
     def say(self, text: str) -> None:
         """Prints a line of the launcher's own."""
-        with contextlib.suppress(
-            OSError
-        ):  # nobody listens, or a full disk; the tasks must still be looked after
+        # Nobody listens, or the disk is full: the tasks must still be looked after.
+        with contextlib.suppress(OSError):
             print(f"tfdist.launch: {text}", file=sys.stderr, flush=True)
         self.note(text)
 

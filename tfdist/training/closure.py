@@ -20,22 +20,26 @@ from tfdist.errors import ConfigError
 from tfdist.training.accumulation import Accumulation
 from tfdist.training.capturing import CapturingScope
 from tfdist.training.metric_parts import start_state
-from tfdist.training.metrics import returned_names, scalar_logs
+from tfdist.training.metrics import metric_results, returned_names, scalar_logs
 from tfdist.training.replica import SEED_STRIDE
 from tfdist.training.staleness import StepStaleness
 from tfdist.training.step_check import UNCHECKED, StepCheck, run_if
 
 
 class SharedStep:
-    """A model's step as a function of (batch, step number) against variables that others update meanwhile."""
+    """A model's step as a function of (batch, step number) against variables that others update meanwhile.
 
-    def __init__(self, *, model: keras.Model, metric_names: set[str]) -> None:
+    Attributes:
+        metric_origins: What the metrics' states start from, and what steps add is counted from.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
         self._model = model
-        self._metric_names = metric_names
+        self.metric_origins = start_state(model)
+        self._metric_names = set(metric_results(model, self.metric_origins))
         self.returned: dict[str, list[str] | None] = {}
         self._optimizers = keras_internals.find_optimizers(model)
         self._metrics = list(model.metrics_variables)
-        self._start = start_state(model)
         self._seeds = keras_internals.seed_states(model)
         self._draws: list[int] | None = None
         local = {id(v) for v in [*self._metrics, *self._seeds]}
@@ -178,11 +182,11 @@ class SharedStep:
         """Returns what a step has added to the state that metrics start from."""
         return [
             tf.convert_to_tensor(scope.get_current_value(v)) - start
-            for v, start in zip(self._metrics, self._start, strict=True)
+            for v, start in zip(self._metrics, self.metric_origins, strict=True)
         ]
 
     def _local_state(self, step: Any, part: Any = 0) -> list[tuple[keras.Variable, Any]]:
-        state: list[tuple[keras.Variable, Any]] = list(zip(self._metrics, self._start, strict=True))
+        state: list[tuple[keras.Variable, Any]] = list(zip(self._metrics, self.metric_origins, strict=True))
         for variable, draws in zip(self._seeds, self._draws or [0] * len(self._seeds), strict=True):
             start = tf.cast(keras_internals.native(variable), tf.int64)
             shift = tf.stack([tf.cast(part, tf.int64) * SEED_STRIDE, tf.cast(step, tf.int64) * draws])

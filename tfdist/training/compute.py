@@ -53,7 +53,7 @@ class Compute:
 
     def __init__(self, model: keras.Model, metric_names: set[str]) -> None:
         optimizers = keras_internals.find_optimizers(model)
-        if type(model).train_step is not keras.Model.train_step or len(optimizers) != 1:
+        if keras_internals.has_own_step(model) or len(optimizers) != 1:
             raise ConfigError(
                 f"jit_compile with {type(model).__name__}, which has a train_step of its own or several optimizers: "
                 "only Keras's own step can be divided into what XLA compiles and the rest; leave it out."

@@ -23,7 +23,7 @@ from tfdist.training.feeds import Feed, OwnFeed, Part, ResidentFeed, SentFeed
 from tfdist.training.input_position import InputPosition
 from tfdist.training.input_wait import InputWait
 from tfdist.training.message import OneMessage, Scheduled
-from tfdist.training.metric_parts import aggregation_of, find_whole, start_state
+from tfdist.training.metric_parts import aggregation_of, find_whole
 from tfdist.training.metrics import add_states, metric_results, select_logs
 from tfdist.training.parts import PartsInFlight
 from tfdist.training.plan import BatchPlan, FinishedStep
@@ -95,9 +95,8 @@ class CoordinatorLoop:
         self._coordinator = coordinator
         self._model = model
         self._num_workers = num_workers
-        self.metric_origins = start_state(model)
-        names = set(metric_results(model, self.metric_origins))
-        self._step = UnionStep(model=model, metric_names=names, num_parts=num_workers)
+        self._step = UnionStep(model=model, num_parts=num_workers)
+        self.metric_origins = self._step.metric_origins
         self._apply_functions: dict[Any, Any] = {}
         self._feeds: collections.OrderedDict[int, Feed] = collections.OrderedDict()
         self._num_scheduled = 0
@@ -172,7 +171,7 @@ class CoordinatorLoop:
 
     def _count_applied(self) -> int | None:
         """Returns the steps that are in the weights; None where a step of the model's own may count otherwise."""
-        if type(self._model).train_step is not keras.Model.train_step or self._model.optimizer is None:
+        if keras_internals.has_own_step(self._model) or self._model.optimizer is None:
             return None
         return int(keras_internals.batch_counter(self._model.optimizer).numpy())
 

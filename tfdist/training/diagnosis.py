@@ -102,7 +102,7 @@ def find_place(model: keras.Model, batch: Any) -> str | None:
 
 def _own_step(model: keras.Model) -> str:
     """Says that a model's own step may compute any loss: only its forward pass can be run again."""
-    if type(model).train_step is keras.Model.train_step:
+    if not keras_internals.has_own_step(model):
         return ""
     return " in the forward pass: look at the loss and the gradients in train_step"
 

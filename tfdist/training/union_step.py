@@ -64,8 +64,8 @@ class _Slot:
 class UnionStep(SharedStep):
     """A `SharedStep` that can also make one step of several workers' parts of a batch."""
 
-    def __init__(self, *, model: keras.Model, metric_names: set[str], num_parts: int) -> None:
-        super().__init__(model=model, metric_names=metric_names)
+    def __init__(self, *, model: keras.Model, num_parts: int) -> None:
+        super().__init__(model)
         self._num_parts = num_parts
         self._slots: dict[int, list[_Slot]] = {}
         self._with_gradients: list[keras.Variable] = []

@@ -76,8 +76,9 @@ class Program:
         self.send_signal(signal.SIGTERM)
 
     def kill(self):
-        """Ends it."""
+        """Ends it, and waits for its end."""
         self.send_signal(signal.SIGKILL)
+        self.wait()
 
     def __enter__(self):
         return self

@@ -7,6 +7,7 @@ import dataclasses
 import faulthandler
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -27,24 +28,27 @@ class Beat:
             (it serves others, and SIGTERM told it to end).
         step: Optimizer steps since the run began.
         num_beats: How often it has written; one that works writes more and more.
+        begun: When the record began, in nanoseconds of the machine's monotonic clock: anew in each cluster it joins.
     """
 
     state: str
     step: int = 0
     num_beats: int = 0
+    begun: int = 0
 
 
 def render_beat(beat: Beat) -> bytes:
     """Renders a record, always of the same size, so that writing one over another leaves nothing of it."""
-    return f"{beat.state} {beat.step} {beat.num_beats}".ljust(_SIZE_BYTES - 1).encode() + b"\n"
+    return f"{beat.state} {beat.step} {beat.num_beats} {beat.begun}".ljust(_SIZE_BYTES - 1).encode() + b"\n"
 
 
 def parse_beat(content: bytes) -> Beat | None:
     """Undoes `render_beat`; None for anything else, such as a file that is not written yet."""
     words = content.decode(errors="replace").split()
-    if len(content) != _SIZE_BYTES or len(words) != 3 or not (words[1] + words[2]).isdigit():
+    if len(content) != _SIZE_BYTES or len(words) != 4 or not "".join(words[1:]).isdigit():
         return None
-    return Beat(state=words[0], step=int(words[1]), num_beats=int(words[2]))
+    step, num_beats, begun = map(int, words[1:])
+    return Beat(state=words[0], step=step, num_beats=num_beats, begun=begun)
 
 
 def read_beat(path: str | Path) -> Beat | None:
@@ -65,6 +69,7 @@ class Heart:
     def __init__(self, path: str | None) -> None:
         self._fd: int | None = None
         self._step = self._num_beats = 0
+        self._begun = time.monotonic_ns()
         if path is None:
             return
         with contextlib.suppress(OSError):  # a launcher that is gone must not end the work
@@ -114,5 +119,6 @@ class Heart:
         if self._fd is None:
             return
         self._num_beats += 1
+        beat = Beat(state=state, step=self._step, num_beats=self._num_beats, begun=self._begun)
         with contextlib.suppress(OSError):
-            os.pwrite(self._fd, render_beat(Beat(state=state, step=self._step, num_beats=self._num_beats)), 0)
+            os.pwrite(self._fd, render_beat(beat), 0)

@@ -8,7 +8,9 @@ import pytest
 from tfdist.heartbeat import DUMP_SIGNAL, VARIABLE, Beat, Heart, parse_beat, read_beat, render_beat
 
 
-@pytest.mark.parametrize("beat", [Beat(state="started"), Beat(state="working", step=10**9, num_beats=10**12)])
+@pytest.mark.parametrize(
+    "beat", [Beat(state="started"), Beat(state="preparing", step=10**9, num_beats=10**12, begun=10**18)]
+)
 def test_render_and_parse_undo_each_other(beat):
     assert parse_beat(render_beat(beat)) == beat
 
@@ -24,12 +26,13 @@ def test_each_beat_changes_the_record_and_steps_stay(tmp_path):
     path = str(tmp_path / "beat")
     assert read_beat(path) is None
     heart = Heart(path)
-    assert read_beat(path) == Beat(state="started", num_beats=1)
+    begun = read_beat(path).begun
+    assert read_beat(path) == Beat(state="started", num_beats=1, begun=begun)
     heart.beat(7)
     heart.beat()
-    assert read_beat(path) == Beat(state="working", step=7, num_beats=3)
+    assert read_beat(path) == Beat(state="working", step=7, num_beats=3, begun=begun)
     heart.rest()
-    assert read_beat(path) == Beat(state="resting", step=7, num_beats=4)
+    assert read_beat(path) == Beat(state="resting", step=7, num_beats=4, begun=begun)
     heart.tell()
     assert read_beat(path).state == "told"
 

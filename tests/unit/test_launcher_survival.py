@@ -17,6 +17,7 @@ from tfdist.launcher.chaos import Chaos, Failure, parse_chaos
 from tfdist.launcher.children import read_stop_mark
 from tfdist.launcher.memory import is_memory_short
 from tfdist.launcher.processes import killed_by
+from tfdist.launcher.regroup import Regrouping
 from tfdist.launcher.restarts import Restarts
 from tfdist.launcher.watch import FIRST_STEP_SECS, FROZEN_SECS, Watch
 
@@ -189,6 +190,32 @@ def test_nobody_hangs_while_one_is_busy_between_two_steps(tmp_path):
         assert [watch.find_hung(children, now) for now in (0.0, 11.0, 500.0)] == [None] * 3
     assert watch.find_hung(children, 505.0) is None
     assert watch.find_hung(children, 520.0) is not None
+
+
+def test_members_of_a_new_cluster_are_at_work_however_far_they_are(tmp_path):
+    """When the launcher looks they may have made more steps than before they lost a peer."""
+    watch, child = Watch(str(tmp_path), hang_timeout_secs=10), FakeChild(Task("worker", 0))
+    path = str(tmp_path / "members")
+    regrouping = Regrouping(watch, path=path, reserve=lambda count: range(1, 1 + count), min_members=1)
+    before = Heart(watch.path(child.task))
+    before.beat(5)
+    regrouping.lose([child])
+    before.beat(6)
+    assert not regrouping.is_at_work([child])
+    after = Heart(watch.path(child.task))
+    assert not regrouping.is_at_work([child])
+    for step in range(6, 100):
+        after.beat(step)
+    assert regrouping.is_at_work([child])
+
+
+def test_those_left_may_be_busy_when_one_dies(tmp_path):
+    watch, child = Watch(str(tmp_path), hang_timeout_secs=10), FakeChild(Task("worker", 0))
+    regrouping = Regrouping(watch, path=str(tmp_path / "members"), reserve=range, min_members=1)
+    heart = Heart(watch.path(child.task))
+    assert not regrouping.can_lose_one([child])
+    with heart.busy():
+        assert regrouping.can_lose_one([child])
 
 
 def test_hang_before_the_first_step_is_seen(tmp_path):

@@ -26,7 +26,7 @@ class Regrouping:
         self._reserve = reserve
         self._min_members = min_members
         self._generation = 0
-        self._beats: dict[Task, int] = {}
+        self._begun: dict[Task, int] = {}
 
     def render_env(self, task: Task, *, is_joining: bool = False) -> dict[str, str]:
         """Returns what a member must know."""
@@ -36,7 +36,7 @@ class Regrouping:
     def can_lose_one(self, alive: Iterable[Child]) -> bool:
         """Says whether the living are all at work, so that they bring their state along."""
         states = [self._watch.state(child.task) for child in alive]
-        return bool(states) and all(state == "working" for state in states)
+        return bool(states) and all(state in ("working", "busy") for state in states)
 
     def lose(self, alive: Sequence[Child]) -> None:
         """Lets the living go on without the one that died, if they are enough."""
@@ -61,18 +61,15 @@ class Regrouping:
         """Says whether the members of the last generation make steps again."""
         for child in alive:
             beat = self._watch.read(child.task)
+            begun = self._begun.get(child.task)
             # Its record begins anew when it joins a cluster.
-            if (
-                beat is not None
-                and beat.state == "working"
-                and beat.num_beats < self._beats.get(child.task, 0)
-            ):
+            if beat is not None and beat.state == "working" and begun is not None and beat.begun != begun:
                 return True
         return False
 
     def _write(self, members: Sequence[Child]) -> None:
         beats = {child.task: self._watch.read(child.task) for child in members}
-        self._beats = {task: beat.num_beats for task, beat in beats.items() if beat is not None}
+        self._begun = {task: beat.begun for task, beat in beats.items() if beat is not None}
         ports = self._reserve(len(members))
         addresses = {
             child.task.index: f"127.0.0.1:{port}" for child, port in zip(members, ports, strict=True)

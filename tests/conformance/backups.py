@@ -18,6 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import promises
+import tensorflow as tf
 
 import tfdist
 from tfdist.layers import Embedding
@@ -74,14 +75,20 @@ class Slow(keras.callbacks.Callback):
         self.num_dropped.append(self.params["measures"]()["num_dropped"])
 
 
-def build(optimizer: Any) -> keras.Model:
+def checked_slope(y_true: Any, y_pred: Any) -> Any:
+    """Fails on the worker at a target below zero."""
+    with tf.control_dependencies([tf.debugging.assert_non_negative(y_true, "a target below zero")]):
+        return promises.slope(tf.identity(y_true), y_pred)
+
+
+def build(optimizer: Any, loss: Any = promises.slope) -> keras.Model:
     """Returns a model in which everything moves by the same at each step, whichever examples count."""
     x, ids = keras.Input((1,), name="x"), keras.Input((1,), dtype="int32", name="ids")
     rows = keras.layers.Flatten()(Embedding(4, 1, embeddings_initializer="zeros", name="table")(ids))
     moving = keras.layers.BatchNormalization(scale=False, momentum=0.9)(x)
     dense = keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros", name="dense")(x)
     model = keras.Model({"x": x, "ids": ids}, keras.layers.Add()([dense, rows, moving]))
-    model.compile(optimizer, promises.slope, metrics=[promises.Count()])
+    model.compile(optimizer, loss, metrics=[promises.Count()])
     return model
 
 
@@ -110,6 +117,15 @@ def main(path: str, strategy: str) -> None:
         run.fit(model, (data, data["x"]), num_backup_workers=3, **options)
     except tfdist.ConfigError as error:
         found["refused"] = str(error)
+    with run.strategy.scope():
+        model = build(keras.optimizers.SGD(RATE), checked_slope)
+    wrong = np.where(np.arange(COUNT) == COUNT // 2, -1, 1).astype(np.float32)[:, None]
+    try:
+        run.fit(model, (data, wrong), num_backup_workers=1, **options)
+    except tf.errors.InvalidArgumentError as error:
+        found["failed"] = str(error)
+    history = run.fit(model, (data, data["x"]), num_backup_workers=1, **options | {"epochs": 1})
+    found["count_after_a_failure"] = history.history["count"]
     np.savez(path, **found)
 
 

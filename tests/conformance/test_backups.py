@@ -47,3 +47,9 @@ def test_rows_of_late_parts_alone_do_not_move(found):
 
 def test_somebody_must_count(found):
     assert "num_backup_workers=3 with num_workers=3" in str(found["refused"])
+
+
+def test_fit_that_failed_leaves_nothing_that_holds_up_the_next(found):
+    """The workers had parts in flight, which nobody asks for any more."""
+    assert "a target below zero" in str(found["failed"])
+    assert 0 < found["count_after_a_failure"] <= backups.COUNT

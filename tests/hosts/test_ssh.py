@@ -239,16 +239,20 @@ def test_host_that_is_powered_off_is_named(folder, tmp_path):
     assert f"lost its host {own.hosts[1].name}" in err.splitlines()[-1]
 
 
-def test_training_survives_a_host_that_is_powered_off(folder, tmp_path):
-    """It goes on with the hosts that are left, from the last checkpoint."""
+@pytest.mark.parametrize(
+    ("strategy", "num_workers"),
+    [pytest.param("multiworker", "1:2", marks=pytest.mark.everything), ("ps", "2")],
+)
+def test_training_survives_a_host_that_is_powered_off(folder, tmp_path, strategy, num_workers):
+    """It goes on from the last checkpoint: with the hosts that are left, or on one that stood by."""
     (tmp_path / "lab").mkdir()
-    with ssh_hosts(tmp_path / "lab", 2) as own:
+    with ssh_hosts(tmp_path / "lab", 2 if strategy == "multiworker" else 3) as own:
         process = start(
             own,
             "tfdist.train",
             folder,
-            "--strategy=multiworker",
-            "--num_workers=1:2",
+            f"--strategy={strategy}",
+            f"--num_workers={num_workers}",
             "--checkpoint_every_steps=5",
             "--epochs=30",
             "--run_dir=run",
@@ -264,6 +268,7 @@ def test_training_survives_a_host_that_is_powered_off(folder, tmp_path):
                 assert lines[-1], "the run has ended"
             assert time.monotonic() - start_at < 60
             assert any(f"lost its host {own.hosts[1].name}" in line for line in lines), "".join(lines)
+            assert sum("starting all tasks again" in line for line in lines) == 1, "".join(lines)
         finally:
             process.terminate()
             process.communicate(timeout=90)

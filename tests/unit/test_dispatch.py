@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 
@@ -50,23 +51,69 @@ def test_closures_grow_until_little_is_lost_between_them(busy_secs, wanted, num_
     for _ in range(4):
         busy = chosen[-1] * busy_secs
         secs = (busy + 0.002) / num_workers
-        run_closures(dispatch, clock, number=60, secs=secs, busy_secs=busy, num_steps=chosen[-1])
+        number = max(60, math.ceil(1.01 / secs))
+        run_closures(dispatch, clock, number=number, secs=secs, busy_secs=busy, num_steps=chosen[-1])
         chosen.append(dispatch.choose_steps())
     assert chosen[-1] == wanted
     assert all(after <= 4 * before for before, after in itertools.pairwise(chosen))
     assert 0.002 / (wanted * busy_secs + 0.002) <= 0.03 or wanted == 16
 
 
-def test_closures_grow_only_when_tracing_them_is_worth_it():
+def run_epochs(dispatch, clock, *, number, step_secs, lost_secs, **left):
+    """Epochs of 100 steps, between whose closures as much time is lost; returns the steps of each one's closures."""
+    chosen = []
+    for _ in range(number):
+        size = dispatch.choose_steps(**left)
+        chosen.append(size)
+        dispatch.begin_epoch()
+        run_closures(
+            dispatch,
+            clock,
+            number=100 // size,
+            secs=size * step_secs(size) + lost_secs,
+            busy_secs=size * step_secs(size),
+            num_steps=size,
+        )
+    return chosen
+
+
+def compiled(secs):
     clock = Clock()
     dispatch = Dispatch(num_workers=1, now=clock)
     dispatch.begin_compile()
-    dispatch.end_compile(0.5, num_steps=1)
-    chosen = []
-    for _ in range(14):  # 4 steps take 2 s to trace, 16 take 8 s; 0.8 s an epoch are lost
-        chosen.append(dispatch.choose_steps())
-        dispatch.begin_epoch()
-        run_closures(dispatch, clock, number=100, secs=0.016, busy_secs=0.008, num_steps=chosen[-1])
-    assert chosen == [1] * 3 + [4] * 11
-    dispatch.begin_epoch()
-    assert dispatch.choose_steps() == 16
+    dispatch.end_compile(secs, num_steps=1)
+    return dispatch, clock
+
+
+def test_closures_grow_only_when_tracing_them_is_worth_it():
+    """Four steps take 2.5 s to trace, and 0.8 s an epoch are lost; then 16 take 4.7 s, and 0.2 s."""
+    dispatch, clock = compiled(2.0)
+    chosen = run_epochs(dispatch, clock, number=28, step_secs=lambda size: 0.008, lost_secs=0.008)
+    assert chosen == [1] * 4 + [4] * 24
+    assert run_epochs(dispatch, clock, number=1, step_secs=lambda size: 0.008, lost_secs=0.008) == [16]
+
+
+@pytest.mark.parametrize(("num_left", "wanted"), [(800, 1), (900, 4)])
+def test_closures_do_not_grow_when_too_few_steps_are_left_to_win_it_back(num_left, wanted):
+    """Six milliseconds a step are won with four of them: twice 2.5 s take 850 steps."""
+    dispatch, clock = compiled(2.0)
+    chosen = run_epochs(
+        dispatch, clock, number=6, step_secs=lambda size: 0.008, lost_secs=0.008, num_left=num_left
+    )
+    assert chosen[-1] == wanted
+
+
+def test_larger_closures_that_are_slower_are_given_up_for_good():
+    dispatch, clock = compiled(0.1)
+    slower = {1: 0.008, 4: 0.016}
+    chosen = run_epochs(dispatch, clock, number=20, step_secs=slower.get, lost_secs=0.004)
+    assert chosen[:2] == [1, 4] and set(chosen[2:]) == {1}
+
+
+@pytest.mark.parametrize(("num_in_epoch", "wanted"), [(23, 4), (7, 1), (64, 16), (1000, 16)])
+def test_an_epoch_gives_each_worker_several_closures(num_in_epoch, wanted):
+    dispatch, clock = compiled(0.1)
+    chosen = run_epochs(
+        dispatch, clock, number=20, step_secs=lambda size: 0.002, lost_secs=0.02, num_in_epoch=num_in_epoch
+    )
+    assert chosen[-1] == wanted

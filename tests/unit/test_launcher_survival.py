@@ -225,6 +225,7 @@ def test_hang_before_the_first_step_is_seen(tmp_path):
     assert watch.find_hung([child], 0.0) is None
     assert watch.find_hung([child], FIRST_STEP_SECS - 1) is None
     assert watch.find_hung([child], FIRST_STEP_SECS) is child
+    assert watch.patience_secs(watch.read(child.task)) == FIRST_STEP_SECS
 
 
 @pytest.mark.parametrize(

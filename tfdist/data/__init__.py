@@ -3,6 +3,7 @@
 from tfdist.data.addressed import forget_readers
 from tfdist.data.batches import local_batches
 from tfdist.data.indexed import IndexedSource
+from tfdist.data.iterators import open_iterator, untuned
 from tfdist.data.order import epoch_indices, num_steps, part_slice, step_size, step_start
 from tfdist.data.segment import Segment
 from tfdist.data.shard import shard_source
@@ -35,10 +36,12 @@ __all__ = [
     "hold_out",
     "local_batches",
     "num_steps",
+    "open_iterator",
     "part_slice",
     "shard_source",
     "step_size",
     "step_start",
     "take",
     "tfds_split",
+    "untuned",
 ]

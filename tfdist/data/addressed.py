@@ -9,12 +9,16 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist.data.indexed import IndexedSource
+from tfdist.data.iterators import untuned
 from tfdist.data.operations import apply_operation
 from tfdist.data.order import examples_at, num_steps, part_slice
 from tfdist.data.segment import Segment, Share
 from tfdist.data.source import ArraySource, take
 
 _BYTES_AT_ONCE, _MAX_STEPS_AT_ONCE = 2**20, 32
+_NUM_PARALLEL_READS = 2
+# Batches that wait for their step.
+_NUM_READ_AHEAD = 4
 # Fewer where an example may take its time: the first step waits for all of them.
 _MAX_OBJECT_STEPS_AT_ONCE = 8
 
@@ -93,7 +97,7 @@ class _Run:
 
     def read(self, start: int, stop: int) -> tf.data.Dataset:
         """Reads several small batches at once: a call of the function costs more than what it reads."""
-        source, most, num_parallel = self.source, _MAX_STEPS_AT_ONCE, tf.data.AUTOTUNE
+        source, most, num_parallel = self.source, _MAX_STEPS_AT_ONCE, _NUM_PARALLEL_READS
         if isinstance(source, IndexedSource):
             most, num_parallel = _MAX_OBJECT_STEPS_AT_ONCE, source.num_parallel_reads
         at_once = max(1, min(most, self.every, _BYTES_AT_ONCE // max(1, _example_bytes(source) * self.size)))
@@ -135,7 +139,7 @@ class _Run:
         dataset = tf.data.Dataset.range(start, stop, at_once)
         read = tf.autograph.experimental.do_not_convert(read)
         dataset = dataset.map(read, num_parallel_calls=num_parallel, deterministic=True)
-        return (_unbatch(dataset) if at_once > 1 else dataset).prefetch(tf.data.AUTOTUNE)
+        return untuned((_unbatch(dataset) if at_once > 1 else dataset).prefetch(_NUM_READ_AHEAD))
 
 
 @functools.lru_cache(maxsize=32)

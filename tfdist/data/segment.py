@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
+from tfdist.data.iterators import open_iterator
 from tfdist.data.order import part_slice
 
 
@@ -48,8 +50,12 @@ class Segment:
 
     def open(self) -> Iterator[Any]:
         """Returns an iterator over the elements, from where they are not left out."""
+        return open_iterator(self._asked_for)
+
+    @functools.cached_property
+    def _asked_for(self) -> tf.data.Dataset:
         dataset = self.build_in_budget()
-        return iter(dataset.skip(self.num_skipped) if self.num_skipped else dataset)
+        return dataset.skip(self.num_skipped) if self.num_skipped else dataset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,11 @@ class Child:
             ) from None
 
     @property
+    def has_lost_host(self) -> bool:
+        """Whether it ended because its machine cannot be reached."""
+        return False
+
+    @property
     def is_alive(self) -> bool:
         """Whether the process has not been seen to end."""
         return self.exit_code is None

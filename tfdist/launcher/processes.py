@@ -85,6 +85,11 @@ class Processes:
         return [child for child in self.all if child.is_alive]
 
     @property
+    def has_room(self) -> bool:
+        """Whether all workers would have a place if all tasks were started again, on hosts that are not lost."""
+        return self._machines.num_slots >= self._job.num_workers
+
+    @property
     def can_wake(self) -> bool:
         """Whether the end of each is seen at once, without looking for it."""
         return all(child.exit_fd is not None for child in self.alive)

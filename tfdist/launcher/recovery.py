@@ -147,6 +147,9 @@ class Recovery:
         return bool(self._returning) and all(self._watch.state(child.task) for child in self._returning)
 
     def _may_replace(self, child: Child) -> bool:
+        # Its host may be away for long, and a cluster's addresses are fixed: elsewhere all start again.
+        if child.has_lost_host and self._processes.has_room:
+            return False
         if child.task.type == "worker":
             return child not in self._leaving and self._restarts.has_left
         if child in self._leaving:

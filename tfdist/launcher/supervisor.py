@@ -208,7 +208,7 @@ class Supervisor:
         hung = self._watch.find_hung(alive, now)
         if hung is None:
             return
-        what = f"made no step for {self._job.hang_timeout_secs:g} s"
+        what = f"made no step for {self._watch.patience_secs(self._watch.read(hung.task)):g} s"
         self._processes.say(f"{hung.task} {what}; its stacks go to its log")
         hung.fault = f"{what}, and was killed"
         self._processes.speaker = hung

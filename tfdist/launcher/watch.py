@@ -81,7 +81,7 @@ class Watch:
             known = self._changed_at.get(child.task)
             if known is None or known[0] != beat:
                 self._changed_at[child.task] = (beat, now)
-            elif 0 < self._patience_secs(beat) <= now - known[1]:
+            elif 0 < self.patience_secs(beat) <= now - known[1]:
                 hung.append((beat.step, place, child))
             if beat.state == "busy":
                 is_any_busy = True
@@ -91,8 +91,10 @@ class Watch:
             return None
         return min(hung)[2] if hung else None
 
-    def _patience_secs(self, beat: Beat) -> float:
+    def patience_secs(self, beat: Beat | None) -> float:
         """Returns how long a record may stay as it is; 0: forever."""
+        if beat is None:
+            return 0.0
         if beat.state == "working":
             return self._hang_timeout_secs
         if beat.state == "preparing" and self._hang_timeout_secs:

@@ -9,6 +9,7 @@ through TensorFlow's atomic `assign_add`.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -83,22 +84,32 @@ class SharedStep:
         """
         if self._draws is None:
             self._draws = self._count_draws(batches[0])
-        accumulation = None
-        with contextlib.ExitStack() as stack:
-            if self._accumulating is not None:
-                accumulation = Accumulation(self._accumulating, phase=phase)
-                stack.enter_context(
-                    keras_internals.accumulating_with(self._accumulating, accumulation.gather)
-                )
-            results = self._train_each(batches, step, limit, phase, scales_by_staleness)
-        if accumulation is not None:
-            accumulation.keep()
+        size = self.accumulation_steps - phase
+        run: Callable[..., Any] = functools.partial(self._train_run, phase=phase, scales=scales_by_staleness)
+        if len(batches) > size:
+            # Traced once for all of them.
+            run = tf.function(run, autograph=False)
+        results = []
+        for first in range(0, len(batches), size):
+            results += run(batches[first : first + size], step + first, limit)
         states, extras, reports = zip(*results, strict=True)
         rows = [tf.stack(values) for values in zip(*states, strict=True)]
         if sums_states:
             rows = [tf.reduce_sum(row, axis=0, keepdims=True) for row in rows]
         extra = {name: tf.stack([e[name] for e in extras]) for name in extras[0]}
         return rows, extra, tf.stack(reports)
+
+    def _train_run(
+        self, batches: Sequence[Any], step: Any, limit: Any, *, phase: int, scales: bool
+    ) -> list[tuple[list[Any], dict[str, Any], Any]]:
+        """Takes the batches whose gradients make one update."""
+        if self._accumulating is None:
+            return self._train_each(batches, step, limit, phase, scales)
+        accumulation = Accumulation(self._accumulating, phase=phase)
+        with keras_internals.accumulating_with(self._accumulating, accumulation.gather):
+            results = self._train_each(batches, step, limit, phase, scales)
+        accumulation.keep()
+        return results
 
     def _train_each(
         self, batches: Sequence[Any], step: Any, limit: Any, phase: int, scales: bool

@@ -116,6 +116,11 @@ class CoordinatorLoop:
         if self._model.optimizer is not None:
             self._num_scheduled = int(keras_internals.batch_counter(self._model.optimizer).numpy())
 
+    def release(self) -> None:
+        """Lets go of the data."""
+        self._position.forget()
+        self._feeds.clear()
+
     def share_out(self, options: PsOptions) -> None:
         """Says how the next epochs' steps are shared out.
 
@@ -259,6 +264,11 @@ class CoordinatorLoop:
             args = tf.constant(shares, tf.float32), tf.constant(loss, tf.float32)
             return self._apply_functions[key](*args, *limits).numpy()
 
+    @property
+    def step_secs(self) -> float | None:
+        """How long a step took lately; None where nobody knows."""
+        return self._dispatch.step_secs
+
     def measures(self) -> dict[str, Any]:
         """Returns of the epoch so far `dispatch_share` (see `Dispatch`), and `StalenessRecord.summary`.
 
@@ -387,7 +397,7 @@ class CoordinatorLoop:
         scales = self._options.staleness_lr == "inverse"
         # Whoever goes back to a batch needs the metrics up to it.
         sums_states = not plan.log_every_steps and plan.loss_limit is None
-        for runs in self._grouped(self._runs(feed, plan)):
+        for runs in self._grouped(self._runs(feed, plan), functools.partial(self._num_steps, plan)):
             if plan.is_stopped():  # Those that are on their way still count.
                 return
             parts = [part for run in runs for part in run.parts]
@@ -425,7 +435,7 @@ class CoordinatorLoop:
             step, num_before = step + len(parts), num_before + len(parts)
             yield _Run(parts=parts, phase=phase, is_boundary=is_boundary)
 
-    def _grouped(self, runs: Iterator[_Run]) -> Iterator[list[_Run]]:
+    def _grouped(self, runs: Iterator[_Run], num_steps: Callable[[], int]) -> Iterator[list[_Run]]:
         """Yields as many equal runs as a closure is to hold, or one: other numbers would be traced for each."""
         waiting: list[_Run] = []
         for run in runs:
@@ -433,7 +443,7 @@ class CoordinatorLoop:
                 yield from ([one] for one in waiting)
                 waiting = []
             waiting.append(run)
-            if len(waiting) >= max(self._num_steps() // self._step.accumulation_steps, 1):
+            if len(waiting) >= max(num_steps() // self._step.accumulation_steps, 1):
                 yield waiting
                 waiting = []
             elif run.is_boundary:
@@ -441,8 +451,11 @@ class CoordinatorLoop:
                 waiting = []
         yield from ([one] for one in waiting)
 
-    def _num_steps(self) -> int:
-        num_steps = self._options.steps_per_loop or self._dispatch.choose_steps()
+    def _num_steps(self, plan: BatchPlan) -> int:
+        in_epoch = float("inf") if plan.num_steps is None else plan.num_steps
+        num_steps = self._options.steps_per_loop or self._dispatch.choose_steps(
+            num_left=in_epoch * (1 + plan.num_epochs_after), num_in_epoch=in_epoch
+        )
         bound = self._options.max_staleness
         return num_steps if bound is None else min(num_steps, max((bound // 2 + 1) // self._num_workers, 1))
 

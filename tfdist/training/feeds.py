@@ -18,6 +18,7 @@ from tfdist.data import (
     step_size,
     step_start,
     take,
+    untuned,
 )
 from tfdist.errors import ConfigError
 from tfdist.training.input_position import InputPosition
@@ -48,7 +49,7 @@ class ResidentFeed:
         self.closures: dict[Any, Any] = {}
         tensors = source.tensors
         dataset = coordinator.create_per_worker_dataset(
-            lambda: tf.data.Dataset.from_tensors(tensors).repeat()
+            lambda: untuned(tf.data.Dataset.from_tensors(tensors).repeat())
         )
         self._iterator = iter(dataset)
 

@@ -16,13 +16,35 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.data import Segment, Source, StreamSource
+from tfdist.data import Segment, Source, StreamSource, open_iterator
 from tfdist.errors import ConfigError
 from tfdist.training.plan import BatchPlan
 
 _log = logging.getLogger("tfdist")
 # Larger ones would hold up every checkpoint; reading again is then the better way.
 _MAX_BYTES = 256 * 2**20
+
+
+class KeptIterators:
+    """Iterators that have read a segment to its end, and stand where the next epoch's begins."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[int, Iterator[Any]]] = {}
+
+    def forget(self) -> None:
+        """Lets go of all."""
+        self._kept.clear()
+
+    def keep(self, segment: Segment, iterator: Iterator[Any]) -> None:
+        """Keeps the one of a segment, if the next epoch's elements follow."""
+        place = segment.start + (segment.num_steps or 0)
+        if segment.run is not None and (segment.stop is None or place < segment.stop):
+            self._kept[segment.run] = place, iterator
+
+    def take(self, segment: Segment) -> Iterator[Any] | None:
+        """Returns one that stands where a segment begins, if there is one."""
+        place, kept = self._kept.pop(segment.run, (None, None))
+        return kept if place == segment.start else None
 
 
 class InputPosition:
@@ -32,26 +54,25 @@ class InputPosition:
         self._iterator: Any = None
         self._label = b""
         self._unsavable: Source | None = None
-        self._kept: dict[Hashable, tuple[int, Iterator[Any]]] = {}
+        self._kept = KeptIterators()
 
     def forget(self) -> None:
         """Lets go of what was kept."""
-        self._kept.clear()
+        self._iterator = None
+        self._kept.forget()
 
     def keep(self, segment: Segment, iterator: Iterator[Any]) -> None:
         """Keeps the iterator of a segment that was read to its end, if the next epoch's elements follow."""
-        place = segment.start + (segment.num_steps or 0)
-        if segment.run is not None and (segment.stop is None or place < segment.stop):
-            self._kept[segment.run] = place, iterator
+        self._kept.keep(segment, iterator)
 
     def open(self, segment: Segment, source: Source, plan: BatchPlan) -> Iterator[Any]:
         """Returns an iterator over a segment's elements, from the plan's first step on."""
-        place, kept = self._kept.pop(segment.run, (None, None))
-        if kept is not None and place == segment.start:
+        kept = self._kept.take(segment)
+        if kept is not None:
             return kept
         self._iterator = None
         if segment.stop is None:
-            self._kept.clear()  # what is left of the pass before
+            self._kept.forget()  # what is left of the pass before
         if not isinstance(source, StreamSource):
             return segment.open()
         dataset = segment.build_in_budget()
@@ -59,7 +80,7 @@ class InputPosition:
         if segment.num_skipped and not plan.input_state.startswith(self._label):
             # Nothing is saved in such an epoch: the skipping is part of its pipeline, which no other run would build.
             return segment.open()
-        iterator = iter(dataset)
+        iterator = open_iterator(dataset)
         if segment.num_skipped:
             try:
                 keras_internals.restore_iterator(iterator, plan.input_state[len(self._label) :])

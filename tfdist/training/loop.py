@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -20,6 +21,8 @@ from tfdist.training.plan import BatchPlan, FinishedStep, Place
 from tfdist.training.saver import Loop as SavedLoop
 from tfdist.training.saver import Saver
 
+# Numbers that change faster cannot be read.
+_SHOW_SECS = 0.2
 # Keras's own words.
 _RAN_OUT = (
     "Your input ran out of data; interrupting training. Make sure that your dataset or generator can generate at least "
@@ -34,11 +37,18 @@ class Loop(SavedLoop, Protocol):
     num_replicas: int
     input_wait: InputWait
 
+    @property
+    def step_secs(self) -> float | None:
+        """How long a step took lately, alike on all workers; None where nobody knows."""
+
     def own_part(self, source: Source, shard: str) -> Source:
         """Returns what of a source this process reads."""
 
     def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
         """Yields once a step."""
+
+    def release(self) -> None:
+        """Lets go of the data, which nobody will ask for again."""
 
     def measures(self) -> dict[str, Any]:
         """Returns what this strategy alone measures of the epoch so far, by the names that `metrics.jsonl` has."""
@@ -108,9 +118,12 @@ def run_fit(
     per_pass = plan_steps(source, options.global_batch_size, None, drop_remainder=options.drop_remainder)
     saver.place = Place(first_epoch) if resumed is None else resumed.place
     on_nan.restore({} if resumed is None else resumed.extra)
+    num_validated = 0
     for epoch in range(first_epoch, options.epochs):
         callbacks.on_epoch_begin(epoch)
-        watched = _log_every(callbacks, options.steps_per_epoch, shown=options.shown)
+        watched = _log_every(
+            callbacks, options.steps_per_epoch, shown=options.shown, step_secs=loop.step_secs
+        )
         plan = BatchPlan(
             epoch=epoch,
             place=saver.place,
@@ -147,7 +160,11 @@ def run_fit(
             warnings.warn(_RAN_OUT, stacklevel=2)
         logs = dict(loop.epoch_logs)
         if validation is not None and _is_due(epoch, options.validation_freq):
-            logs |= {f"val_{k}": v for k, v in _validate(loop, validation, options, callbacks).items()}
+            plan = _plan_validation(
+                validation, options, lap=num_validated, num_epochs_after=options.epochs - epoch - 1
+            )
+            logs |= {f"val_{k}": v for k, v in _validate(loop, validation, plan, callbacks).items()}
+            num_validated += 1
         with heart.busy():
             callbacks.on_epoch_end(epoch, logs)
             saver.save(epoch=epoch + 1, step=0, at_epoch_end=True)
@@ -157,6 +174,7 @@ def run_fit(
         # Puts the averaged weights in place where the optimizer keeps some (EMA), as Keras does.
         model.optimizer.finalize_variable_values(model.trainable_weights)
     callbacks.on_train_end(logs=logs)
+    loop.release()
 
 
 def plan_steps(
@@ -236,14 +254,23 @@ def _train(
                 saver.save(epoch=plan.epoch, step=step)
 
 
-def _validate(
-    loop: Loop, validation: Source, options: FitOptions, callbacks: keras.callbacks.CallbackList
-) -> dict[str, Any]:
-    callbacks.on_test_begin()
+def _plan_validation(
+    validation: Source, options: FitOptions, *, lap: int, num_epochs_after: int
+) -> BatchPlan:
     plan = BatchPlan(
         global_batch_size=options.validation_batch_size,
         num_steps=plan_steps(validation, options.validation_batch_size, options.validation_steps),
     )
+    if validation.num_examples is None or options.validation_steps is not None:
+        return plan
+    # One pass after the other, all alike: to open the data anew would take longer than to read them.
+    return dataclasses.replace(plan, place=Place(lap), num_epochs_after=num_epochs_after)
+
+
+def _validate(
+    loop: Loop, validation: Source, plan: BatchPlan, callbacks: keras.callbacks.CallbackList
+) -> dict[str, Any]:
+    callbacks.on_test_begin()
     logs = loop.evaluate(validation, plan)
     callbacks.on_test_end(logs)
     return logs
@@ -255,15 +282,19 @@ def _is_due(epoch: int, frequency: int | Sequence[int]) -> bool:
     return epoch + 1 in frequency
 
 
-def _log_every(callbacks: keras.callbacks.CallbackList, steps: int | None, *, shown: bool) -> int:
-    """Every step where a callback looks at batches, about ten times an epoch for the eye, else never (0).
+def _log_every(
+    callbacks: keras.callbacks.CallbackList, steps: int | None, *, shown: bool, step_secs: float | None
+) -> int:
+    """Every step where a callback looks at batches, for the eye ten times an epoch at most, else never (0).
 
     Logs are a collective under several workers: the rule must give the same answer on each, so callbacks
     that run on the chief alone do not count.
     """
     if any(_reads_batches(c) for c in callbacks.callbacks):
         return 1
-    return max(1, (steps or 1000) // 10) if shown else 0
+    if not shown:
+        return 0
+    return max(1, (steps or 1000) // 10, math.ceil(_SHOW_SECS / step_secs) if step_secs else 1)
 
 
 def _reads_batches(callback: keras.callbacks.Callback) -> bool:

@@ -81,6 +81,11 @@ class StepTimes:
         ]
         self._longest_trace_secs = max(found[width - 1 :: width])
 
+    @property
+    def step_secs(self) -> float | None:
+        """Mean seconds of a step of the epoch before, alike on all workers; None where they were not taken."""
+        return min((sum(worker.values()) for worker in self._workers), default=0.0) or None
+
     def loop_size(self, num_steps: int) -> int:
         """Says how many steps one call of a graph should hold from now on, by the epoch's times: alike on all workers.
 
@@ -90,7 +95,7 @@ class StepTimes:
         Returns:
             `LOOP` if the calls that it saves are worth compiling so many steps, else 1.
         """
-        step_secs = min(sum(worker.values()) for worker in self._workers)
+        step_secs = self.step_secs or 0.0
         saved_secs = min(worker["rest"] for worker in self._workers) * (1 - 1 / LOOP)
         is_worth = saved_secs * num_steps > MARGIN * LOOP * self._longest_trace_secs
         return LOOP if is_worth and saved_secs > LEAST_SHARE * step_secs else 1

@@ -24,7 +24,7 @@ from tfdist.data import (
 from tfdist.heartbeat import Heart
 from tfdist.sync_options import SyncOptions
 from tfdist.training.compute import Compute
-from tfdist.training.input_position import InputPosition
+from tfdist.training.input_position import InputPosition, KeptIterators
 from tfdist.training.input_wait import InputWait, timed_next
 from tfdist.training.meeting import Meeting
 from tfdist.training.metric_parts import find_whole
@@ -72,6 +72,8 @@ class SyncLoop:
         self.input_wait = InputWait()
         self._times = StepTimes(num_workers=self._num_workers, rank=self.replica_ids[0] // num_local)
         self._position = InputPosition()
+        self._tested: tuple[Source, BatchPlan, Sequence[Segment]] | None = None
+        self._between_tests = KeptIterators()
         self._is_traced = False
         self._is_inside_loop = False
         self._steps_per_loop = 1
@@ -147,6 +149,12 @@ class SyncLoop:
         if self._meeting is not None:
             self._meeting.start()
 
+    def release(self) -> None:
+        """Lets go of the data."""
+        self._position.forget()
+        self._tested = None
+        self._between_tests.forget()
+
     def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
         """Trains over the plan's steps, yielding once a step, with the logs where `plan.wants_logs`."""
         self._model.reset_metrics()
@@ -194,6 +202,11 @@ class SyncLoop:
         self._times.end_epoch(self.input_wait, self.vote)
         if plan.steps_per_loop is None and self._steps_per_loop == 1:
             self._steps_per_loop = self._times.loop_size(plan.num_epochs_after * (plan.num_steps or 0))
+
+    @property
+    def step_secs(self) -> float | None:
+        """How long a step took in the last epoch, alike on all workers; None where nobody knows."""
+        return self._times.step_secs
 
     def measures(self) -> dict[str, Any]:
         """Returns where the epoch's time went, what crossed between workers, and the steps of a call, if several."""
@@ -268,8 +281,11 @@ class SyncLoop:
 
     def _each(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[Any]:
         step = plan.first_step
-        for segment in self._segments(source, plan):
-            iterator = self._position.open(segment, source, plan) if kind == "train" else segment.open()
+        for segment in self._segments(source, plan) if kind == "train" else self._read_again(source, plan):
+            if kind == "train":
+                iterator = self._position.open(segment, source, plan)
+            else:
+                iterator = self._between_tests.take(segment) or segment.open()
             if self._ends_alone(source) and not self._all_go_on(next(iterator)[1], plan):
                 return
             steps = 0
@@ -295,8 +311,7 @@ class SyncLoop:
                     yield tf.nest.map_structure(self._first_local, outputs)
                     if num_more is not None and self._ends(int(self._first_local(num_more)), plan):
                         return
-            if kind == "train":
-                self._position.keep(segment, iterator)
+            (self._position if kind == "train" else self._between_tests).keep(segment, iterator)
 
     def _loop_size(self, source: Source, plan: BatchPlan, step: int, left: int | None) -> int:
         """Returns how many steps, from zero-based `step` on, are one call: all of a loop, or one.
@@ -339,6 +354,12 @@ class SyncLoop:
         """Returns what of a source this process reads."""
         index = self.replica_ids[0] // len(self.replica_ids)
         return shard_source(source, shard, num_workers=self._num_workers, index=index)
+
+    def _read_again(self, source: Source, plan: BatchPlan) -> Sequence[Segment]:
+        """Returns the segments of the last evaluation, if this is the same: to build them takes longer than to read."""
+        if self._tested is None or self._tested[:2] != (source, plan):
+            self._tested = source, plan, self._segments(source, plan)
+        return self._tested[2]
 
     def _segments(self, source: Source, plan: BatchPlan) -> Sequence[Segment]:
         return local_batches(

@@ -87,8 +87,8 @@ class SharedStep:
         size = self.accumulation_steps - phase
         run: Callable[..., Any] = functools.partial(self._train_run, phase=phase, scales=scales_by_staleness)
         if len(batches) > size:
-            # Traced once for all of them.
-            run = tf.function(run, autograph=False)
+            # Traced once for all of them, and called: copies would each be divided among the machines, by every worker.
+            run = tf.function(run, autograph=False, experimental_attributes={"_noinline": True})
         results = []
         for first in range(0, len(batches), size):
             results += run(batches[first : first + size], step + first, limit)

@@ -16,8 +16,8 @@ _MAX_STEPS = 16
 _MAX_GROWTH = 4
 # Before so many closures, and seconds, their time is not known.
 _MIN_CLOSURES, _MIN_SECS = 16, 1.0
-# The step is traced once, and put into the graph as often as there are steps: which takes this share each time.
-_TRACED_EACH = 0.1
+# A closure's step is traced once; each call of it in the graph takes this share of that.
+_TRACED_EACH = 0.02
 # What is won until the run ends must be so many times what tracing costs.
 _MARGIN = 2.0
 # An epoch gives a worker so many closures at least: at its end all wait for the one who has the last.

@@ -38,11 +38,26 @@ def test_step_is_split_for_every_worker_and_the_same_everywhere():
     first, second = two_workers(slow_secs=0.3)
     assert first == second
     assert first["step_secs"][0] == pytest.approx(
-        {"input": 0.1, "compute": 0.2, "exchange": 0.6, "rest": 0.1}
+        {"input": 0.1, "compute": 0.2, "exchange": 0.6, "update": 0.1, "between": 0.0}
     )
     assert first["step_secs"][1]["compute"] == pytest.approx(0.3)
     assert first["slowest_worker"] == 1
     assert "straggler" not in first
+
+
+def test_what_comes_between_two_calls_is_no_part_of_the_update():
+    moments = iter([0.0, 0.0, 2.0, 5.0, 6.0, 10.0, 11.0])
+    times = StepTimes(num_workers=1, rank=0, now=moments.__next__)
+    times.begin_epoch()
+    for _ in range(2):
+        times.begin_call()
+        times.end_step(1.0, 0.5, counts=True)
+    times.end_step(1.0, 0.0, counts=True)  # of the second call
+    times.end_epoch(type("Waits", (), {"share": 0.0}), lambda own: own)
+    (secs,) = times.summary()["step_secs"]
+    assert secs == pytest.approx(
+        {"input": 0.0, "compute": 1.0, "exchange": 1 / 3, "update": 4 / 3, "between": 1.0}, abs=1e-6
+    )
 
 
 def test_worker_that_computes_far_longer_than_the_median_is_named():
@@ -79,8 +94,8 @@ def test_worker_that_saves_least_decides_for_all():
         times.end_step(0.5, 0.0, counts=False)
         for _ in range(4):
             times.end_step(0.5, 0.0, counts=True)
-        other = [0.0, 1.0 - other_rest_secs, 0.0, other_rest_secs, 1.0]
-        times.end_epoch(Waits(), lambda own: [*own[:5], *other])
+        other = [0.0, 1.0 - other_rest_secs, 0.0, other_rest_secs / 2, other_rest_secs / 2, 1.0]
+        times.end_epoch(Waits(), lambda own: [*own[:6], *other])
         return times.loop_size(10**6)
 
     assert size(other_rest_secs=0.4) > 1

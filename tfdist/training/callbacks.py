@@ -99,10 +99,10 @@ class MetricsFile(keras.callbacks.Callback):
     they had nothing to do), `staleness_mean` and `staleness_p95` (optimizer steps of others between a gradient's
     reading of the weights and its applying) and `staleness_counts` (how many gradients had a staleness of 0, of 1 and
     so on), with backup workers `num_dropped` (examples whose parts came too late), where a worker has died
-    `num_repeated` (steps that were made twice), under a sync strategy `step_secs`
-    (for each worker the mean seconds of a step, by what they went to) and `steps_per_loop` (in one call of a graph, if
-    several), under `multiworker` `slowest_worker`,
-    `straggler` (how many times the median it computes, where that is much) and `exchange_mb` (megabytes, 10**6
+    `num_repeated` (steps that were made twice), under a sync strategy `step_secs` (for each worker the mean seconds
+    of a step, by what they went to: see `tfdist.training.step_times`) and `steps_per_loop` (in one call of a graph,
+    if several), under `multiworker` `slowest_worker`, `straggler` (how many times the median it computes, where that
+    is much) and `exchange_mb` (megabytes, 10**6
     bytes, that the chief has sent), and the epoch's logs. A resumed run first drops the lines of the epochs that it
     trains again.
 

@@ -1,4 +1,9 @@
-"""Where the time of a sync run's steps goes, on each worker: input, compute, exchange, and the rest."""
+"""Where the time of a sync run's steps goes, on each worker.
+
+A step waits for its batch (`input`), runs forward and back until its first gradients can cross (`compute`), adds them
+up with the other workers', while it runs back through the other layers (`exchange`), and updates weights and metrics,
+of which the call of its graph is part (`update`). `between` two calls come callbacks, logs and checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,7 @@ STRAGGLER = 1.5
 LOOP = 4
 # What loops save must be so many times what they cost, and this share of the time at least.
 MARGIN, LEAST_SHARE = 2.0, 0.05
-_NAMES = ("input", "compute", "exchange", "rest")
+_NAMES = ("input", "compute", "exchange", "update", "between")
 
 
 class StepTimes:
@@ -37,9 +42,13 @@ class StepTimes:
 
     def begin_epoch(self) -> None:
         """Forgets the epoch before."""
-        self._compute_secs = self._exchange_secs = self._total_secs = 0.0
+        self._compute_secs = self._exchange_secs = self._between_secs = self._total_secs = 0.0
         self._num_steps = 0
-        self._last = self._now()
+        self._last = self._called_at = self._now()
+
+    def begin_call(self) -> None:
+        """Notes that a graph is called now, for a step or several."""
+        self._called_at = self._now()
 
     def end_step(self, compute_secs: float, exchange_secs: float, *, counts: bool) -> None:
         """Adds a step.
@@ -53,6 +62,7 @@ class StepTimes:
         if counts:
             self._compute_secs += compute_secs
             self._exchange_secs += exchange_secs
+            self._between_secs += max(self._called_at - self._last, 0.0)
             self._total_secs += now - self._last
             self._num_steps += 1
         else:
@@ -70,8 +80,9 @@ class StepTimes:
         own = [0.0] * (width * self._num_workers)
         if self._num_steps and self._compute_secs:
             wait_secs = (input_wait.share or 0.0) * self._total_secs
-            rest_secs = self._total_secs - wait_secs - self._compute_secs - self._exchange_secs
-            secs = (wait_secs, self._compute_secs, self._exchange_secs, max(rest_secs, 0.0))
+            known = (wait_secs, self._compute_secs, self._exchange_secs)
+            update_secs = self._total_secs - sum(known) - self._between_secs
+            secs = (*known, max(update_secs, 0.0), self._between_secs)
             means = [s / self._num_steps for s in secs]
             own[width * self.rank : width * (self.rank + 1)] = [*means, self._trace_secs]
         found = vote(own) if self._num_workers > 1 else own
@@ -96,7 +107,7 @@ class StepTimes:
             `LOOP` if the calls that it saves are worth compiling so many steps, else 1.
         """
         step_secs = self.step_secs or 0.0
-        saved_secs = min(worker["rest"] for worker in self._workers) * (1 - 1 / LOOP)
+        saved_secs = min(worker["update"] + worker["between"] for worker in self._workers) * (1 - 1 / LOOP)
         is_worth = saved_secs * num_steps > MARGIN * LOOP * self._longest_trace_secs
         return LOOP if is_worth and saved_secs > LEAST_SHARE * step_secs else 1
 

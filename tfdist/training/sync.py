@@ -296,6 +296,8 @@ class SyncLoop:
                 left = None if segment.num_steps is None else segment.num_steps - steps
                 size = self._loop_size(source, plan, step, left) if kind == "train" else 1
                 function = self._function(kind, source, segment, size)
+                if kind == "train":
+                    self._times.begin_call()
                 try:
                     loop = function(iterator, *limits)
                 except tf.errors.OutOfRangeError:

@@ -415,7 +415,7 @@ def _draw_options(d: _Draw, weighting: str, rate: Any) -> dict[str, Any]:
             {"all": {0: 1.0, 1: 3.0, 2: 0.5}, "some": {0: 2.0}, "floats": {0.0: 0.5, 1.0: 2.0}},
         )
     if d.maybe("steps_per_epoch", 0.2):
-        options["steps_per_epoch"] = 2
+        options |= {"steps_per_epoch": 2, "epochs": 2}  # the second goes on where the first has ended
     elif d.maybe("validation_split", 0.2):
         options["validation_split"] = 0.25
     callback = d.one("callback", ["none", "none", "early", "schedule", "stop"])

@@ -25,7 +25,7 @@ workers = [service.WorkerServer(service.WorkerConfig(dispatcher_address=address)
 print("dispatcher", address, flush=True)
 sys.stdin.read()
 """
-WORLDS = rarely(["one_device", "mirrored-2", "multiworker-2", "ps-1"], "mirrored-2", "ps-1")
+WORLDS = rarely(["one_device", "mirrored-2", "multiworker-2", "ps-1"], "one_device", "mirrored-2", "ps-1")
 
 
 def run_served(world, service, out, cases=None):

@@ -8,9 +8,9 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tfdist.data import build_source, local_batches
+from tfdist.data import Segment, build_source, local_batches
 from tfdist.errors import ConfigError
-from tfdist.training.input_position import InputPosition, check_order
+from tfdist.training.input_position import InputPosition, KeptIterators, check_order
 from tfdist.training.plan import BatchPlan, Place
 
 COUNT, BATCH = 103, 10
@@ -196,3 +196,19 @@ def test_large_state_is_not_kept(monkeypatch):
             segment, source, plan
         )
         assert bool(position.save()) == is_kept
+
+
+def test_iterator_is_read_on_only_from_where_it_stands():
+    """As when an epoch is given up, and its start comes again."""
+
+    def segment(start, num_steps):
+        return Segment(build=lambda: None, num_steps=num_steps, run="a run", start=start, stop=10)
+
+    kept, iterator = KeptIterators(), iter([1])
+    kept.keep(segment(0, 4), iterator)
+    assert kept.take(segment(3, 4)) is None
+    kept.keep(segment(0, 4), iterator)
+    assert kept.take(segment(4, 4)) is iterator
+    assert kept.take(segment(4, 4)) is None
+    kept.keep(segment(8, 2), iterator)  # nothing follows
+    assert kept.take(segment(10, 1)) is None

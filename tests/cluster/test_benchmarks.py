@@ -10,6 +10,8 @@ import pytest
 SECS = 3000
 COMMANDS = [
     "overhead.py",
+    "epochs.py --only=time",
+    "epochs.py --only=memory",
     "input.py",
     "recovery.py --only=checkpoints",
     "ps_embedding.py",

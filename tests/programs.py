@@ -95,7 +95,6 @@ def run(args, *, cwd=None, env=None, timeout=280):
             program.wait(timeout)
         except BaseException:
             program.kill()
-            program.wait()
             raise
         texts = []
         for file in (out, err):

@@ -212,3 +212,19 @@ def test_iterator_is_read_on_only_from_where_it_stands():
     assert kept.take(segment(4, 4)) is None
     kept.keep(segment(8, 2), iterator)  # nothing follows
     assert kept.take(segment(10, 1)) is None
+
+
+def test_of_a_stream_only_the_last_pass_is_kept():
+    """Each has its own order; evaluations would heap up what they have read to the end."""
+    ended = []
+
+    class Iterator:
+        def __del__(self):
+            ended.append(self)
+
+    kept = KeptIterators()
+    for lap in range(3):
+        segment = Segment(build=lambda: None, num_steps=4, run=("a stream", lap))
+        assert kept.take(segment) is None
+        kept.keep(segment, Iterator())
+    assert len(ended) == 2

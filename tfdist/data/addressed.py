@@ -16,11 +16,11 @@ from tfdist.data.segment import Segment, Share
 from tfdist.data.source import ArraySource, take
 
 _BYTES_AT_ONCE, _MAX_STEPS_AT_ONCE = 2**20, 32
+# Fewer where an example may take its time: the first step waits for all of them.
+_MAX_OBJECT_STEPS_AT_ONCE = 8
 _NUM_PARALLEL_READS = 2
 # Batches that wait for their step.
 _NUM_READ_AHEAD = 4
-# Fewer where an example may take its time: the first step waits for all of them.
-_MAX_OBJECT_STEPS_AT_ONCE = 8
 
 
 def addressed_batches(source: ArraySource | IndexedSource, share: Share) -> list[Segment]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -50,12 +49,8 @@ class Segment:
 
     def open(self) -> Iterator[Any]:
         """Returns an iterator over the elements, from where they are not left out."""
-        return open_iterator(self._asked_for)
-
-    @functools.cached_property
-    def _asked_for(self) -> tf.data.Dataset:
         dataset = self.build_in_budget()
-        return dataset.skip(self.num_skipped) if self.num_skipped else dataset
+        return open_iterator(dataset.skip(self.num_skipped) if self.num_skipped else dataset)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

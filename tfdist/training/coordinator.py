@@ -112,14 +112,13 @@ class CoordinatorLoop:
 
     def start(self) -> None:
         """Goes on counting where the model stands: random streams and accumulation follow the step's number."""
-        self._position.forget()
+        self.release()
         if self._model.optimizer is not None:
             self._num_scheduled = int(keras_internals.batch_counter(self._model.optimizer).numpy())
 
     def release(self) -> None:
-        """Lets go of the data."""
+        """Lets go of the stream; what the workers hold may be asked for again, as by an evaluation at the end."""
         self._position.forget()
-        self._feeds.clear()
 
     def share_out(self, options: PsOptions) -> None:
         """Says how the next epochs' steps are shared out.

@@ -44,7 +44,11 @@ class KeptIterators:
     def take(self, segment: Segment) -> Iterator[Any] | None:
         """Returns one that stands where a segment begins, if there is one."""
         place, kept = self._kept.pop(segment.run, (None, None))
-        return kept if place == segment.start else None
+        if kept is not None and place == segment.start:
+            return kept
+        if segment.stop is None:
+            self._kept.clear()  # what is left of the pass before
+        return None
 
 
 class InputPosition:
@@ -71,8 +75,6 @@ class InputPosition:
         if kept is not None:
             return kept
         self._iterator = None
-        if segment.stop is None:
-            self._kept.forget()  # what is left of the pass before
         if not isinstance(source, StreamSource):
             return segment.open()
         dataset = segment.build_in_budget()

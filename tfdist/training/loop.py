@@ -160,10 +160,10 @@ def run_fit(
             warnings.warn(_RAN_OUT, stacklevel=2)
         logs = dict(loop.epoch_logs)
         if validation is not None and _is_due(epoch, options.validation_freq):
-            plan = _plan_validation(
+            test_plan = _plan_validation(
                 validation, options, lap=num_validated, num_epochs_after=options.epochs - epoch - 1
             )
-            logs |= {f"val_{k}": v for k, v in _validate(loop, validation, plan, callbacks).items()}
+            logs |= {f"val_{k}": v for k, v in _validate(loop, validation, test_plan, callbacks).items()}
             num_validated += 1
         with heart.busy():
             callbacks.on_epoch_end(epoch, logs)

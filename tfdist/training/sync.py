@@ -72,7 +72,6 @@ class SyncLoop:
         self.input_wait = InputWait()
         self._times = StepTimes(num_workers=self._num_workers, rank=self.replica_ids[0] // num_local)
         self._position = InputPosition()
-        self._tested: tuple[Source, BatchPlan, Sequence[Segment]] | None = None
         self._between_tests = KeptIterators()
         self._is_traced = False
         self._is_inside_loop = False
@@ -144,7 +143,7 @@ class SyncLoop:
     def start(self) -> None:
         """Prepares the replicas for training: equal weights are TensorFlow's, different random streams ours."""
         self._step.spread_seeds()
-        self._position.forget()
+        self.release()
         self._steps_per_loop = 1
         if self._meeting is not None:
             self._meeting.start()
@@ -152,7 +151,6 @@ class SyncLoop:
     def release(self) -> None:
         """Lets go of the data."""
         self._position.forget()
-        self._tested = None
         self._between_tests.forget()
 
     def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
@@ -281,7 +279,7 @@ class SyncLoop:
 
     def _each(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[Any]:
         step = plan.first_step
-        for segment in self._segments(source, plan) if kind == "train" else self._read_again(source, plan):
+        for segment in self._segments(source, plan):
             if kind == "train":
                 iterator = self._position.open(segment, source, plan)
             else:
@@ -356,12 +354,6 @@ class SyncLoop:
         """Returns what of a source this process reads."""
         index = self.replica_ids[0] // len(self.replica_ids)
         return shard_source(source, shard, num_workers=self._num_workers, index=index)
-
-    def _read_again(self, source: Source, plan: BatchPlan) -> Sequence[Segment]:
-        """Returns the segments of the last evaluation, if this is the same: to build them takes longer than to read."""
-        if self._tested is None or self._tested[:2] != (source, plan):
-            self._tested = source, plan, self._segments(source, plan)
-        return self._tested[2]
 
     def _segments(self, source: Source, plan: BatchPlan) -> Sequence[Segment]:
         return local_batches(

@@ -22,7 +22,7 @@ from tfdist.data import ShardedSource, Source, build_source, hold_out
 from tfdist.data.faults import readable_faults
 from tfdist.devices import configure_devices
 from tfdist.environments import detect_cluster
-from tfdist.errors import ConfigError, PeerLost
+from tfdist.errors import ConfigError, PeerLost, Regroup
 from tfdist.heartbeat import Heart
 from tfdist.layers import Embedding
 from tfdist.members import Members
@@ -477,16 +477,22 @@ class Run:
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
         """Steps follow each other inside; a step that fails because other tasks are gone ends this one too."""
+        goes_on = False
         try:
             with readable_faults():
                 yield
+        except Regroup:
+            # In another cluster. The launcher, which may see a peer's death later than we, must not find us resting.
+            goes_on = True
+            raise
         except tf.errors.OpError as error:
             if not is_peer_loss(error) or self.cluster.is_single:
                 raise
             print("tfdist: other tasks are gone in the middle of a step", file=sys.stderr, flush=True)
             raise PeerLost from error
         finally:
-            self._heart.rest()
+            if not goes_on:
+                self._heart.rest()
 
     def _loop(self, model: keras.Model, source: Source, *, is_trained: bool = True) -> Loop:
         if is_trained and not keras_internals.is_compiled(model):

@@ -84,7 +84,9 @@ class RunConfig:
         bucket_mb: In pieces of what size they cross.
         compression: How they are made smaller; None: not at all.
         compression_rank: How small.
-        jit_compile: One of `JIT_COMPILE`: whether XLA compiles forward and backward pass.
+        jit_compile: One of `JIT_COMPILE`: whether XLA compiles forward and backward pass; None: on GPUs, if it can.
+        gpu_memory_gb: What a process, or a replica that shares a GPU, may take of it (10**9 bytes); None: all it needs.
+        deterministic: Whether the same run gives the same bits again, on GPUs too, where that makes it slower.
         profile: "START:STOP": TensorBoard's profile of these steps, counted from 1; None: none.
         resume: Whether to go on from the checkpoints in `run_dir`.
         overrides: The recipe's own settings, each as "name=value".
@@ -140,7 +142,9 @@ class RunConfig:
     bucket_mb: float = SyncOptions.bucket_mb
     compression: str | None = None
     compression_rank: int = SyncOptions.compression_rank
-    jit_compile: str = "off"
+    jit_compile: str | None = None
+    gpu_memory_gb: float | None = None
+    deterministic: bool = False
     profile: str | None = None
     resume: bool = False
     overrides: tuple[str, ...] = ()
@@ -237,7 +241,7 @@ class RunConfig:
             ("shard", SHARDS),
             ("ps_mode", PS_MODES),
             ("staleness_lr", (None, *STALENESS_LR)),
-            ("jit_compile", JIT_COMPILE),
+            ("jit_compile", (None, *JIT_COMPILE)),
             ("verbose", VERBOSITIES),
         ):
             value = getattr(self, name)

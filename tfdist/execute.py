@@ -88,6 +88,8 @@ def _carry_out_in(
         seed=config.seed,
         mixed_precision=config.mixed_precision,
         cluster=cluster,
+        gpu_memory_gb=config.gpu_memory_gb,
+        deterministic=config.deterministic,
     )
     if members is not None:
         run.join(members, carried)

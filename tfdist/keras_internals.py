@@ -19,9 +19,11 @@ from keras.src.backend import compute_output_spec
 from keras.src.losses import loss as keras_loss
 from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
 from keras.src.saving import saving_lib
+from keras.src.trainers.trainer import model_supports_jit
 from tensorflow.python.distribute import distribute_lib
 from tensorflow.python.distribute import values as distributed_values
 from tensorflow.python.eager import context
+from tensorflow.python.framework.config import is_op_determinism_enabled
 
 # By its private name: `tf.distribute.get_strategy` makes a graph, with which TensorFlow starts a thread and draws its
 # first random names. Processes forked after that would share both.
@@ -530,6 +532,16 @@ def scaling_rate(optimizer: keras.optimizers.Optimizer, factor: Any) -> Iterator
         yield
     finally:
         del optimizer.__dict__["_get_current_learning_rate"]
+
+
+def is_deterministic() -> bool:
+    """Says whether TensorFlow may run deterministic operations alone, as a call or TF_DETERMINISTIC_OPS has told it."""
+    return bool(is_op_determinism_enabled())
+
+
+def supports_xla(model: keras.Model) -> bool:
+    """Says whether Keras itself would let XLA compile the model."""
+    return bool(model_supports_jit(model))
 
 
 def forget_cluster() -> None:

@@ -20,7 +20,7 @@ from tfdist.cluster import Cluster, Task, canonical_strategy, check_strategy
 from tfdist.config import JIT_COMPILE
 from tfdist.data import ShardedSource, Source, build_source, hold_out
 from tfdist.data.faults import readable_faults
-from tfdist.devices import configure_devices
+from tfdist.devices import configure_devices, take_gpus
 from tfdist.environments import detect_cluster
 from tfdist.errors import ConfigError, PeerLost, Regroup
 from tfdist.heartbeat import Heart
@@ -60,6 +60,8 @@ def initialize(
     cluster: Cluster | None = None,
     mixed_precision: str | None = None,
     start_timeout_secs: float = 300.0,
+    gpu_memory_gb: float | None = None,
+    deterministic: bool = False,
 ) -> Run:
     """Joins the cluster and builds the strategy. Worker and ps tasks of a `ps` run serve here and never return.
 
@@ -71,6 +73,10 @@ def initialize(
         cluster: None reads it from the environment.
         mixed_precision: `bfloat16` or `float16` computes in it, with float32 variables.
         start_timeout_secs: Longest wait for the other tasks, in seconds; TensorFlow itself would wait for an hour.
+        gpu_memory_gb: What this process may take of each GPU (10**9 bytes), where several replicas of `mirrored` share
+            one each of them; None: what it needs.
+        deterministic: Let TensorFlow run deterministic operations alone, so that the same program gives the same bits
+            on GPUs too; steps are slower then, without XLA, and their times are not taken.
 
     Returns:
         The run, on tasks that run the program.
@@ -87,11 +93,19 @@ def initialize(
             f"'python -m tfdist.launch --strategy={name} --num_workers=2 your_script.py', or set TF_CONFIG."
         )
     check_strategy(cluster, name)
+    if deterministic:
+        if name == "ps":
+            raise ConfigError(
+                "deterministic with strategy='ps': its workers' updates come in whatever order they are ready; choose "
+                "another strategy, or leave it out."
+            )
+        tf.config.experimental.enable_op_determinism()
+    take_gpus(cluster, name)
     if cluster.only_serves(name):
         serve(cluster, start_timeout_secs=start_timeout_secs)
     heart = Heart.from_environment(os.environ)
     prepare_server(cluster, name)
-    configure_devices(strategy=name, num_replicas=num_replicas)
+    configure_devices(strategy=name, num_replicas=num_replicas, gpu_memory_gb=gpu_memory_gb)
     keras.utils.set_random_seed(seed)
     if mixed_precision:
         keras.mixed_precision.set_dtype_policy(f"mixed_{mixed_precision}")
@@ -190,7 +204,7 @@ class Run:
         staleness_lr: str | None = None,
         num_backup_workers: int = 0,
         sync: str | SyncOptions = "every_step",
-        jit_compile: str = "off",
+        jit_compile: str | None = None,
     ) -> keras.callbacks.History:
         """Trains as `keras.Model.fit` does, over the whole cluster.
 
@@ -255,8 +269,10 @@ class Run:
             sync: Under `multiworker`, how workers share what they learn: one of `tfdist.sync_options.SYNCS`, or
                 `tfdist.SyncOptions(…)` for all there is to choose. Only "every_step", and without a narrower type or
                 compression, has the answer of one device.
-            jit_compile: "on" lets XLA compile forward and backward pass, "auto" times both ways at first and takes the
-                faster (so that two runs may differ by rounding), "off" leaves it to `compile`. Not under `ps`.
+            jit_compile: "on" lets XLA compile forward and backward pass, "off" does not. "auto" compiles on GPUs if the
+                model can be; on CPUs it times both ways at first and takes the faster (so that two runs may differ by
+                rounding). None: as `compile` says under `one_device`; else "auto" on GPUs, "off" on CPUs. A pass's last
+                batch, if it is short, is computed without. Not under `ps`.
 
         Returns:
             The history, equal on every task that runs the program.
@@ -562,10 +578,10 @@ class Run:
             )
         return 1
 
-    def _check_jit(self, jit_compile: str) -> None:
-        if jit_compile not in JIT_COMPILE:
+    def _check_jit(self, jit_compile: str | None) -> None:
+        if jit_compile not in (None, *JIT_COMPILE):
             raise ConfigError(f"jit_compile={jit_compile!r}: choose one of {', '.join(JIT_COMPILE)}.")
-        if jit_compile != "off" and self.strategy_name == "ps":
+        if jit_compile not in (None, "off") and self.strategy_name == "ps":
             raise ConfigError(
                 f"jit_compile={jit_compile!r} with strategy='ps': its steps read and write other machines' variables; "
                 "leave it out."

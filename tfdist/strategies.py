@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.cluster import Cluster
+from tfdist.devices import has_own_gpus
 from tfdist.errors import ConfigError
 
 
@@ -33,6 +36,7 @@ def build_strategy(
     resolver = _build_resolver(cluster)
     if strategy == "multiworker":
         return _build_multiworker(resolver)
+    logging.getLogger("tensorflow").addFilter(_is_not_advice_on_datasets)
     ps_strategy = tf.distribute.ParameterServerStrategy(resolver)
     keras_internals.place_by_bytes(ps_strategy)
     return ps_strategy
@@ -47,14 +51,27 @@ def _build_resolver(cluster: Cluster | None) -> tf.distribute.cluster_resolver.S
     )
 
 
+def _is_not_advice_on_datasets(record: logging.LogRecord) -> bool:
+    """Tells whether TensorFlow says something else than which of its dataset classes a worker with GPUs should use."""
+    return "GPUs are allocated per worker" not in record.getMessage()
+
+
 def is_peer_loss(error: tf.errors.OpError) -> bool:
     """Says whether an operation failed because another task is gone, and not by a fault of its own."""
     return isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError))
 
 
 def _build_multiworker(resolver: tf.distribute.cluster_resolver.ClusterResolver) -> tf.distribute.Strategy:
+    options = None
+    if tf.config.list_physical_devices("GPU"):
+        kinds = tf.distribute.experimental.CommunicationImplementation
+        # Left to itself TensorFlow takes its ring for GPUs too. NCCL refuses workers that share one.
+        implementation = kinds.NCCL if has_own_gpus() else kinds.RING
+        options = tf.distribute.experimental.CommunicationOptions(implementation=implementation)
     try:
-        return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
+        return tf.distribute.MultiWorkerMirroredStrategy(
+            cluster_resolver=resolver, communication_options=options
+        )
     except RuntimeError as error:
         if "program startup" not in str(error):
             raise

@@ -106,6 +106,7 @@ def _launch(words: Sequence[str], fields: Mapping[str, Any], values: flags.FlagV
         ssh=read_ssh_options(values),
         listen_interface=values.listen_interface,
         exchange=config.exchange,
+        gpus_per_worker=values.gpus_per_worker,
         preload=_PRELOAD if values.preload else (),
     )
     if values.dry_run:

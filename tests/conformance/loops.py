@@ -1,8 +1,14 @@
-"""The program of test_loops.py: `loops.py OUT.npz STRATEGY [REPLICAS]` one and several steps in a call."""
+"""The program of test_loops.py: `loops.py OUT.npz STRATEGY [REPLICAS]` one and several steps in a call, and ahead.
 
+A GPU is what this machine has none of. That the host does not wait for its steps is told to tfdist here without one:
+what then runs is what runs there, in the same order, on the CPU.
+"""
+
+import contextlib
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 import tfdist
-from tfdist.training import step_times
+from tfdist.training import clock, step_times
 from tfdist.training.checkpoint_dir import CheckpointWriter
 from tfdist.training.sync import SyncLoop
 
@@ -41,10 +47,30 @@ class Calls:
         SyncLoop._loop_size = self._choose  # type: ignore[method-assign]
 
 
-def build_model() -> keras.Model:
+@contextlib.contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Lets steps be handed out as if to a GPU."""
+    before, clock.has_gpu = clock.has_gpu, lambda: True
+    try:
+        yield
+    finally:
+        clock.has_gpu = before
+
+
+class Words(keras.layers.Layer):
+    """Does something for which XLA has no code."""
+
+    def call(self, inputs: Any) -> Any:
+        """Returns its inputs."""
+        length = tf.reduce_sum(tf.strings.length(tf.strings.as_string(inputs)))
+        return inputs + 0.0 * tf.cast(length, inputs.dtype)
+
+
+def build_model(layer: keras.layers.Layer | None = None) -> keras.Model:
     keras.utils.set_random_seed(1)
     layers = keras.layers
     parts = [layers.Dense(16, activation="relu"), layers.Dropout(0.3, seed=5), layers.BatchNormalization()]
+    parts += [] if layer is None else [layer]
     model = keras.Sequential([keras.Input((6,)), *parts, layers.Dense(3)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(0.01), loss, metrics=["accuracy"])
@@ -52,11 +78,17 @@ def build_model() -> keras.Model:
 
 
 def fit(
-    run: Any, size: int | None, x: np.ndarray = X, *, is_stream: bool = False, **options: Any
+    run: Any,
+    size: int | None,
+    x: np.ndarray = X,
+    *,
+    is_stream: bool = False,
+    layer: keras.layers.Layer | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Returns the weights and the logs, what the calls held, and the error."""
     with run.strategy.scope():
-        model = build_model()
+        model = build_model(layer)
     data: Any = (x, Y)
     if is_stream:
         data = tf.data.Dataset.from_tensor_slices((x, Y)).filter(lambda *example: True)
@@ -86,26 +118,46 @@ def fit(
     }
 
 
+def fit_with_checkpoints(run: Any, size: int | None, policy: str, **options: Any) -> dict[str, Any]:
+    """Returns what `fit` does of data with a NaN, and the checkpoints that are there at the end."""
+    poisoned = X.copy()
+    poisoned[POISONED] = np.nan
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = tfdist.Checkpoints(directory=folder, every_steps=4)
+        found = fit(run, size, poisoned, shuffle=False, on_nan=policy, checkpoints=checkpoints, **options)
+        return {**found, "kept": json.dumps(sorted(path.stem for path in Path(folder).glob("epoch-*.npz")))}
+
+
+def fit_ahead(run: Any) -> dict[str, Any]:
+    """Returns what the same fits do where the host runs ahead of the steps, and what XLA makes of them."""
+    found: dict[str, Any] = {}
+    with as_on_gpu():
+        found |= {f"plain/ahead/{k}": v for k, v in fit(run, None, on_nan="stop", jit_compile="off").items()}
+        for policy in ("stop", "rollback"):
+            results = fit_with_checkpoints(run, None, policy, jit_compile="off")
+            found |= {f"{policy}/ahead/{k}": v for k, v in results.items()}
+        found |= {f"words/ahead/{k}": v for k, v in fit(run, None, layer=Words()).items()}
+    found |= {f"words/1/{k}": v for k, v in fit(run, 1, layer=Words()).items()}
+    return found
+
+
 def main(out: str, strategy: str, replicas: int | None) -> None:
     # One that falls due while the last is being written is left out; here each must be there.
     CheckpointWriter.is_busy = property(lambda self: False)  # type: ignore[assignment]
     run = tfdist.initialize(strategy=strategy, num_replicas=replicas)
-    poisoned = X.copy()
-    poisoned[POISONED] = np.nan
     found: dict[str, Any] = {}
     for size in (1, 4):
         found |= {f"plain/{size}/{k}": v for k, v in fit(run, size, on_nan="stop").items()}
         for policy in ("stop", "rollback"):
-            with tempfile.TemporaryDirectory() as folder:
-                checkpoints = tfdist.Checkpoints(directory=folder, every_steps=4)
-                options = {"on_nan": policy, "checkpoints": checkpoints}
-                results = fit(run, size, poisoned, shuffle=False, **options)
-                kept = sorted(path.stem for path in Path(folder).glob("epoch-*.npz"))
+            results = fit_with_checkpoints(run, size, policy)
             found |= {f"{policy}/{size}/{k}": v for k, v in results.items()}
-            found[f"{policy}/{size}/kept"] = json.dumps(kept)
+    found |= fit_ahead(run)
     step_times.MARGIN = step_times.LEAST_SHARE = -1.0  # else only a run of many thousand steps is worth it
     found |= {f"auto/4/{k}": v for k, v in fit(run, None, on_nan="stop").items()}
     found |= {f"stream/4/{k}": v for k, v in fit(run, 4, is_stream=True).items()}
+    tf.config.experimental.enable_op_determinism()  # for good: nothing may come after it
+    for turn in (1, 2):
+        found |= {f"deterministic/{turn}/{k}": v for k, v in fit(run, 1, on_nan="stop").items()}
     if run.is_chief:
         np.savez(out, **found)
 

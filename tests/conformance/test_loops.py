@@ -56,7 +56,33 @@ def test_rollback_and_checkpoints_are_those_of_single_steps(results, world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_host_that_runs_ahead_of_a_gpu_makes_the_same_steps(results, world):
+    found = results(world)
+    for name in ("weights", "logs", "iterations", "error"):
+        for way in ("plain", "stop", "rollback"):
+            np.testing.assert_array_equal(found[f"{way}/ahead/{name}"], found[f"{way}/1/{name}"], err_msg=way)
+    assert str(found["rollback/ahead/kept"]) == str(found["rollback/1/kept"])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_model_that_xla_has_no_code_for_trains_without_it(results, world):
+    found = results(world)
+    for name in ("weights", "logs", "iterations"):
+        np.testing.assert_array_equal(found[f"words/ahead/{name}"], found[f"words/1/{name}"])
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_data_of_unknown_length_are_trained_on_step_by_step(results, world):
     found = results(world)
     assert set(found["stream/4/sizes"].tolist()) == {1}
     assert found["stream/4/iterations"] == 2 * 12
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_steps_without_a_clock_are_the_same(results, world):
+    """TensorFlow has no clock in its graphs where it must be deterministic."""
+    found = results(world)
+    for name in ("weights", "logs", "iterations"):
+        again = found[f"deterministic/1/{name}"]
+        np.testing.assert_array_equal(again, found[f"deterministic/2/{name}"])
+        np.testing.assert_allclose(again, found[f"plain/1/{name}"], rtol=1e-4, atol=1e-4)

@@ -243,13 +243,12 @@ def test_more_threads_than_cores_are_a_warning(facts, threads, cores, said):
     assert [said in line for line in found] == ([True] if said else [])
 
 
-def test_gpu_of_two_tasks_is_an_error_and_with_a_ps_a_warning(facts):
+def test_gpu_of_two_tasks_is_a_warning(facts):
     for task in facts:
         facts[task]["gpus"] = ["0"]
     (line,) = lines(check_resources(facts))
-    assert line.startswith("error: GPU 0 is seen by worker:1 on h2, worker:2 on h2")
-    (line,) = lines(check_resources({"worker:1": facts["worker:1"], "ps:0": facts["worker:2"]}))
-    assert line.startswith("warning: GPU 0")
+    assert line.startswith("warning: GPU 0 is shared by worker:1 on h2, worker:2 on h2")
+    assert "NCCL refuses two on one" in line
 
 
 def test_little_memory_and_disk_are_warnings(facts):

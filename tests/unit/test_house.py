@@ -16,6 +16,7 @@ FLOORS = {
     "errors": 0,
     "cluster": 0,
     "guests": 0,
+    "gpus": 0,
     "ports": 0,
     "heartbeat": 0,
     "members": 0,
@@ -50,6 +51,7 @@ NEIGHBOURS = {
     "cluster": {"errors"},
     "guests": {"errors", "cluster"},
     "ports": {"errors", "cluster", "guests"},
+    "gpus": {"errors", "cluster", "environments"},
     "members": {"errors", "cluster"},
     "sync_options": {"errors"},
     "config": {"errors", "cluster", "sync_options"},
@@ -57,7 +59,8 @@ NEIGHBOURS = {
     "recipe": {"data"},
     "layers": {"keras_internals", "optimizers"},
     "optimizers": {"keras_internals"},
-    "strategies": {"keras_internals"},
+    "strategies": {"keras_internals", "devices"},
+    "exchange": {"devices"},
 }
 NO_TENSORFLOW = {
     "errors",

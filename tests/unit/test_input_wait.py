@@ -57,7 +57,7 @@ def test_timed_next_waits_for_the_element_alone():
 
     @tf.function
     def step(iterator):
-        element, secs = timed_next(iterator)
+        element, _, secs = timed_next(iterator)
         late = tf.numpy_function(pause, [element, 0.5], tf.int64)
         return late, secs
 

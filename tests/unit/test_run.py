@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import tfdist
 from tfdist import execute, train
+from tfdist.cluster import Cluster, Task
 
 rng = np.random.default_rng(0)
 X, W = rng.normal(size=(22, 3)).astype("float32"), rng.uniform(size=22).astype("float32")
@@ -148,3 +149,10 @@ def test_schedule_of_the_command_ends_with_its_last_step(tmp_path, monkeypatch):
     assert len(rates) == 8
     # Of eight steps the rate is at its highest after the warm-up, in the middle halfway on, and nearly zero at the end.
     assert rates[2] > rates[4] > rates[6] > 0.05 > rates[7] > -1e-6, rates
+
+
+def test_deterministic_is_refused_where_workers_step_in_any_order():
+    addresses = {"chief": ("127.0.0.1:1",), "worker": ("127.0.0.1:2",), "ps": ("127.0.0.1:3",)}
+    cluster = Cluster(addresses=addresses, task=Task("chief", 0))
+    with pytest.raises(tfdist.ConfigError, match="in whatever order they are ready; choose another strategy"):
+        tfdist.initialize(strategy="ps", cluster=cluster, deterministic=True)

@@ -107,3 +107,22 @@ def test_nothing_is_said_before_a_step_was_measured():
     times.end_epoch(Waits(), lambda own: own)
     assert times.summary() == {}
     assert times.loop_size(10**9) == 1
+
+
+@pytest.mark.parametrize(
+    ("waited_secs", "split"),
+    [
+        (0.5, {"input": 0.1, "compute": 0.9, "exchange": 0.0, "update": 0.0, "between": 0.0}),
+        (0.05, {"input": 0.1, "compute": 0.05, "exchange": 0.0, "update": 0.85, "between": 0.0}),
+    ],
+)
+def test_host_that_waits_for_a_gpu_does_not_hold_it_up(waited_secs, split):
+    clock = itertools.count()
+    times = StepTimes(num_workers=1, rank=0, is_ahead=True, now=lambda: float(next(clock)))
+    times.begin_epoch()
+    for _ in range(4):
+        times.end_step(waited_secs, 0.0, counts=True)
+    times.end_epoch(Waits(), lambda own: own)
+    assert times.summary()["step_secs"] == [pytest.approx(split)]
+    # Steps in one call would save the host's time, which is free while it waits.
+    assert times.loop_size(100, is_traced=False) == (1 if waited_secs == 0.5 else 4)

@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -21,7 +20,8 @@ from tfdist.cluster import Cluster, split_address
 from tfdist.environments import detect_cluster
 from tfdist.environments.slurm import describe_unused
 from tfdist.environments.tf_config import VARIABLE
-from tfdist.errors import ConfigError
+from tfdist.errors import ConfigError, TfdistError
+from tfdist.gpus import VISIBLE_VARIABLE, deal_gpus, list_gpus
 from tfdist.guests import is_open
 from tfdist.launcher.job import count_cores
 from tfdist.launcher.memory import read_available_bytes
@@ -31,7 +31,6 @@ _PACKAGES = ("tensorflow", "keras", "numpy", "protobuf")
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 _NO_PROXIES = ("no_grpc_proxy", "no_proxy")
 _THREADS = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
-_SMI_SECS = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ def gather_facts(env: Mapping[str, str], asked: Asked) -> dict[str, Any]:
         **(_look_at_recipe(asked.recipe) if asked.recipe else {"recipe": None, "recipe_error": None}),
         "num_cores": count_cores(),
         "threads": max((int(env[n]) for n in _THREADS if env.get(n, "").isdecimal()), default=None),
-        "gpus": _find_gpus(env),
+        "gpus": _find_gpus(env, cluster),
         "memory_bytes": read_available_bytes(),
         "num_files": len(glob.glob(asked.data_files, recursive=True)) if asked.data_files else None,
         "proxies": [name for name in _PROXIES if env.get(name)],
@@ -178,22 +177,13 @@ def _find_recipe(name: str) -> Path:
     return found[0]
 
 
-def _find_gpus(env: Mapping[str, str]) -> list[str]:
-    named = env.get("CUDA_VISIBLE_DEVICES")
-    if shutil.which("nvidia-smi") is None:
-        return []
-    if named is not None:
-        return [word.strip() for word in named.split(",") if word.strip() not in ("", "-1")]
+def _find_gpus(env: Mapping[str, str], cluster: Cluster) -> list[str]:
+    """Returns the GPUs that this task will compute on."""
     try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=_SMI_SECS,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.split() if done.returncode == 0 else []
+        own = deal_gpus(env, cluster, "ps" if cluster.num_ps else "multiworker")
+    except TfdistError:
+        return []  # the run itself says why
+    return list_gpus(env if own.visible is None else {**env, VISIBLE_VARIABLE: own.visible})
 
 
 def _look_at_disk(run_dir: str | None) -> dict[str, Any]:

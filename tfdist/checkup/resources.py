@@ -69,15 +69,13 @@ def _check_gpus(tasks: list[str], facts: AllFacts) -> list[Finding]:
     for task in tasks:
         for gpu in facts[task]["gpus"]:
             owners.setdefault(gpu, []).append(task)
-    findings = []
-    for gpu, sharing in owners.items():
-        num_computing = sum(not task.startswith("ps") for task in sharing)
-        if len(sharing) > 1:
-            findings.append(
-                Finding(
-                    severity="error" if num_computing > 1 else "warning",
-                    text=f"GPU {gpu} is seen by {name_tasks(sharing, facts)}: NCCL refuses two",
-                    remedy="give each task its own by CUDA_VISIBLE_DEVICES, and ps tasks none (-1)",
-                )
-            )
-    return findings
+    return [
+        Finding(
+            severity="warning",
+            text=f"GPU {gpu} is shared by {name_tasks(sharing, facts)}: they divide its time and memory, and under "
+            "multiworker gradients cross by the host, for NCCL refuses two on one",
+            remedy="take as many workers as there are GPUs",
+        )
+        for gpu, sharing in owners.items()
+        if len(sharing) > 1
+    ]

@@ -15,6 +15,7 @@ from tfdist.data.source import (
     Source,
     StreamSource,
     build_source,
+    has_varying_shapes,
     hold_out,
     take,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "build_source",
     "epoch_indices",
     "forget_readers",
+    "has_varying_shapes",
     "hold_out",
     "local_batches",
     "num_steps",

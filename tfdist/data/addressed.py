@@ -61,6 +61,7 @@ def addressed_batches(source: ArraySource | IndexedSource, share: Share) -> list
                 build=functools.partial(run.read, start, stop),
                 num_steps=end - first,
                 never_empty=never_empty,
+                is_short=size < batch and whole > 0,
                 run=run,
                 start=start,
                 stop=stop,

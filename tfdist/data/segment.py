@@ -28,6 +28,7 @@ class Segment:
         num_skipped: Elements to leave out at the start; they are not part of `num_steps`.
         num_buffered: Examples that are held back for shuffling.
         never_empty: Whether each replica is sure to get an example of each batch.
+        is_short: Whether its batches are shorter than the pass's others, which has but one of them.
         run: Names what goes on after the segment's last element, maybe with another epoch's; None: nothing does.
         start: Place of the first element in the run.
         stop: Place in the run at which the dataset ends; None: where the data do.
@@ -39,6 +40,7 @@ class Segment:
     num_skipped: int = 0
     num_buffered: int = 0
     never_empty: bool = False
+    is_short: bool = False
     run: Hashable = None
     start: int = 0
     stop: int | None = None

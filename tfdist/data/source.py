@@ -120,6 +120,15 @@ class ServedSource:
 Source = ArraySource | IndexedSource | StreamSource | ShardedSource | ServedSource | SelfShardedSource
 
 
+def has_varying_shapes(source: Source) -> bool:
+    """Says whether a stream's examples are of several shapes, as sentences are."""
+    stream = getattr(source, "stream", source)
+    if not isinstance(stream, StreamSource):
+        return False
+    specs = tf.nest.flatten(stream.dataset.element_spec)
+    return not all(isinstance(spec, tf.TensorSpec) and spec.shape.is_fully_defined() for spec in specs)
+
+
 def take(tensors: Any, indices: tf.Tensor) -> Any:
     """Returns the examples at `indices` (`[n]` int64) of a nest of `[num_examples, …]` tensors."""
     return tf.nest.map_structure(lambda t: tf.gather(t, indices), tensors)

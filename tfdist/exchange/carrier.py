@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfdist.devices import has_own_gpus
 from tfdist.environments.mpi import find_starter
 from tfdist.errors import ConfigError
 
@@ -176,9 +177,12 @@ def choose_carrier(
         ConfigError: If `mpi` is asked for and there is none.
     """
     collective = CollectiveCarrier(rank=rank, num_workers=num_workers)
+    if tf.config.list_logical_devices("GPU") and exchange != "mpi":
+        how = "NCCL" if has_own_gpus() else "TensorFlow's ring, since NCCL refuses workers that share a GPU"
+        return collective, f"gradients by {how}"
     if exchange == "collective" or num_workers == 1:
         return collective, "exchange by TensorFlow's collectives"
-    obstacle = "GPUs exchange by NCCL" if tf.config.list_logical_devices("GPU") else ""
+    obstacle = ""
     if num_local > 1:
         obstacle = f"each worker has {num_local} replicas"
     obstacle = obstacle or ("" if find_starter(os.environ) else "this process was not started for MPI")

@@ -105,6 +105,7 @@ def parse_flags(args: Sequence[str], env: Mapping[str, str]) -> LaunchFlags:
         ssh=read_ssh_options(flags),
         listen_interface=flags.listen_interface,
         exchange=flags.exchange,
+        gpus_per_worker=flags.gpus_per_worker,
         preload=_PRELOAD if flags.preload else (),
     )
     return LaunchFlags(job=job, dry_run=flags.dry_run, world=world, place=place)
@@ -150,6 +151,8 @@ def _build_parser() -> _Parser:
         help="interface on which alone the hosts' servers listen, such as eth0 (default: all)")  # fmt: skip
     add("--exchange", default="auto", metavar="NAME",
         help="what carries gradients: collective, mpi (needs mpi4py) or auto (default: auto)")  # fmt: skip
+    add("--gpus_per_worker", type=int, metavar="N",
+        help="GPUs of its host that each worker is given, 0 for none (default: all, dealt out evenly)")  # fmt: skip
     add("--preload", action="store_true",
         help="import TensorFlow and Keras once, then fork the tasks of this machine: they start sooner. "
         "The script cannot set what TensorFlow reads at import")  # fmt: skip
@@ -174,7 +177,8 @@ _VALUED = (
     "--num_workers", "--nproc_per_node", "--num_proc", "-np", "-n", "--num_ps", "--strategy", "--run_dir",
     "--grace_secs", "--num_threads", "--max_restarts", "--restart_window_secs", "--hang_timeout_secs",
     "--rescale_every_secs", "--chaos", "--hosts", "-H", "--hostfile", *SSH_FLAGS, "-i",
-    "--listen_interface", "--exchange", *(flag for world in WORLDS.values() for flag in world.flags),
+    "--listen_interface", "--exchange", "--gpus_per_worker",
+    *(flag for world in WORLDS.values() for flag in world.flags),
 )  # fmt: skip
 
 

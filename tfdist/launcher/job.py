@@ -17,6 +17,7 @@ from tfdist.cluster import (
 )
 from tfdist.environments.mpi import drop_rank
 from tfdist.errors import ConfigError
+from tfdist.gpus import PER_WORKER_VARIABLE
 from tfdist.guests import LISTEN_VARIABLE
 from tfdist.launcher.hosts import Host, SshOptions
 from tfdist.sync_options import EXCHANGES
@@ -70,6 +71,7 @@ class Job:
         listen_interface: Network interface on which alone their servers listen, such as `eth0`; None: all.
         exchange: What carries gradients between the workers of `multiworker`: `collective`, TensorFlow's own; `mpi`,
             for which this launcher stands in for `mpiexec`; `auto` lets the tasks choose.
+        gpus_per_worker: How many of its host's each is given; 0: none; None: all of them are dealt out evenly.
         preload: Modules that are imported once, before this machine's tasks are forked; none: each is started anew.
 
     Raises:
@@ -96,6 +98,7 @@ class Job:
     ssh: SshOptions = SshOptions()
     listen_interface: str | None = None
     exchange: str = "auto"
+    gpus_per_worker: int | None = None
     preload: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -120,6 +123,7 @@ class Job:
         _check_at_least("hang_timeout_secs", self.hang_timeout_secs, 0)
         _check_at_least("rescale_every_secs", self.rescale_every_secs, 0)
         _check_at_least("min_workers", self.min_workers, 1)
+        _check_at_least("gpus_per_worker", self.gpus_per_worker, 0)
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ConfigError(
                 f"num_workers is {self.min_workers}:{self.num_workers}: write it as least:most, such as 2:4"
@@ -267,6 +271,8 @@ def render_shared_env(job: Job, *, cores: int | None, cores_per_task: int | None
     }
     if job.strategy is not None:
         added["TFDIST_STRATEGY"] = job.strategy
+    if job.gpus_per_worker is not None:
+        added[PER_WORKER_VARIABLE] = str(job.gpus_per_worker)
     if job.run_dir is not None:
         added["TFDIST_RUN_DIR"] = job.run_dir
     defaults = {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1"}

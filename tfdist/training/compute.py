@@ -121,6 +121,12 @@ class Compute:
         return Computed(gradients=ordered, variables=found["variables"], logs=logs, names=found["names"])
 
 
+def touch(gradients: Sequence[Any]) -> tf.Tensor:
+    """Returns a number that is there when all gradients are, wherever they are computed."""
+    present = tf.nest.flatten([g for g in gradients if g is not None], expand_composites=True)
+    return tf.add_n([tf.cast(tf.reshape(t, [-1])[0], tf.float32) for t in present] or [tf.constant(0.0)])
+
+
 def time_calls(function: Callable[[], Any]) -> float:
     """Returns the median seconds of a call, the first of which compiles and is left out; infinity if it fails."""
     secs = []

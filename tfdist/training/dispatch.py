@@ -9,6 +9,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfdist.training.clock import now_after
+
 # What is lost between two closures may be this share of the workers' time.
 _SHARE = 0.03
 _MAX_STEPS = 16
@@ -149,10 +151,9 @@ def timed(body: Callable[..., Any]) -> Callable[..., Any]:
     inner = tf.function(body, autograph=False)
 
     def run(*args: Any) -> tuple[Any, tf.Tensor]:
-        start = tf.timestamp()
+        start = now_after(())
         with tf.control_dependencies([start]):
             results = inner(*args)
-        with tf.control_dependencies(tf.nest.flatten(results)):
-            return results, tf.timestamp() - start
+        return results, now_after(results) - start
 
     return run

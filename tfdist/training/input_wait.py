@@ -8,6 +8,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfdist.training.clock import now_after, on_host
+
 
 class InputWait:
     """Adds up waits and the time of the steps that they are part of.
@@ -44,17 +46,19 @@ class InputWait:
         return min(self._wait_secs / self._total_secs, 1.0) if self._total_secs > 0 else None
 
 
-def timed_next(iterator: Iterator[Any]) -> tuple[Any, tf.Tensor]:
+def timed_next(iterator: Iterator[Any]) -> tuple[Any, tf.Tensor, tf.Tensor]:
     """Takes the next element, in a graph too.
 
     Returns:
-        The element, and the seconds that it took to come (float64 scalar).
+        The element, when it had come (seconds since 1970, float64 scalar) and the seconds that it took (likewise);
+        zeros where the clock cannot be read.
     """
-    start = tf.timestamp()
+    start = now_after(())
     with tf.control_dependencies([start]):
         element = next_element(iterator)
-    with tf.control_dependencies(tf.nest.flatten(element)):
-        return element, tf.timestamp() - start
+    end = now_after(element)
+    with on_host():
+        return element, end, end - start
 
 
 def next_element(iterator: Iterator[Any]) -> Any:

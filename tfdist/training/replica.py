@@ -14,7 +14,8 @@ from tfdist import keras_internals
 from tfdist.errors import ConfigError
 from tfdist.exchange import Carrier, gather_all, reduce_all
 from tfdist.optimizers.one_pass import in_one_pass
-from tfdist.training.compute import Compute, Computed, time_calls
+from tfdist.training.clock import on_host, step_time_after
+from tfdist.training.compute import Compute, Computed, time_calls, touch
 from tfdist.training.metric_parts import aggregation_of, part_origin, start_state, weigh_part
 from tfdist.training.metrics import metric_results, returned_names, scalar_logs
 from tfdist.training.sharing import DelayedGradients, SharedGradients, Sharing
@@ -31,7 +32,6 @@ class ReplicaStep:
     Attributes:
         sharing: What the replicas do with their gradients; functions traced before it was changed keep the old way.
         carrier: What sums between replicas go by; None: the strategy.
-        jit: Computes gradients by XLA; None: as TensorFlow does.
         num_seen: Examples that this process's replicas have trained on by themselves.
         metric_origins: What replicas' parts of the metrics' states are counted from; see `part_origin`.
     """
@@ -62,7 +62,6 @@ class ReplicaStep:
         self.returned: dict[str, list[str] | None] = {}
         self.sharing: Sharing = SharedGradients()
         self.carrier: Carrier | None = None
-        self.jit: Compute | None = None
         self.num_seen = tf.Variable(0, dtype=tf.int64, trainable=False)
         self.num_local = len(strategy.extended.worker_devices)
         self._average_fn: Callable[[], Any] | None = None
@@ -91,6 +90,7 @@ class ReplicaStep:
         *,
         never_empty: bool = False,
         has_more: Any = None,
+        jit: Compute | None = None,
     ) -> Any:
         """Runs the step on each local replica.
 
@@ -101,14 +101,16 @@ class ReplicaStep:
             limit: Largest loss that passes the check; None checks nothing.
             never_empty: Whether each replica of the strategy has an example.
             has_more: Whether this process has examples for another step, where each reads its own: a bool scalar.
+            jit: Computes gradients by XLA; None: as TensorFlow does.
 
         Returns:
             For `train` and `test` the logs that are no metrics, averaged over the batch's examples (where replicas step
-            by themselves: this one's share of that average); for `train` with `[4]` float64 beside them: the check's
-            verdict, the loss, and the seconds until gradients were there and until they were exchanged. Where
-            `has_more` is given, a pair of that and of the number of processes that have.
+            by themselves: this one's share of that average). For `train` two tensors beside them: `[2]` float32, the
+            check's verdict and the loss, and `[3]` float64, when the batch, gradients and their sums were there, in
+            seconds since 1970, 0 where that is not known. Where `has_more` is given, a pair of that and of the number
+            of processes that have.
         """
-        args = (kind, tuple(parts), global_size, limit, never_empty, has_more)
+        args = (kind, tuple(parts), global_size, limit, never_empty, has_more, jit)
         return self._strategy.run(self._replica_fn, args=args)
 
     def _replica_fn(
@@ -119,6 +121,7 @@ class ReplicaStep:
         limit: Any,
         never_empty: bool,
         has_more: Any,
+        jit: Compute | None,
     ) -> Any:
         outer = tf.distribute.get_replica_context()
         local_index = local_replica_index(outer, len(parts))
@@ -146,7 +149,7 @@ class ReplicaStep:
         self._bind(sole, local_index)
         result: Any
         if kind == "train":
-            result = self._train_part(sole, part)
+            result = self._train_part(sole, part, jit)
         else:
             with sole.guarding(self._metric_ids), after_reading(part), sole:
                 outputs = getattr(self._model, f"{kind}_step")(_at_least_one(part, sole))
@@ -183,16 +186,17 @@ class ReplicaStep:
     def _aggregation(self, variable: keras.Variable) -> str:
         return "only_first_replica" if id(variable) in self._whole_ids else aggregation_of(variable)
 
-    def _train_part(self, sole: SoleReplica, part: Any) -> tuple[dict[str, Any], Any]:
+    def _train_part(
+        self, sole: SoleReplica, part: Any, jit: Compute | None
+    ) -> tuple[dict[str, Any], Any, Any]:
         check = sole.check
         side = [] if check is None else [own for v, own in sole.bound if id(v) in self._side_ids]
         before = [tf.identity(v) for v in side]
-        with tf.control_dependencies(tf.nest.flatten(part)):
-            started_at = tf.timestamp()
+        started_at = step_time_after(part)
         with sole.guarding(self._metric_ids), after_reading(part), sole:
             if isinstance(self.sharing, DelayedGradients):
                 self.sharing.begin_step(sole)
-            outputs, self.returned["train"] = self._step(sole, _at_least_one(part, sole))
+            outputs, self.returned["train"] = self._step(sole, _at_least_one(part, sole), jit)
         if not sole.num_applied and self._model.trainable_variables:
             raise ConfigError(
                 f"{type(self._model).__name__}.train_step changed no weights through a Keras optimizer; "
@@ -204,11 +208,11 @@ class ReplicaStep:
             check.undo(side, before)
         logs = self._weighted_logs(outputs, sole)
         verdict = tf.convert_to_tensor(UNCHECKED if check is None else check.verdict)
-        secs = tf.stack([sole.ready_at - started_at, sole.exchanged_at - sole.ready_at])
-        return logs, tf.concat([tf.cast(verdict, tf.float64), secs], 0)
+        with on_host():
+            return logs, verdict, tf.stack([started_at, sole.ready_at, sole.exchanged_at])
 
-    def _step(self, sole: SoleReplica, part: Any) -> tuple[Any, list[str] | None]:
-        if self.jit is None:
+    def _step(self, sole: SoleReplica, part: Any, jit: Compute | None) -> tuple[Any, list[str] | None]:
+        if jit is None:
             try:
                 outputs = self._model.train_step(part)
             except RuntimeError as error:
@@ -220,8 +224,10 @@ class ReplicaStep:
                     "optimizer's gradient_accumulation_steps count."
                 ) from error
             return outputs, returned_names(outputs)
-        found = self._compute(sole, self.jit, part, jit=True)
-        self.jit.optimizer.apply(found.gradients, found.variables)
+        found = self._compute(sole, jit, part, jit=True)
+        # Where XLA has no code for the model, nothing else may have happened when it says so.
+        with tf.control_dependencies(tf.nest.flatten([g for g in found.gradients if g is not None])):
+            jit.optimizer.apply(found.gradients, found.variables)
         return found.logs, found.names
 
     def _compute(self, sole: SoleReplica, compute: Compute, part: Any, *, jit: bool) -> Computed:
@@ -257,8 +263,7 @@ class ReplicaStep:
                 found = self._compute(sole, compute, parts[index], jit=jit)
             for variable, value in zip(side, before, strict=True):
                 variable.assign(value)
-            with tf.control_dependencies(tf.nest.flatten(found.gradients, expand_composites=True)):
-                return tf.timestamp()
+            return touch(found.gradients)
 
         compiled = tf.function(lambda parts: self._strategy.run(run, args=(parts,)), autograph=False)
         return time_calls(lambda: self.first_local(compiled(parts)).numpy())

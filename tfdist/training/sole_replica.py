@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.exchange import Carrier, gather_all, reduce_all
+from tfdist.training.clock import step_time_after
 from tfdist.training.step_check import StepCheck
 
 
@@ -109,13 +110,11 @@ class SoleReplica(tf.distribute.ReplicaContext):
 
     def note_ready(self, gradients: Sequence[Any]) -> None:
         """Notes when the first gradients to cross, those of the last layer, are there."""
-        with tf.control_dependencies(tf.nest.flatten(gradients[-1:], expand_composites=True)):
-            self.ready_at = tf.timestamp()
+        self.ready_at = step_time_after(gradients[-1:])
 
     def note_exchanged(self, sums: Sequence[Any]) -> None:
         """Notes when all sums are there."""
-        with tf.control_dependencies(tf.nest.flatten(list(sums), expand_composites=True)):
-            self.exchanged_at = tf.timestamp()
+        self.exchanged_at = step_time_after(list(sums))
 
     def all_reduce(self, reduce_op: Any, value: Any, options: Any = None) -> Any:
         """Sums (or averages) over all replicas, differentiably: what `BatchNormalization(synchronized=True)` calls.

@@ -20,6 +20,8 @@ STRAGGLER = 1.5
 LOOP = 4
 # What loops save must be so many times what they cost, and this share of the time at least.
 MARGIN, LEAST_SHARE = 2.0, 0.05
+# A host that waits for the GPU for this share of the time does not hold it up.
+WAITS = 0.1
 _NAMES = ("input", "compute", "exchange", "update", "between")
 
 
@@ -29,11 +31,22 @@ class StepTimes:
     Args:
         num_workers: That step together.
         rank: This worker's place.
+        is_ahead: Whether the host hands out steps to a GPU before it knows of the ones before. Of a step's time it then
+            knows only how long it waits for the GPU: if it does, `compute` is all but `input`, for what the host does
+            itself costs nothing meanwhile.
         now: Reads a clock, in seconds.
     """
 
-    def __init__(self, *, num_workers: int, rank: int, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        *,
+        num_workers: int,
+        rank: int,
+        is_ahead: bool = False,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.rank = rank
+        self._is_ahead = is_ahead
         self._num_workers = num_workers
         self._now = now
         self._workers: list[dict[str, float]] = []
@@ -54,7 +67,8 @@ class StepTimes:
         """Adds a step.
 
         Args:
-            compute_secs: From its batch until its first gradients were ready to cross.
+            compute_secs: From its batch until its first gradients were ready to cross; of a GPU, how long the host has
+                waited for it.
             exchange_secs: From then until all sums were there; waiting for slower workers is part of it.
             counts: False leaves it out.
         """
@@ -80,9 +94,12 @@ class StepTimes:
         own = [0.0] * (width * self._num_workers)
         if self._num_steps and self._compute_secs:
             wait_secs = (input_wait.share or 0.0) * self._total_secs
-            known = (wait_secs, self._compute_secs, self._exchange_secs)
-            update_secs = self._total_secs - sum(known) - self._between_secs
-            secs = (*known, max(update_secs, 0.0), self._between_secs)
+            compute_secs, between_secs = self._compute_secs, self._between_secs
+            if self._is_ahead and compute_secs > WAITS * self._total_secs:
+                compute_secs, between_secs = self._total_secs - wait_secs, 0.0
+            known = (wait_secs, compute_secs, self._exchange_secs)
+            update_secs = self._total_secs - sum(known) - between_secs
+            secs = (*known, max(update_secs, 0.0), between_secs)
             means = [s / self._num_steps for s in secs]
             own[width * self.rank : width * (self.rank + 1)] = [*means, self._trace_secs]
         found = vote(own) if self._num_workers > 1 else own
@@ -97,18 +114,20 @@ class StepTimes:
         """Mean seconds of a step of the epoch before, alike on all workers; None where they were not taken."""
         return min((sum(worker.values()) for worker in self._workers), default=0.0) or None
 
-    def loop_size(self, num_steps: int) -> int:
+    def loop_size(self, num_steps: int, *, is_traced: bool = True) -> int:
         """Says how many steps one call of a graph should hold from now on, by the epoch's times: alike on all workers.
 
         Args:
             num_steps: That are still to come.
+            is_traced: Whether each step of a loop is traced once more; one that XLA has compiled whole is not.
 
         Returns:
             `LOOP` if the calls that it saves are worth compiling so many steps, else 1.
         """
         step_secs = self.step_secs or 0.0
         saved_secs = min(worker["update"] + worker["between"] for worker in self._workers) * (1 - 1 / LOOP)
-        is_worth = saved_secs * num_steps > MARGIN * LOOP * self._longest_trace_secs
+        cost_secs = LOOP * self._longest_trace_secs if is_traced else 0.0
+        is_worth = saved_secs * num_steps > MARGIN * cost_secs
         return LOOP if is_worth and saved_secs > LEAST_SHARE * step_secs else 1
 
     def summary(self) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -23,7 +24,8 @@ from tfdist.data import (
 )
 from tfdist.heartbeat import Heart
 from tfdist.sync_options import SyncOptions
-from tfdist.training.compute import Compute
+from tfdist.training import clock
+from tfdist.training.compiler import Compiler
 from tfdist.training.input_position import InputPosition, KeptIterators
 from tfdist.training.input_wait import InputWait, timed_next
 from tfdist.training.meeting import Meeting
@@ -32,7 +34,7 @@ from tfdist.training.metrics import metric_results, select_logs
 from tfdist.training.plan import BatchPlan, FinishedStep
 from tfdist.training.replica import ReplicaStep
 from tfdist.training.sole_step import SoleStep
-from tfdist.training.step_check import SOUND
+from tfdist.training.step_check import SOUND, UNCHECKED
 from tfdist.training.step_times import StepTimes
 
 
@@ -68,9 +70,20 @@ class SyncLoop:
             )
         )
         self._functions: dict[Any, Any] = {}
-        self._asked_of_compiler: tuple[str, int] | None = None
+        self._compiled_steps: dict[Any, Callable[..., Any]] = {}
+        self._compiler = Compiler(
+            model=model,
+            step=self._step,
+            replicas=(self.num_replicas, num_local),
+            vote=self.vote,
+        )
         self.input_wait = InputWait()
-        self._times = StepTimes(num_workers=self._num_workers, rank=self.replica_ids[0] // num_local)
+        self._has_gpu = clock.has_gpu()
+        self._times = StepTimes(
+            num_workers=self._num_workers,
+            rank=self.replica_ids[0] // num_local,
+            is_ahead=self._has_gpu,
+        )
         self._position = InputPosition()
         self._between_tests = KeptIterators()
         self._is_traced = False
@@ -105,40 +118,9 @@ class SyncLoop:
         self._functions.clear()
         return self._meeting.reason
 
-    def choose_compiler(self, jit_compile: str, source: Source, global_batch_size: int) -> str:
-        """Says whether XLA compiles the forward and backward passes from now on.
-
-        Args:
-            jit_compile: One of `JIT_COMPILE`; "auto" times both on the first examples, and all workers take the faster.
-            source: The training examples.
-            global_batch_size: Of a step.
-
-        Returns:
-            A line that says what was found; empty where nothing was asked for.
-
-        Raises:
-            ConfigError: If the model's step cannot be compiled so.
-        """
-        asked = jit_compile, global_batch_size if jit_compile == "auto" else 0
-        if asked == self._asked_of_compiler:
-            return ""
-        if self._step.jit is not None or jit_compile != "off":
-            self._functions.clear()
-        self._asked_of_compiler = asked
-        self._step.jit = None
-        if jit_compile == "off":
-            return ""
-        compute = Compute(self._model, self._step.metric_names)
-        if jit_compile == "on":
-            self._step.jit = compute
-            return ""
-        part = source.sample_batch(max(1, global_batch_size // self.num_replicas))
-        parts = [part] * len(self.replica_ids)
-        own = [self._step.time_compute(compute, parts, jit=jit) for jit in (False, True)]
-        plain_secs, jit_secs = (secs / self._num_workers for secs in self.vote(own))
-        self._step.jit = compute if jit_secs < plain_secs else None
-        what = "on" if self._step.jit else "off"
-        return f"jit_compile={what}: a pass took {1e3 * plain_secs:.1f} ms without XLA, {1e3 * jit_secs:.1f} ms with it"
+    def choose_compiler(self, jit_compile: str | None, source: Source, global_batch_size: int) -> str:
+        """Says whether XLA compiles the steps from now on; see `Compiler.choose`."""
+        return self._compiler.choose(jit_compile, source, global_batch_size)
 
     def start(self) -> None:
         """Prepares the replicas for training: equal weights are TensorFlow's, different random streams ours."""
@@ -164,14 +146,19 @@ class SyncLoop:
             self._meeting.begin_epoch()
         extra: dict[str, Any] = {}
         is_due = False
-        for step, (own, report) in enumerate(self._each("train", source, plan), start=plan.first_step):
-            fault, loss, *secs = report.numpy()
-            self._times.end_step(*secs, counts=not self._is_traced)
+        for step, made in enumerate(self._all_made(source, plan), start=plan.first_step):
+            own = made.logs
+            start = time.perf_counter()
+            fault, loss = made.verdict.numpy()
+            batch_at, ready_at, exchanged_at = made.moments.numpy()
+            compute_secs = time.perf_counter() - start if self._has_gpu else ready_at - batch_at
+            self._times.end_step(compute_secs, exchanged_at - ready_at, counts=not made.is_traced)
             extra = own if fault == SOUND else extra
             # What falls due inside a loop waits for its end: those after it are done already.
             is_due = plan.is_boundary(step) or is_due
-            is_boundary = is_due and not self._is_inside_loop
+            is_boundary = is_due and made.is_last_begun
             is_due = is_due and not is_boundary
+            self._waits_for_boundary = is_due
             found = step, int(fault), float(loss)
             if self._meeting is not None:
                 is_last = plan.num_steps is not None and step == plan.num_steps - 1
@@ -199,7 +186,31 @@ class SyncLoop:
         self.epoch_logs = self._logs("train", extra)
         self._times.end_epoch(self.input_wait, self.vote)
         if plan.steps_per_loop is None and self._steps_per_loop == 1:
-            self._steps_per_loop = self._times.loop_size(plan.num_epochs_after * (plan.num_steps or 0))
+            self._steps_per_loop = self._times.loop_size(
+                plan.num_epochs_after * (plan.num_steps or 0),
+                is_traced=not (self._alone and self._compiler.is_on),
+            )
+
+    def _all_made(self, source: Source, plan: BatchPlan) -> Iterator[_Made]:
+        """Yields what each step has made; on a GPU after the next one was handed out, where nobody looks in between."""
+        self._waits_for_boundary = False
+        held: _Made | None = None
+        for step, (logs, verdict, moments) in enumerate(self._each("train", source, plan), plan.first_step):
+            made = _Made(logs, verdict, moments, self._is_traced, not self._is_inside_loop)
+            if held is not None:
+                yield held._replace(is_last_begun=False)
+            held = made
+            # What the step before has brought up waits for this one.
+            if not self._runs_ahead(source, plan) or plan.is_watched(step) or self._waits_for_boundary:
+                yield held
+                held = None
+        if held is not None:
+            yield held
+
+    def _runs_ahead(self, source: Source, plan: BatchPlan) -> bool:
+        if not self._has_gpu or plan.steps_per_loop == 1 or self._model.run_eagerly:
+            return False
+        return not self._ends_alone(source) and (self._meeting is None or self._meeting.shares_each_step)
 
     @property
     def step_secs(self) -> float | None:
@@ -267,8 +278,9 @@ class SyncLoop:
 
     def predict(self, source: Source, plan: BatchPlan) -> Any:
         """Returns the outputs as arrays in the data's order, on every process."""
-        batches = list(self._each("predict", source, plan))
-        return tf.nest.map_structure(lambda *parts: np.concatenate([p.numpy() for p in parts]), *batches)
+        # As they come: a GPU has no room for all of them.
+        batches = [tf.nest.map_structure(lambda t: t.numpy(), b) for b in self._each("predict", source, plan)]
+        return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *batches)
 
     def _logs(self, kind: str, extra: dict[str, Any]) -> dict[str, Any]:
         if extra and kind == "train" and self._meeting is not None and self._meeting.is_local:
@@ -279,39 +291,56 @@ class SyncLoop:
 
     def _each(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[Any]:
         step = plan.first_step
+        verdict = tf.constant(UNCHECKED)
         for segment in self._segments(source, plan):
-            if kind == "train":
-                iterator = self._position.open(segment, source, plan)
-            else:
-                iterator = self._between_tests.take(segment) or segment.open()
+            iterator = self._open(kind, segment, source, plan)
             if self._ends_alone(source) and not self._all_go_on(next(iterator)[1], plan):
                 return
             steps = 0
-            limit = plan.loss_limit if kind == "train" else None
             while segment.num_steps is None or steps < segment.num_steps:
-                limits = () if limit is None else (tf.constant(limit(), tf.float32),)
                 self._is_traced = False
                 left = None if segment.num_steps is None else segment.num_steps - steps
                 size = self._loop_size(source, plan, step, left) if kind == "train" else 1
                 function = self._function(kind, source, segment, size)
-                if kind == "train":
-                    self._times.begin_call()
+                limits = self._limits(source, plan, verdict) if kind == "train" else ()
+                self._times.begin_call()
                 try:
                     loop = function(iterator, *limits)
                 except tf.errors.OutOfRangeError:
                     break
+                except tf.errors.OpError as error:
+                    if step > plan.first_step or not (self._is_traced and self._compiler.gives_up(error)):
+                        raise
+                    # A batch was read, and nothing changed: from the start, without XLA.
+                    yield from self._each(kind, source, plan)
+                    return
                 for place, (outputs, num_more, wait_secs) in enumerate(loop, start=1):
                     steps += 1
                     step += 1
                     self._is_inside_loop = place < size
+                    own = tf.nest.map_structure(self._first_local, outputs)
                     if kind == "train":
-                        self.input_wait.end_step(float(wait_secs), counts=not self._is_traced)
+                        verdict = own[1]
+                        counts = clock.can_read() and not self._is_traced
+                        self.input_wait.end_step(float(wait_secs), counts=counts)
                     else:
                         self._heart.beat()
-                    yield tf.nest.map_structure(self._first_local, outputs)
+                    yield own
                     if num_more is not None and self._ends(int(self._first_local(num_more)), plan):
                         return
             (self._position if kind == "train" else self._between_tests).keep(segment, iterator)
+
+    def _open(self, kind: str, segment: Segment, source: Source, plan: BatchPlan) -> Iterator[Any]:
+        if kind == "train":
+            return self._position.open(segment, source, plan)
+        return self._between_tests.take(segment) or segment.open()
+
+    def _limits(self, source: Source, plan: BatchPlan, verdict: Any) -> tuple[Any, ...]:
+        """Returns the largest loss that the next steps may have; where the host runs ahead, the last verdict too."""
+        if plan.loss_limit is None:
+            return ()
+        limit = tf.constant(plan.loss_limit(), tf.float32)
+        return (limit, verdict) if self._runs_ahead(source, plan) else (limit,)
 
     def _loop_size(self, source: Source, plan: BatchPlan, step: int, left: int | None) -> int:
         """Returns how many steps, from zero-based `step` on, are one call: all of a loop, or one.
@@ -374,31 +403,36 @@ class SyncLoop:
     def _function(self, kind: str, source: Source, segment: Segment, size: int) -> Any:
         """Returns what makes `size` steps, and returns for each its outputs, who has more, and the wait for input."""
         way = self._meeting.way() if kind == "train" and self._meeting is not None else None
-        is_compiled = isinstance(self._step, SoleStep) and self._step.is_compiled
+        # A short batch at a pass's end is not worth compiling: it comes once an epoch.
+        is_compiled = self._compiler.is_on and not segment.is_short and not self._model.run_eagerly
         key = kind, type(source), segment.never_empty, self._model.run_eagerly, is_compiled, way, size
         if key not in self._functions:
             own, split = isinstance(source, SelfShardedSource), segment.split
             is_part = self._ends_alone(source)
-            step = functools.partial(getattr(self._step, kind), never_empty=segment.never_empty)
-            if is_compiled and not self._model.run_eagerly:
-                # Without the reading, for which there is no such code.
-                step = tf.function(step, autograph=False, jit_compile=True)
+            step = self._build_step(kind, segment, is_compiled)
 
             def one_step(iterator: Any, *limit: Any) -> Any:
                 self._is_traced = tf.inside_function()
-                element, wait_secs = timed_next(iterator)
+                element, batch_at, wait_secs = timed_next(iterator)
                 parts, rest = split(element)
                 if is_part:
                     return *step(parts, None, *limit, has_more=rest), wait_secs
-                return step(parts, None if own else rest, *limit), None, wait_secs
+                outputs = step(parts, None if own else rest, *limit)
+                if self._alone and kind == "train":
+                    logs, verdict, done = outputs
+                    done_at = clock.step_time_after(done)
+                    with clock.on_host():
+                        outputs = logs, verdict, tf.stack([batch_at, done_at, done_at])
+                return outputs, None, wait_secs
 
             def steps(iterator: Any, *limit: Any) -> list[Any]:
-                found = [one_step(iterator, *limit)]
-                for _ in range(size - 1):
-                    if limit:
-                        # After a step that was wrong the others change nothing: the run ends at that one.
-                        report = self._first_local(found[-1][0][1])
-                        limit = (tf.where(report[0] == SOUND, limit[0], -np.inf),)
+                # After a step that was wrong those that have begun already change nothing: the run ends at that one.
+                limit, before = limit[:1], limit[1:]
+                found: list[Any] = []
+                for _ in range(size):
+                    verdicts = [self._first_local(found[-1][0][1])] if found else before
+                    if limit and verdicts:
+                        limit = (tf.where(verdicts[0][0] == SOUND, limit[0], -np.inf),)
                     found.append(one_step(iterator, *limit))
                 return found
 
@@ -408,8 +442,39 @@ class SyncLoop:
             self._functions[key] = compiled
         return self._functions[key]
 
+    def _build_step(self, kind: str, segment: Segment, is_compiled: bool) -> Callable[..., Any]:
+        step = functools.partial(getattr(self._step, kind), never_empty=segment.never_empty)
+        if is_compiled and self._alone:
+            # Without the reading, for which there is no such code; one for any number of steps, so that it is compiled
+            # once.
+            key = kind, segment.never_empty
+            if key not in self._compiled_steps:
+                self._compiled_steps[key] = tf.function(step, autograph=False, jit_compile=True)
+            return self._compiled_steps[key]
+        return (
+            functools.partial(step, jit=self._compiler.compute) if is_compiled and kind == "train" else step
+        )
+
     def _first_local(self, value: Any) -> Any:
         return value if self._alone else self._strategy.experimental_local_results(value)[0]
+
+
+class _Made(NamedTuple):
+    """What a step has made, on its device still.
+
+    Attributes:
+        logs: That are no metrics.
+        verdict: Of the check, and the loss.
+        moments: When batch, gradients and their sums were there.
+        is_traced: Whether the call's time was TensorFlow's tracing.
+        is_last_begun: Whether no step after it has begun.
+    """
+
+    logs: dict[str, Any]
+    verdict: tf.Tensor
+    moments: tf.Tensor
+    is_traced: bool
+    is_last_begun: bool
 
 
 def _worker_index(resolver: tf.distribute.cluster_resolver.ClusterResolver) -> int:

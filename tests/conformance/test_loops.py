@@ -68,7 +68,7 @@ def test_host_that_runs_ahead_of_a_gpu_makes_the_same_steps(results, world):
 def test_model_that_xla_has_no_code_for_trains_without_it(results, world):
     found = results(world)
     for name in ("weights", "logs", "iterations"):
-        np.testing.assert_array_equal(found[f"repeats/ahead/{name}"], found[f"repeats/1/{name}"])
+        np.testing.assert_array_equal(found[f"words/ahead/{name}"], found[f"words/1/{name}"])
 
 
 @pytest.mark.parametrize("world", WORLDS)

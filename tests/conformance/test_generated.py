@@ -16,9 +16,15 @@ REFUSED = {
 }
 
 
+def part_of(case):
+    """A process for so many programs: TensorFlow keeps something of each."""
+    return int(case) // 100
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, request):
-    return results_of(generated.__file__, tmp_path_factory.mktemp("worlds"), request)
+    folder = tmp_path_factory.mktemp("worlds")
+    return results_of(generated.__file__, folder, request, part_of)
 
 
 @pytest.mark.parametrize(
@@ -32,8 +38,12 @@ def results(tmp_path_factory, request):
 )
 def test_program_gives_what_keras_gives(results, case, world):
     parts = generated.draw(int(case)).parts
-    wanted = {k.partition("/")[2]: v for k, v in results("keras").items() if k.startswith(f"{case}/")}
-    found = {k.partition("/")[2]: v for k, v in results(world).items() if k.startswith(f"{case}/")}
+    wanted = {
+        k.partition("/")[2]: v for k, v in results("keras", part_of(case)).items() if k.startswith(f"{case}/")
+    }
+    found = {
+        k.partition("/")[2]: v for k, v in results(world, part_of(case)).items() if k.startswith(f"{case}/")
+    }
     assert "failed" not in wanted, f"Keras itself: {wanted}"
     assert "failed" not in found, f"{found['failed']}\n{' '.join(parts)}"
     if "refused" in found:

@@ -47,17 +47,17 @@ def marked(cases, worlds, default, never=()):
 
 
 @contextlib.contextmanager
-def asking(request, world):
+def asking(request, world, is_asked=lambda case: True):
     """Tells a program which cases to run: those of the file's chosen tests in this world; of all for `keras`."""
     items = [i for i in request.session.items if i.path == request.path and hasattr(i, "callspec")]
     params = [item.callspec.params for item in items]
     asked = {case for p in params if world in ("keras", p.get("world")) and (case := p.get("case"))}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, " ".join(sorted(asked)))
+        patch.setenv(VARIABLE, " ".join(sorted(filter(is_asked, asked))))
         yield
 
 
-def results_of(program, folder, request):
+def results_of(program, folder, request, part_of=lambda case: None):
     """Returns a function of a world's name that gives what the program wrote there, as a dict of arrays.
 
     Each world runs once, when it is first asked for; one that fails is not run again for each case. It runs the cases
@@ -67,21 +67,22 @@ def results_of(program, folder, request):
         program: The file.
         folder: Where it writes `WORLD.npz`.
         request: Of the fixture of the tests' file.
+        part_of: Divides the cases: each part, the function's second argument, is a run of the program for itself.
     """
 
     @functools.cache
-    def attempt(world):
-        out = folder / f"{world}.npz"
+    def attempt(world, part):
+        out = folder / f"{world}-{part}.npz"
         try:
-            with asking(request, world):
+            with asking(request, world, lambda case: part_of(case) == part):
                 run_world(program, out, world)
         except AssertionError as error:
             return error
         with np.load(out) as stored:
             return dict(stored)
 
-    def get(world):
-        found = attempt(world)
+    def get(world, part=None):
+        found = attempt(world, part)
         if isinstance(found, AssertionError):
             raise found
         return found

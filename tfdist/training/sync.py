@@ -37,6 +37,9 @@ from tfdist.training.sole_step import SoleStep
 from tfdist.training.step_check import SOUND, UNCHECKED
 from tfdist.training.step_times import StepTimes
 
+# Messages of 2 GiB are more than gRPC takes.
+_MESSAGE_BYTES = 1 << 27
+
 
 class SyncLoop:
     """Runs epochs, evaluation and prediction of a built model in lock step over all replicas."""
@@ -255,11 +258,13 @@ class SyncLoop:
         if self.replica_ids[0] // len(self.replica_ids) != source:
             content = b""
         size = int(self._step.sum_first(np.array([len(content)], np.int64))[0])
-        if size == 0:
-            return b""
-        words = np.zeros(-(-size // 4), np.int32)
-        words.view(np.uint8)[: len(content)] = np.frombuffer(content, np.uint8)
-        return self._step.sum_first(words).view(np.uint8)[:size].tobytes()
+        blocks = []
+        for start in range(0, size, _MESSAGE_BYTES):
+            words = np.zeros(-(-min(size - start, _MESSAGE_BYTES) // 4), np.int32)
+            own = content[start : start + _MESSAGE_BYTES]
+            words.view(np.uint8)[: len(own)] = np.frombuffer(own, np.uint8)
+            blocks.append(self._step.sum_first(words).view(np.uint8)[: size - start])
+        return b"".join(blocks)
 
     @property
     def metric_origins(self) -> list[np.ndarray]:

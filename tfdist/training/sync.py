@@ -263,7 +263,7 @@ class SyncLoop:
             words = np.zeros(-(-min(size - start, _MESSAGE_BYTES) // 4), np.int32)
             own = content[start : start + _MESSAGE_BYTES]
             words.view(np.uint8)[: len(own)] = np.frombuffer(own, np.uint8)
-            blocks.append(self._step.sum_first(words).view(np.uint8)[: size - start])
+            blocks.append(self._step.sum_first(words).view(np.uint8)[: size - start].tobytes())
         return b"".join(blocks)
 
     @property

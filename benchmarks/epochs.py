@@ -3,12 +3,15 @@
     python benchmarks/epochs.py --only=time [--rounds=15] [--write=docs/benchmarks.md]
     python benchmarks/epochs.py --only=memory --rounds=500
 
-Time: an epoch of `digits_cnn`'s own 23 steps and one of eight times as many tell a step's time from the epoch's.
+Time: of an epoch of two steps, a whole batch and a short one, what is not theirs by the rate of one of 184 steps.
 Memory: how much more each process holds after `--rounds` epochs than after the first 50.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
 import os
 import subprocess
 import sys
@@ -28,7 +31,8 @@ import tfdist
 from recipes import digits_cnn
 from tfdist.launcher.guard import MARK_VARIABLE
 
-COUNT, BATCH, MANY = 1_437, 64, 8
+COUNT, BATCH = 1_437, 64
+FEW, MANY = BATCH + COUNT % BATCH, 8 * COUNT
 WARM_EPOCHS = 50
 WORLDS = {"one_device": [], "mirrored": [], "multiworker": ["--num_workers=2"], "ps": ["--num_workers=2"]}
 _PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 1e6
@@ -43,8 +47,6 @@ def make_data(count: int) -> tuple[np.ndarray, np.ndarray]:
 class _Clock(keras.callbacks.Callback):
     """Keeps when each epoch ended."""
 
-    writes = True
-
     def __init__(self) -> None:
         super().__init__()
         self.ends: list[float] = []
@@ -54,29 +56,59 @@ class _Clock(keras.callbacks.Callback):
         self.ends.append(time.perf_counter())
 
 
-def compare_times(rounds: int) -> dict[str, list[float]]:
-    """Returns the milliseconds of an epoch that are not its steps', of Keras and of one_device, with validation."""
-    run = tfdist.initialize(strategy="one_device")
-    few, many, test = make_data(COUNT), make_data(COUNT * MANY), make_data(360)
-    models = {"Keras": digits_cnn.build_model(), "tfdist": digits_cnn.build_model()}
+def extra_ms(fit: Callable[..., Any]) -> float:
+    """Returns the milliseconds of an epoch that are not its steps', by one of few steps and one of many.
 
-    def epoch_secs(name: str, data: Any, epochs: int) -> float:
+    Args:
+        fit: Trains on some arrays for some epochs, with a callback.
+    """
+
+    def epoch_secs(data: Any, epochs: int) -> float:
         clock = _Clock()
-        options = {"epochs": epochs, "verbose": 0, "callbacks": [clock], "validation_data": test}
-        if name == "Keras":
-            models[name].fit(*data, batch_size=BATCH, **options)
-        else:
-            run.fit(models[name], data, global_batch_size=BATCH, **options)
+        fit(data, epochs, clock)
         return (clock.ends[-1] - clock.ends[0]) / (epochs - 1)
 
-    def extra_ms(name: str) -> float:
-        short, long = epoch_secs(name, few, 9), epoch_secs(name, many, 2)
-        return 1e3 * (MANY * short - long) / (MANY - 1)
+    short, long = epoch_secs(make_data(FEW), 20), epoch_secs(make_data(MANY), 2)
+    return 1e3 * (short - 2 * long / -(-MANY // BATCH))
 
-    contenders: dict[str, Callable[[], float]] = {name: lambda name=name: extra_ms(name) for name in models}
+
+def fitting(run: tfdist.Run | None, validates: bool) -> Callable[..., Any]:
+    """Returns what `extra_ms` takes: of tfdist, or without a run of Keras."""
+    with run.strategy.scope() if run else contextlib.nullcontext():
+        model = digits_cnn.build_model()
+    test = make_data(360) if validates else None
+
+    def fit(data: Any, epochs: int, callback: Any) -> None:
+        options = {"epochs": epochs, "verbose": 0, "callbacks": [callback], "validation_data": test}
+        if run is None:
+            model.fit(*data, batch_size=BATCH, **options)
+        else:
+            run.fit(model, data, global_batch_size=BATCH, **options)
+
+    return fit
+
+
+def compare_times(rounds: int) -> dict[str, list[float]]:
+    """Returns what an epoch costs beside its steps, in milliseconds, by Keras and under one_device."""
+    run = tfdist.initialize(strategy="one_device")
+    contenders: dict[str, Callable[[], float]] = {
+        f"{who}{with_validation}": functools.partial(extra_ms, fitting(own, bool(with_validation)))
+        for with_validation in ("", ", and validation on 360 examples")
+        for who, own in (("one_device", run), ("`keras.Model.fit`", None))
+    }
     for contender in contenders.values():
         contender()
     return take_turns(contenders, rounds)
+
+
+def time_epochs(strategy: str, rounds: int, out: Path) -> None:
+    """Leaves what an epoch costs beside its steps, in milliseconds, once for each round; a task of a job."""
+    run = tfdist.initialize(strategy=strategy)
+    fit = fitting(run, False)
+    extra_ms(fit)
+    found = [extra_ms(fit) for _ in range(rounds)]
+    if run.is_chief:
+        out.write_text(json.dumps(found))
 
 
 class _Memory(keras.callbacks.Callback):
@@ -109,12 +141,12 @@ def _held_mb() -> dict[int, float]:
     return found
 
 
-def train(strategy: str, epochs: int, out: Path) -> None:
-    """Trains in a task of a job, and leaves the megabytes an epoch of the process that grows most."""
+def weigh_epochs(strategy: str, rounds: int, out: Path) -> None:
+    """Leaves the megabytes an epoch of the process that grows most; a task of a job."""
     run = tfdist.initialize(strategy=strategy)
     with run.strategy.scope():
         model = digits_cnn.build_model()
-    memory, data = _Memory(), make_data(COUNT)
+    memory, data, epochs = _Memory(), make_data(COUNT), WARM_EPOCHS + rounds
     run.fit(
         model,
         data,
@@ -127,43 +159,46 @@ def train(strategy: str, epochs: int, out: Path) -> None:
     if run.is_chief:
         before, after = memory.held
         grown = max(after[pid] - before[pid] for pid in before.keys() & after.keys())
-        out.write_text(str(grown / (epochs - WARM_EPOCHS)))
+        out.write_text(json.dumps(grown / rounds))
 
 
-def growth_mb(strategy: str, rounds: int) -> float:
-    """Returns the megabytes an epoch of the process that grows most."""
+TASKS = {"time": time_epochs, "memory": weigh_epochs}
+
+
+def run_job(task: str, strategy: str, rounds: int) -> Any:
+    """Runs one of `TASKS` under a strategy, and returns what it left."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         launch = ["-m", "tfdist.launch", "--preload", f"--strategy={strategy}", *WORLDS[strategy]]
-        task = [__file__, "--task", strategy, str(WARM_EPOCHS + rounds), str(out)]
-        words = task if not WORLDS[strategy] else [*launch, *task]
+        program = [__file__, "--task", task, strategy, str(rounds), str(out)]
+        words = program if not WORLDS[strategy] else [*launch, *program]
         subprocess.run([sys.executable, *words], check=True, capture_output=True)
-        return float(out.read_text())
+        return json.loads(out.read_text())
 
 
 def main() -> None:
     """Measures, prints the table and, if asked, keeps it."""
     if sys.argv[1:2] == ["--task"]:
-        strategy, epochs, out = sys.argv[2:]
-        train(strategy, int(epochs), Path(out))
+        task, strategy, rounds, out = sys.argv[2:]
+        TASKS[task](strategy, int(rounds), Path(out))
         return
     options = parse_options(str(__doc__), rounds=15, parts=("time", "memory"))
     if options.only != "memory":
         found = compare_times(options.rounds)
+        for strategy in WORLDS:
+            if strategy != "one_device":
+                found[strategy] = run_job("time", strategy, options.rounds)
+        limits = {"one_device": "≤ 25"} | dict.fromkeys(("mirrored", "multiworker", "ps"), "≤ 50")
         rows = [
-            (
-                "an epoch beside its steps, with validation on 360 examples, ms: tfdist, one_device",
-                render_spread(found["tfdist"], 0),
-                "≤ 25 beside validation",
-            ),
-            ("… `keras.Model.fit`", render_spread(found["Keras"], 0), ""),
+            (f"an epoch beside its steps, ms: {name}", render_spread(found[name], 0), limits.get(name, ""))
+            for name in sorted(found, key=lambda name: "validation" in name)
         ]
         show("Epochs: time", rows, options)
     if options.only != "time":
         rows = [
             (
                 f"{strategy}: memory of the task that grows most, MB an epoch",
-                f"{growth_mb(strategy, options.rounds):.3f}",
+                f"{run_job('memory', strategy, options.rounds):.3f}",
                 "≤ 0.02",
             )
             for strategy in WORLDS

@@ -191,6 +191,14 @@ def flat_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
     return found
 
 
+def resets_by_variables(model: keras.Model) -> bool:
+    """Says whether a model's metrics begin anew by their variables alone: a `reset_state` of one's own may do more."""
+    resets = [type(metric).reset_state for metric in flat_metrics(model)]
+    return type(model).reset_metrics is keras.Model.reset_metrics and all(
+        reset.__module__.startswith("keras.") for reset in resets
+    )
+
+
 def known_inputs(model: keras.Model) -> list[keras.KerasTensor]:
     """Returns a model's symbolic inputs; none where it takes whatever comes."""
     try:

@@ -852,3 +852,31 @@ def test_is_available_knows_a_remote_value():
 
 def test_default_strategy_is_tensorflows():
     assert keras_internals.DEFAULT_STRATEGY is tf.distribute.get_strategy()
+
+
+class Counting(keras.metrics.MeanSquaredError):
+    """Keeps something outside of variables."""
+
+    def reset_state(self):
+        super().reset_state()
+        self.num_resets = getattr(self, "num_resets", 0) + 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "known"), [(keras.metrics.BinaryAccuracy, True), (keras.metrics.AUC, True), (Counting, False)]
+)
+def test_metrics_with_a_reset_of_their_own_are_told_from_kerass(metric, known):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, activation="sigmoid")])
+    model.compile("sgd", "binary_crossentropy", metrics=[metric()])
+    model.fit(np.zeros((2, 2)), np.zeros((2, 1)), verbose=0)
+    assert keras_internals.resets_by_variables(model) == known
+
+
+def test_model_with_a_reset_of_its_own_is_told_from_kerass():
+    class Own(keras.Sequential):
+        def reset_metrics(self):
+            super().reset_metrics()
+
+    model = Own([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    assert not keras_internals.resets_by_variables(model)

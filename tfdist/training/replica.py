@@ -66,6 +66,7 @@ class ReplicaStep:
         self.num_local = len(strategy.extended.worker_devices)
         self._average_fn: Callable[[], Any] | None = None
         self._metric_state_fn: Callable[[], Any] | None = None
+        self._reset_fn: Callable[[], Any] | None = None
         self._sum_fns: dict[Any, Callable[..., Any]] = {}
         self.metric_names = set(metric_results(model, self._start))
 
@@ -383,6 +384,21 @@ class ReplicaStep:
             if self._average_fn is None:
                 self._average_fn = tf.function(lambda: self._strategy.run(average), autograph=False)
             self._average_fn()
+
+    def reset_metrics(self) -> None:
+        """Lets the metrics begin anew: in one call, where Keras has one of 10 ms for each variable under workers."""
+        if not keras_internals.resets_by_variables(self._model):
+            self._model.reset_metrics()
+            return
+        if self._reset_fn is None:
+
+            def reset() -> None:
+                index = local_replica_index(tf.distribute.get_replica_context(), self.num_local)
+                for variable, start in zip(self._model.metrics_variables, self._start, strict=True):
+                    self._local(variable, index).assign(start)
+
+            self._reset_fn = tf.function(lambda: self._strategy.run(reset), autograph=False)
+        self._reset_fn()
 
     def metric_state(self) -> list[Any]:
         """Returns the metrics' state over the examples of all replicas; every process must call it."""

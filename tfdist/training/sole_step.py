@@ -106,6 +106,10 @@ class SoleStep:
     def average_statistics(self) -> None:
         """One replica has one set of statistics."""
 
+    def reset_metrics(self) -> None:
+        """Lets the metrics begin anew."""
+        self._model.reset_metrics()
+
     def metric_state(self) -> list[Any]:
         """Returns the metric variables' values."""
         return [v.numpy() for v in self._model.metrics_variables]

@@ -140,7 +140,7 @@ class SyncLoop:
 
     def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
         """Trains over the plan's steps, yielding once a step, with the logs where `plan.wants_logs`."""
-        self._model.reset_metrics()
+        self._step.reset_metrics()
         self.input_wait.begin_epoch()
         if plan.metrics:
             self._step.set_metric_state(plan.metrics)
@@ -228,7 +228,7 @@ class SyncLoop:
 
     def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
         """Returns the metrics over the plan's steps."""
-        self._model.reset_metrics()
+        self._step.reset_metrics()
         # The last batch's, as in Keras: only metrics gather over batches.
         extra = collections.deque(self._each("test", source, plan), maxlen=1)
         return self._logs("test", extra[0] if extra else {})

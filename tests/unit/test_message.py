@@ -48,3 +48,11 @@ def test_ragged_batches_stay_apart(count):
     packed = pack_batches(batches)
     for place, batch in enumerate(batches):
         assert unpack_batch(packed, place) is batch
+
+
+@pytest.mark.parametrize("shapes", [((6, 4), (1, 4)), ((2, 5), (2, 3))])
+def test_batches_of_other_shapes_stay_apart(shapes):
+    """A pass's short last batch, accumulated with the one before it; sentences of other lengths."""
+    batches = [(tf.ones(shape), tf.range(shape[0])) for shape in shapes]
+    packed = pack_batches(batches)
+    assert [unpack_batch(packed, place)[0].shape for place in (0, 1)] == list(shapes)

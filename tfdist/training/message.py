@@ -72,13 +72,19 @@ class Scheduled(NamedTuple):
 
 
 def pack_batches(batches: list[Any]) -> Any:
-    """Returns equal batches as one nest of tensors that are longer by an axis, if they are plain tensors.
+    """Returns batches as one nest of tensors that are longer by an axis, if they are plain tensors of equal shapes.
 
     Args:
         batches: Nests of one structure.
     """
-    tensors = [t for batch in batches for t in tf.nest.flatten(batch)]
-    if len(batches) == 1 or not all(isinstance(t, tf.Tensor) for t in tensors):
+    flat = [tf.nest.flatten(batch) for batch in batches]
+    is_plain = all(isinstance(t, tf.Tensor) for tensors in flat for t in tensors)
+    # The last batch is short, and accumulates with the one before; sentences are of any length.
+    if (
+        len(batches) == 1
+        or not is_plain
+        or any(len({t.shape for t in same}) > 1 for same in zip(*flat, strict=True))
+    ):
         return {"each": batches}
     return {"stacked": tf.nest.map_structure(lambda *parts: tf.stack(parts), *batches)}
 

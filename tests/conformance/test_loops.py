@@ -8,7 +8,7 @@ import pytest
 from everything import rarely
 from worlds import results_of
 
-WORLDS = rarely(["one_device", "mirrored-2", "multiworker-2"], "mirrored-2")
+WORLDS = rarely(["one_device", "mirrored-2", "multiworker-2"], "multiworker-2")
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 

@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(
 WORLDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1"]
 DEFAULT = {
     "one_device": ["pair", "stateful", "sparse", "never_fitted"],
-    "multiworker-2": ["cached", "strings", "extremes"],
+    "multiworker-2": ["cached", "strings", "extremes", "branch"],
     "ps-1": ["pair", "strings", "callback", "extremes", "spectral", "muon", "branch"],
 }
 # The words of a refusal, by case and by world; "" for all.

@@ -18,8 +18,8 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.exchange import Carrier, gather_all, reduce_all
-from tfdist.training.clock import step_time_after
-from tfdist.training.step_check import StepCheck
+from tfdist.training.clock import on_host, step_time_after
+from tfdist.training.step_check import StepCheck, current_graph
 
 
 class SoleReplica(tf.distribute.ReplicaContext):
@@ -50,7 +50,9 @@ class SoleReplica(tf.distribute.ReplicaContext):
         self.binding: keras_internals.ReplicaBinding | None = None
         self.num_applied = 0
         self.bound: list[tuple[keras.Variable, tf.Variable]] = []
-        self.ready_at = self.exchanged_at = tf.constant(0.0, tf.float64)
+        self._graph = current_graph()
+        with on_host():
+            self.ready_at = self.exchanged_at = tf.constant(0.0, tf.float64)
 
     def __enter__(self) -> SoleReplica:
         super().__enter__()
@@ -110,11 +112,14 @@ class SoleReplica(tf.distribute.ReplicaContext):
 
     def note_ready(self, gradients: Sequence[Any]) -> None:
         """Notes when the first gradients to cross, those of the last layer, are there."""
-        self.ready_at = step_time_after(gradients[-1:])
+        # Out of a branch of the step's own no time could be brought.
+        if current_graph() is self._graph:
+            self.ready_at = step_time_after(gradients[-1:])
 
     def note_exchanged(self, sums: Sequence[Any]) -> None:
         """Notes when all sums are there."""
-        self.exchanged_at = step_time_after(list(sums))
+        if current_graph() is self._graph:
+            self.exchanged_at = step_time_after(list(sums))
 
     def all_reduce(self, reduce_op: Any, value: Any, options: Any = None) -> Any:
         """Sums (or averages) over all replicas, differentiably: what `BatchNormalization(synchronized=True)` calls.

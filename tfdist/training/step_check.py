@@ -28,7 +28,7 @@ class StepCheck:
 
     def __init__(self, limit: Any) -> None:
         self._limit = limit
-        self._graph = _current_graph()
+        self._graph = current_graph()
         self._losses: list[Any] = []
         self._fault: Any = tf.constant(SOUND)
         self._loss: Any = tf.constant(0.0)
@@ -41,7 +41,7 @@ class StepCheck:
             is_total: It holds those noted before.
         """
         # A loss inside a loop or a branch of the step's own is out of reach here: its gradients are not.
-        if _current_graph() is self._graph:
+        if current_graph() is self._graph:
             self._losses = [loss] if is_total else [*self._losses, loss]
 
     @property
@@ -64,7 +64,7 @@ class StepCheck:
         # The first of several optimizers may have found what the second does not see.
         fault = tf.where(self._fault == SOUND, fault, self._fault)
         # In a branch of the step's own the update is left out as well, but nobody hears of it.
-        if _current_graph() is self._graph:
+        if current_graph() is self._graph:
             self._fault, self._loss = fault, loss
         return fault == SOUND
 
@@ -114,5 +114,6 @@ def _all_finite(grads: Sequence[Any]) -> Any:
     return tf.math.is_finite(tf.add_n(sums)) if sums else tf.constant(True)
 
 
-def _current_graph() -> Any:
+def current_graph() -> Any:
+    """Returns the graph that is being traced, None where nothing is: a branch or a loop has one of its own."""
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()

@@ -154,7 +154,7 @@ class SyncLoop:
             start = time.perf_counter()
             fault, loss = made.verdict.numpy()
             batch_at, ready_at, exchanged_at = made.moments.numpy()
-            compute_secs = time.perf_counter() - start if self._has_gpu else ready_at - batch_at
+            compute_secs = time.perf_counter() - start if self._has_gpu else max(ready_at - batch_at, 0.0)
             self._times.end_step(compute_secs, exchanged_at - ready_at, counts=not made.is_traced)
             extra = own if fault == SOUND else extra
             # What falls due inside a loop waits for its end: those after it are done already.

@@ -302,7 +302,7 @@ class Run:
         validation = None if validation_data is None else build_source(validation_data)
         loop = self._loop(model, source)
         if validation is not None:
-            check_elements(model, validation)
+            check_elements(model, validation, shares=self._shares_batches)
         if isinstance(loop, CoordinatorLoop):
             loop.share_out(ps_options)
         sync_options = SyncOptions(sync=sync) if isinstance(sync, str) else sync
@@ -516,7 +516,7 @@ class Run:
                 f"the model {model.name!r} is not compiled; call model.compile(optimizer=…, loss=…) inside "
                 "run.strategy.scope() first."
             )
-        check_elements(model, source)
+        check_elements(model, source, shares=self._shares_batches)
         known = self._loops.pop(id(model), None)
         # compile() makes new state that an old loop would not see.
         parts = (*keras_internals.compiled_parts(model), is_trained or (known is not None and known[0][-1]))
@@ -546,6 +546,10 @@ class Run:
         while len(self._loops) > _MAX_LOOPS:
             self._loops.pop(next(iter(self._loops)))
         return loop
+
+    @property
+    def _shares_batches(self) -> bool:
+        return self.strategy_name in ("mirrored", "multiworker")
 
     def _check_sync(self, options: SyncOptions) -> None:
         asked = dataclasses.replace(options, exchange="auto", bucket_mb=SyncOptions.bucket_mb)

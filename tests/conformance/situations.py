@@ -385,6 +385,55 @@ def never_fitted(side: Side) -> dict[str, Any]:
     return {"outputs": side.predict(side.build(lambda: classifier(metrics=["accuracy"])), X)}
 
 
+def ragged_model() -> keras.Model:
+    """Takes rows of any length."""
+    rows = keras.Input((None,), dtype="int32", ragged=True)
+    mean = layers.Lambda(lambda t: tf.reduce_mean(t, axis=1), output_shape=(4,))(
+        layers.Embedding(20, 4)(rows)
+    )
+    model = keras.Model(rows, layers.Dense(3)(mean))
+    model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+def sparse_model() -> keras.Model:
+    """Takes rows of which most is zero."""
+    rows = keras.Input((6,), sparse=True)
+    model = keras.Model(rows, layers.Dense(3)(rows))
+    model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+def make_ragged() -> tuple[tf.RaggedTensor, np.ndarray]:
+    """Returns rows of one to four numbers, and classes."""
+    return tf.ragged.constant([list(range(1, 2 + i % 4)) for i in range(20)], tf.int32), np.arange(20) % 3
+
+
+def make_sparse() -> tuple[tf.SparseTensor, np.ndarray]:
+    """Returns rows of which half is zero, and classes."""
+    return tf.sparse.from_dense(np.where(np.abs(X) > 0.5, X, 0)), Y
+
+
+def stream_of_ragged(side: Side) -> dict[str, Any]:
+    """A stream of tf.RaggedTensor, as TensorFlow's own tutorials on text have them."""
+    return side.fit(side.build(ragged_model), tf.data.Dataset.from_tensor_slices(make_ragged()))
+
+
+def stream_of_sparse(side: Side) -> dict[str, Any]:
+    """A stream of tf.SparseTensor."""
+    return side.fit(side.build(sparse_model), tf.data.Dataset.from_tensor_slices(make_sparse()))
+
+
+def ragged_arrays(side: Side) -> dict[str, Any]:
+    """The same, not in a stream."""
+    return side.fit(side.build(ragged_model), make_ragged())
+
+
+def sparse_arrays(side: Side) -> dict[str, Any]:
+    """The same, not in a stream."""
+    return side.fit(side.build(sparse_model), make_sparse())
+
+
 CASES: dict[str, Callable[[Side], dict[str, Any]]] = {
     case.__name__: case
     for case in (
@@ -405,6 +454,10 @@ CASES: dict[str, Callable[[Side], dict[str, Any]]] = {
         spectral,
         muon,
         never_fitted,
+        stream_of_ragged,
+        stream_of_sparse,
+        ragged_arrays,
+        sparse_arrays,
     )
 }
 

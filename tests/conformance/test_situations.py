@@ -9,9 +9,12 @@ pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(
 
 WORLDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1"]
 DEFAULT = {
-    "one_device": ["pair", "stateful", "sparse", "never_fitted"],
+    "one_device": [
+        *("pair", "stateful", "sparse", "never_fitted"),
+        *("stream_of_ragged", "stream_of_sparse", "ragged_arrays", "sparse_arrays"),
+    ],
     "multiworker-2": ["cached", "strings", "extremes", "branch"],
-    "ps-1": ["pair", "strings", "callback", "extremes", "spectral", "muon", "branch"],
+    "ps-1": ["pair", "strings", "callback", "extremes", "spectral", "muon", "branch", "stream_of_ragged"],
 }
 # The words of a refusal, by case and by world; "" for all.
 REFUSED = {
@@ -28,6 +31,12 @@ REFUSED = {
     ("compiled_outside", "ps-1"): "inside 'with run.strategy.scope():'",
     ("ragged", ""): "bring them to one",
     ("extremes", "ps-1"): "choose strategy='multiworker'",
+    ("ragged_arrays", ""): "x.to_tensor() does",
+    ("sparse_arrays", ""): "scipy.sparse.csr_matrix",
+    ("stream_of_ragged", "mirrored-2"): "x.to_tensor(shape=[LENGTH])",
+    ("stream_of_ragged", "multiworker-2"): "x.to_tensor(shape=[LENGTH])",
+    ("stream_of_sparse", "mirrored-2"): "tf.sparse.to_dense(x)",
+    ("stream_of_sparse", "multiworker-2"): "tf.sparse.to_dense(x)",
 }
 
 

@@ -249,6 +249,16 @@ def _lists_as_arrays(data: Any) -> Any:
 
 
 def _plain(array: Any) -> Any:
+    if isinstance(array, tf.RaggedTensor):
+        raise ConfigError(
+            "the data holds a tf.RaggedTensor, whose rows are of many lengths: bring them to one, as x.to_tensor() "
+            "does, or pass a dataset: tf.data.Dataset.from_tensor_slices((x, y))."
+        )
+    if isinstance(array, tf.SparseTensor):
+        raise ConfigError(
+            "the data holds a tf.SparseTensor: pass SciPy's (scipy.sparse.csr_matrix), whose rows are made dense batch "
+            "by batch, or tf.sparse.to_dense(x)."
+        )
     if hasattr(array, "to_numpy"):
         array = array.to_numpy()
     # Keras computes in float32; NumPy's default of float64 would double the copies.

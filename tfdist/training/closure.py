@@ -240,7 +240,7 @@ class SharedStep:
                 stack.enter_context(self._readable("train"))
                 self._model.train_step(batch)
 
-        specs = tf.nest.map_structure(tf.TensorSpec.from_tensor, batch)
+        specs = tf.nest.map_structure(tf.type_spec_from_value, batch)
         tf.function(throw_away, autograph=False).get_concrete_function(specs)
         return [scope.num_updates.get(id(v), 0) for v in self._seeds]
 

@@ -36,15 +36,33 @@ def read_first_batch(model: keras.Model, source: Source, *, strategy: str, num_r
         return source.sample_batch(fixed or 2)
 
 
-def check_elements(model: keras.Model, source: Source) -> None:
+# Tensors of which no rows can be taken, and what makes them plain ones.
+_NO_ROWS = (
+    (tf.SparseTensorSpec, "tf.SparseTensor", "tf.sparse.to_dense(x)"),
+    (tf.RaggedTensorSpec, "tf.RaggedTensor", "x.to_tensor(shape=[LENGTH])"),
+)
+
+
+def check_elements(model: keras.Model, source: Source, *, shares: bool) -> None:
     """Makes sure that a stream's elements are examples, as far as their shapes tell.
 
+    Args:
+        model: Built or not.
+        source: The data.
+        shares: Whether replicas share a batch.
+
     Raises:
-        ConfigError: If they are batches.
+        ConfigError: If they are batches, or cannot be shared.
     """
     if not isinstance(source, StreamSource):
         return
     element = source.dataset.element_spec
+    for kind, name, dense in _NO_ROWS:
+        if shares and any(isinstance(spec, kind) for spec in tf.nest.flatten(element)):
+            raise ConfigError(
+                f"an element of the dataset holds a {name}, which replicas cannot share out: make it dense where it is "
+                f"read, as by dataset.map(lambda x, y: ({dense}, y)), or choose one_device."
+            )
     shapes = [tuple(x.shape[1:]) for x in keras_internals.known_inputs(model)]
     parts = element if isinstance(element, tuple) else (element,)
     found = [spec.shape for spec in tf.nest.flatten(parts) if isinstance(spec, tf.TensorSpec)]

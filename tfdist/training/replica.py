@@ -488,7 +488,7 @@ def after_reading(batch: Any) -> contextlib.AbstractContextManager[None]:
 
     What needs no data would not wait: the optimizer's counter would move once more where a stream ends inside a step.
     """
-    return tf.control_dependencies(tf.nest.flatten(batch))
+    return tf.control_dependencies(tf.nest.flatten(batch, expand_composites=True))
 
 
 def local_replica_index(context: tf.distribute.ReplicaContext, num_local: int) -> int:

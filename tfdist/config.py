@@ -155,6 +155,7 @@ class RunConfig:
         self._check_choices()
         self._check_numbers()
         self._check_sizes()
+        self._check_devices()
         self._check_backups()
         self._check_text()
         self._check_optimizer()
@@ -324,6 +325,20 @@ class RunConfig:
                 f"global_batch_size={self.global_batch_size} for {num_parts} replicas: every replica needs an example; "
                 f"give {num_parts} or more, or fewer replicas."
             )
+
+    def _check_devices(self) -> None:
+        if self.deterministic and self.strategy == "ps":
+            raise ConfigError(
+                "deterministic with strategy='ps': its workers' updates come in whatever order they are ready; choose "
+                "another strategy, or leave it out."
+            )
+        if self.jit_compile in ("on", "auto") and self.strategy == "ps":
+            raise ConfigError(
+                f"jit_compile={self.jit_compile!r} with strategy='ps': its steps read and write other machines' "
+                "variables; leave it out."
+            )
+        if self.gpu_memory_gb is not None and self.gpu_memory_gb <= 0:
+            raise ConfigError(f"gpu_memory_gb={self.gpu_memory_gb}: it must be more than 0.")
 
     def _check_backups(self) -> None:
         if self.num_backup_workers and self.ps_mode != "sync":

@@ -79,6 +79,9 @@ def test_json_that_is_no_config_is_refused(text, message):
         ({"max_staleness": 2}, "max_staleness=2 with strategy='one_device': only 'ps' has it"),
         ({"ps_mode": "sync"}, "ps_mode='sync' with strategy='one_device': only 'ps' has it"),
         ({"num_backup_workers": 1}, "num_backup_workers=1 with ps_mode='async'"),
+        ({"strategy": "ps", "num_ps": 1, "deterministic": True}, "deterministic with strategy='ps'"),
+        ({"strategy": "ps", "num_ps": 1, "jit_compile": "on"}, "jit_compile='on' with strategy='ps'"),
+        ({"gpu_memory_gb": 0.0}, "gpu_memory_gb=0.0: it must be more than 0"),
         ({"num_backup_workers": -1}, "num_backup_workers=-1: it must be 0 or more"),
         (
             {"strategy": "ps", "num_ps": 1, "ps_mode": "sync", "num_backup_workers": 1},

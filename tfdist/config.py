@@ -28,6 +28,42 @@ VERBOSITIES = (0, 1, 2, "auto")
 _SYNC_FIELDS = [field.name for field in dataclasses.fields(SyncOptions)]
 
 
+def check_jit(strategy: str, jit_compile: str | None) -> None:
+    """Checks what is asked of XLA.
+
+    Args:
+        strategy: Canonical name.
+        jit_compile: One of `JIT_COMPILE`, or None.
+
+    Raises:
+        ConfigError: If it is none of them, or the strategy cannot have it.
+    """
+    if jit_compile not in (None, *JIT_COMPILE):
+        raise ConfigError(f"jit_compile={jit_compile!r}: choose one of {', '.join(JIT_COMPILE)}.")
+    if jit_compile not in (None, "off") and strategy == "ps":
+        raise ConfigError(
+            f"jit_compile={jit_compile!r} with strategy='ps': its steps read and write other machines' variables; "
+            "leave it out."
+        )
+
+
+def check_deterministic(strategy: str, deterministic: bool) -> None:
+    """Checks whether a strategy can give the same bits again.
+
+    Args:
+        strategy: Canonical name.
+        deterministic: Whether it is to.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    if deterministic and strategy == "ps":
+        raise ConfigError(
+            "deterministic with strategy='ps': its workers' updates come in whatever order they are ready; choose "
+            "another strategy, or leave it out."
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides what a run computes and where it leaves it.
@@ -327,16 +363,8 @@ class RunConfig:
             )
 
     def _check_devices(self) -> None:
-        if self.deterministic and self.strategy == "ps":
-            raise ConfigError(
-                "deterministic with strategy='ps': its workers' updates come in whatever order they are ready; choose "
-                "another strategy, or leave it out."
-            )
-        if self.jit_compile in ("on", "auto") and self.strategy == "ps":
-            raise ConfigError(
-                f"jit_compile={self.jit_compile!r} with strategy='ps': its steps read and write other machines' "
-                "variables; leave it out."
-            )
+        check_deterministic(self.strategy, self.deterministic)
+        check_jit(self.strategy, self.jit_compile)
         if self.gpu_memory_gb is not None and self.gpu_memory_gb <= 0:
             raise ConfigError(f"gpu_memory_gb={self.gpu_memory_gb}: it must be more than 0.")
 

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.cluster import Cluster, Task, canonical_strategy, check_strategy
-from tfdist.config import JIT_COMPILE
+from tfdist.config import check_deterministic, check_jit
 from tfdist.data import ShardedSource, Source, build_source, hold_out
 from tfdist.data.faults import readable_faults
 from tfdist.devices import configure_devices, take_gpus
@@ -93,12 +93,8 @@ def initialize(
             f"'python -m tfdist.launch --strategy={name} --num_workers=2 your_script.py', or set TF_CONFIG."
         )
     check_strategy(cluster, name)
+    check_deterministic(name, deterministic)
     if deterministic:
-        if name == "ps":
-            raise ConfigError(
-                "deterministic with strategy='ps': its workers' updates come in whatever order they are ready; choose "
-                "another strategy, or leave it out."
-            )
         tf.config.experimental.enable_op_determinism()
     take_gpus(cluster, name)
     if cluster.only_serves(name):
@@ -309,7 +305,7 @@ class Run:
         self._check_sync(sync_options)
         if self.strategy_name != "ps":
             steps_per_loop = self._choose_loop(steps_per_loop, on_nan, max_loss_spike)
-        self._check_jit(jit_compile)
+        check_jit(self.strategy_name, jit_compile)
         if isinstance(loop, SyncLoop):
             reason = loop.share_out(sync_options)
             lines = [reason, loop.choose_compiler(jit_compile, source, global_batch_size)]
@@ -581,15 +577,6 @@ class Run:
                 "begins: leave one of the two out."
             )
         return 1
-
-    def _check_jit(self, jit_compile: str | None) -> None:
-        if jit_compile not in (None, *JIT_COMPILE):
-            raise ConfigError(f"jit_compile={jit_compile!r}: choose one of {', '.join(JIT_COMPILE)}.")
-        if jit_compile not in (None, "off") and self.strategy_name == "ps":
-            raise ConfigError(
-                f"jit_compile={jit_compile!r} with strategy='ps': its steps read and write other machines' variables; "
-                "leave it out."
-            )
 
     def _check_callbacks(self, callbacks: Any) -> None:
         everyone, _ = split_callbacks(callbacks, is_chief=True)

@@ -22,11 +22,6 @@ SPOILED = X.copy()
 SPOILED[37] = np.nan
 
 
-def adam(**options: Any) -> keras.optimizers.Optimizer:
-    """Returns the optimizer of most cases."""
-    return keras.optimizers.Adam(0.01, **options)
-
-
 def stream() -> tf.data.Dataset:
     """Returns data whose length nobody knows."""
     return tf.data.Dataset.from_tensor_slices((X, Y)).filter(lambda *example: True)
@@ -54,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "profile": {"fit": {"on_nan": "stop", "steps_per_loop": 1}, "profile": (2, 4)},
     "bfloat16": {"policy": "mixed_bfloat16"},
-    "float16_schedule": {"policy": "mixed_float16", "fit": {"on_nan": "stop"}},
+    "float16": {"policy": "mixed_float16", "fit": {"on_nan": "stop"}},
 }
 
 
@@ -72,7 +67,7 @@ def build_model(policy: str, optimizer: dict[str, Any]) -> keras.Model:
     ]
     model = keras.Sequential([keras.Input((8, 8, 1)), *parts])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(adam(**optimizer), loss, metrics=["accuracy"])
+    model.compile(keras.optimizers.Adam(0.01, **optimizer), loss, metrics=["accuracy"])
     keras.config.set_dtype_policy("float32")
     return model
 

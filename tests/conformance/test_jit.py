@@ -9,7 +9,7 @@ WORLDS = ["one_device", "mirrored-2", "multiworker-2"]
 # Where replicas meet, test_sync_ways.py and test_loops.py compile by default.
 DEFAULT = {"mirrored-2": (), "multiworker-2": ()}
 # Half precision rounds at other places where operations are fused.
-TOLERANCE = {"bfloat16": 3e-2, "float16_schedule": 1e-2}
+TOLERANCE = {"bfloat16": 3e-2, "float16": 1e-2}
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 

@@ -178,7 +178,9 @@ def _find_recipe(name: str) -> Path:
 
 
 def _find_gpus(env: Mapping[str, str], cluster: Cluster) -> list[str]:
-    """Returns the GPUs that this task will compute on."""
+    """Returns the GPUs that this task will compute on; none where there is no driver, whatever a variable names."""
+    if shutil.which("nvidia-smi") is None:
+        return []
     try:
         own = deal_gpus(env, cluster, "ps" if cluster.num_ps else "multiworker")
     except TfdistError:

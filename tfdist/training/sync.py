@@ -410,6 +410,7 @@ class SyncLoop:
         way = self._meeting.way() if kind == "train" and self._meeting is not None else None
         # A short batch at a pass's end is not worth compiling: it comes once an epoch.
         is_compiled = self._compiler.is_on and not segment.is_short and not self._model.run_eagerly
+        is_compiled = is_compiled and (self._alone or kind == "train")
         key = kind, type(source), segment.never_empty, self._model.run_eagerly, is_compiled, way, size
         if key not in self._functions:
             own, split = isinstance(source, SelfShardedSource), segment.split
@@ -449,16 +450,15 @@ class SyncLoop:
 
     def _build_step(self, kind: str, segment: Segment, is_compiled: bool) -> Callable[..., Any]:
         step = functools.partial(getattr(self._step, kind), never_empty=segment.never_empty)
-        if is_compiled and self._alone:
-            # Without the reading, for which there is no such code; one for any number of steps, so that it is compiled
-            # once.
-            key = kind, segment.never_empty
-            if key not in self._compiled_steps:
-                self._compiled_steps[key] = tf.function(step, autograph=False, jit_compile=True)
-            return self._compiled_steps[key]
-        return (
-            functools.partial(step, jit=self._compiler.compute) if is_compiled and kind == "train" else step
-        )
+        if not is_compiled:
+            return step
+        if not self._alone:
+            return functools.partial(step, jit=self._compiler.compute)
+        # Without the reading, for which there is no such code; one for any number of steps: it is compiled once.
+        key = kind, segment.never_empty
+        if key not in self._compiled_steps:
+            self._compiled_steps[key] = tf.function(step, autograph=False, jit_compile=True)
+        return self._compiled_steps[key]
 
     def _first_local(self, value: Any) -> Any:
         return value if self._alone else self._strategy.experimental_local_results(value)[0]

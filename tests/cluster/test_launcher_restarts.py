@@ -10,6 +10,10 @@ DIE_FIRST = """
 times = int(os.environ["TFDIST_RESTART"])
 with open(me + "-started", "a") as file:
     file.write(os.environ["TF_CONFIG"] + "\\n")
+def starts(task): return len(open(task + "-started").readlines()) if os.path.exists(task + "-started") else 0
+def wait_for(**tasks):
+    # Until each task (worker_0=2) was started that often: an interpreter may take seconds to begin.
+    while any(starts(task.replace("_", "-")) < count for task, count in tasks.items()): time.sleep(0.01)
 {body}
 """
 
@@ -26,8 +30,7 @@ def test_killed_task_starts_all_again_on_new_ports(folder):  # noqa: F811
     script = write(
         folder,
         """
-while len(open("worker-0-started").readlines() if os.path.exists("worker-0-started") else []) <= times:
-    time.sleep(0.01)
+wait_for(worker_0=times + 1)
 if times < 2 and me == "worker-1": os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(1)
 """,
@@ -67,10 +70,9 @@ def test_ps_worker_comes_back_alone_on_its_own_port(folder):  # noqa: F811
     script = write(
         folder,
         """
-if me == "worker-0" and len(open("worker-0-started").readlines()) == 1: os.kill(os.getpid(), signal.SIGKILL)
+if me == "worker-0" and starts(me) == 1: os.kill(os.getpid(), signal.SIGKILL)
 if me == "chief-0":
-    while len(open("worker-0-started").readlines() if os.path.exists("worker-0-started") else []) < 2:
-        time.sleep(0.01)
+    wait_for(worker_0=2, ps_0=1)
     sys.exit(0)
 time.sleep(60)
 """,
@@ -88,20 +90,27 @@ def count_starts(folder, *tasks):  # noqa: F811
 
 
 SERVE_AND_END = """
-number = len(open(me + "-started").readlines())
-if me == "{dies}" and number == 1: time.sleep(0.3); os.kill(os.getpid(), signal.SIGKILL)
-if me == "chief-0" and {is_over}: time.sleep(0.5); sys.exit(0)
+if me == "{dies}" and starts(me) == 1: wait_for({once}); os.kill(os.getpid(), signal.SIGKILL)
+if me == "chief-0" and starts(me) == {chiefs}: wait_for({at_last}); time.sleep(1); sys.exit(0)
 time.sleep(60)
 """
 
 
 @pytest.mark.parametrize(
-    ("dies", "is_over", "counts"),
-    [("chief-0", "number == 2", [2, 1, 1]), ("ps-0", "number == 2", [2, 1, 2])],
+    ("dies", "counts"),
+    [("chief-0", [2, 1, 1]), ("ps-0", [2, 1, 2])],
 )
-def test_ps_job_keeps_those_who_live(folder, dies, is_over, counts):  # noqa: F811
+def test_ps_job_keeps_those_who_live(folder, dies, counts):  # noqa: F811
     """A dead chief takes nobody along, a dead ps the chief, which has to fill it again."""
-    script = write(folder, SERVE_AND_END.format(dies=dies, is_over=is_over))
+    script = write(
+        folder,
+        SERVE_AND_END.format(
+            dies=dies,
+            once="chief_0=1, worker_0=1, ps_0=1",
+            chiefs=2,
+            at_last="chief_0={}, worker_0={}, ps_0={}".format(*counts),
+        ),
+    )
     done = run("--num_workers=1", "--num_ps=1", "--max_restarts=1", script)
     assert done.returncode == 0, done.stderr
     assert count_starts(folder, "chief-0", "worker-0", "ps-0") == counts
@@ -109,7 +118,8 @@ def test_ps_job_keeps_those_who_live(folder, dies, is_over, counts):  # noqa: F8
 
 
 def test_elastic_ps_job_goes_on_without_a_worker(folder):  # noqa: F811
-    script = write(folder, SERVE_AND_END.format(dies="worker-1", is_over="time.sleep(2) is None"))
+    everyone = "chief_0=1, worker_0=1, worker_1=1, ps_0=1"
+    script = write(folder, SERVE_AND_END.format(dies="worker-1", once=everyone, chiefs=1, at_last=everyone))
     done = run("--num_workers=1:2", "--num_ps=1", script)
     assert done.returncode == 0, done.stderr
     assert count_starts(folder, "chief-0", "worker-0", "worker-1", "ps-0") == [1, 1, 1, 1]
@@ -118,13 +128,12 @@ def test_elastic_ps_job_goes_on_without_a_worker(folder):  # noqa: F811
 
 def test_elastic_ps_job_takes_workers_in_again_while_it_works(folder):  # noqa: F811
     body = """
-def count(): return len(open("worker-1-started").readlines()) if os.path.exists("worker-1-started") else 0
 if me == "chief-0":
     from tfdist.heartbeat import Heart
     heart = Heart.from_environment(os.environ)
-    while count() < 3: heart.beat(1); time.sleep(0.01)
+    while starts("worker-1") < 3: heart.beat(1); time.sleep(0.01)
     sys.exit(0)
-if me == "worker-1" and count() < 3: time.sleep(0.3); os.kill(os.getpid(), signal.SIGKILL)
+if me == "worker-1" and starts(me) < 3: wait_for(worker_0=1, ps_0=1); os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(60)
 """
     done = run("--num_workers=1:2", "--num_ps=1", "--rescale_every_secs=0.5", write(folder, body))
@@ -141,8 +150,7 @@ def test_too_few_workers_end_an_elastic_ps_job(folder):  # noqa: F811
 
 def test_elastic_sync_job_leaves_the_place_of_the_dead_empty_once(folder):  # noqa: F811
     body = """
-while len(open("worker-0-started").readlines() if os.path.exists("worker-0-started") else []) <= times:
-    time.sleep(0.01)
+wait_for(worker_0=times + 1)
 if times < 2 and me == "worker-2" or times == 1 and me == "worker-1": os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(1 if times == 2 else 60)
 """
@@ -153,7 +161,7 @@ time.sleep(1 if times == 2 else 60)
 
 
 def test_lost_peers_are_tried_again_and_a_failure_behind_them_is_not(folder):  # noqa: F811
-    lost = "sys.exit(75) if times == 0 else None"
+    lost = "wait_for(worker_0=times + 1, worker_1=times + 1)\nsys.exit(75) if times == 0 else None"
     done = run("--num_workers=2", "--max_restarts=1", write(folder, lost))
     assert done.returncode == 0, done.stderr
     assert "lost the others (exit code 75)" in done.stderr
@@ -161,7 +169,9 @@ def test_lost_peers_are_tried_again_and_a_failure_behind_them_is_not(folder):  #
 
 
 def test_failure_behind_lost_peers_is_the_cause(folder):  # noqa: F811
-    body = "sys.exit(75) if me == 'worker-0' else (time.sleep(1), sys.exit(1))"
+    body = (
+        "wait_for(worker_0=1, worker_1=1)\nsys.exit(75) if me == 'worker-0' else (time.sleep(1), sys.exit(1))"
+    )
     done = run("--num_workers=2", "--max_restarts=1", write(folder, body))
     assert done.returncode == 1
     assert count_starts(folder, "worker-0", "worker-1") == [1, 1]

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from tfdist.launcher.guard import MARK_VARIABLE
 
 COUNT, BATCH = 1_437, 64
 FEW, MANY = BATCH + COUNT % BATCH, 8 * COUNT
-WARM_EPOCHS = 50
+WARM_EPOCHS, LOOKS = 50, 20
 WORLDS = {"one_device": [], "mirrored": [], "multiworker": ["--num_workers=2"], "ps": ["--num_workers=2"]}
 _PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -112,18 +113,20 @@ def time_epochs(strategy: str, rounds: int, out: Path) -> None:
 
 
 class _Memory(keras.callbacks.Callback):
-    """Keeps what every process of the job holds, after the first epochs and at the end."""
+    """Keeps what every process of the job holds, in the last of the first epochs and in the last of all."""
 
     writes = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.held: list[dict[int, float]] = []
+        self.before: list[dict[int, float]] = []
+        self.after: list[dict[int, float]] = []
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Looks."""
-        if epoch in (WARM_EPOCHS - 1, self.params["epochs"] - 1):
-            self.held.append(_held_mb())
+        for end, held in ((WARM_EPOCHS, self.before), (self.params["epochs"], self.after)):
+            if end - LOOKS <= epoch < end:
+                held.append(_held_mb())
 
 
 def _held_mb() -> dict[int, float]:
@@ -157,8 +160,12 @@ def weigh_epochs(strategy: str, rounds: int, out: Path) -> None:
         callbacks=[memory],
     )
     if run.is_chief:
-        before, after = memory.held
-        grown = max(after[pid] - before[pid] for pid in before.keys() & after.keys())
+        # Medians: buffers that come and go make up some ten MB of any single epoch.
+        grown = max(
+            statistics.median(held[pid] for held in memory.after)
+            - statistics.median(held[pid] for held in memory.before)
+            for pid in memory.before[0].keys() & memory.after[-1].keys()
+        )
         out.write_text(json.dumps(grown / rounds))
 
 

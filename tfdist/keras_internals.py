@@ -745,6 +745,26 @@ def num_ps(strategy: tf.distribute.Strategy) -> int:
     return int(strategy.extended._num_ps)
 
 
+def reuse_instance_keys(strategy: tf.distribute.MirroredStrategy) -> None:
+    """Lets a sum keep its number, where TensorFlow gives it another one each step, and 1.6 kB that stay.
+
+    One process traces once for all replicas, which then number alike; workers, who may trace at different times, need
+    new ones. So does what changes its shape, as what is gathered does.
+
+    Leans on `MirroredExtended._collective_ops`, its `_launchers`, their `all_reduce` and `_use_unique_instance_key`.
+    """
+    for launcher in getattr(strategy.extended._collective_ops, "_launchers", ()):
+        launcher.all_reduce = functools.partial(_reduce_by_one_key, launcher)
+
+
+def _reduce_by_one_key(launcher: Any, tensor: tf.Tensor, *args: Any, **kwargs: Any) -> tf.Tensor:
+    launcher._use_unique_instance_key = lambda: not tensor.shape.is_fully_defined()
+    try:
+        return type(launcher).all_reduce(launcher, tensor, *args, **kwargs)
+    finally:
+        del launcher._use_unique_instance_key
+
+
 def place_by_bytes(strategy: tf.distribute.ParameterServerStrategy) -> None:
     """Lets every new variable go to the ps task that holds the fewest bytes; TensorFlow deals them out in turn.
 

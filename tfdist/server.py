@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import tensorflow as tf
 
+from tfdist import memory
 from tfdist.cluster import Cluster, split_address
 from tfdist.devices import configure_devices
 from tfdist.door import LOOPBACK, close_when_listening
@@ -94,7 +95,8 @@ def serve(cluster: Cluster, *, start_timeout_secs: float = 300.0) -> NoReturn:
     threading.Thread(target=server.join, name="tfdist-server", daemon=True).start()
     # Who sets TF_CONFIG ends the servers too, or keeps them. In other worlds nobody does: they end with the chief.
     if tf_config.detect(os.environ):
-        told.wait()
+        while not told.wait(memory.EVERY_SECS):
+            memory.give_back()
     elif (code := _wait_for_end(cluster, told, start_timeout_secs)) is not None:
         what = f"could not be reached for {_CHIEF_LOST_SECS:.0f} s" if code else "has ended"
         print(f"tfdist: the chief {what}", file=sys.stderr, flush=True)
@@ -130,6 +132,7 @@ def _wait_for_end(cluster: Cluster, told: threading.Event, start_timeout_secs: f
     num_refused, heard_at = 0, time.monotonic()
     has_come, deadline = False, heard_at + start_timeout_secs
     while not told.wait(_CHIEF_POLL_SECS):
+        memory.give_back()
         refused = is_refused(cluster.address(cluster.chief))
         has_come |= refused is False
         if not has_come:

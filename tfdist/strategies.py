@@ -32,7 +32,9 @@ def build_strategy(
         return tf.distribute.get_strategy()
     keras_internals.allow_bare_values()
     if strategy == "mirrored":
-        return tf.distribute.MirroredStrategy(_mirrored_devices(num_replicas))
+        mirrored = tf.distribute.MirroredStrategy(_mirrored_devices(num_replicas))
+        keras_internals.reuse_instance_keys(mirrored)
+        return mirrored
     resolver = _build_resolver(cluster)
     if strategy == "multiworker":
         return _build_multiworker(resolver)

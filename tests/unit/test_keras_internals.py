@@ -27,6 +27,7 @@ from tfdist.keras_internals import (
     has_metrics,
     is_compiled,
     native,
+    reuse_instance_keys,
     saving_in_blocks,
     scaling_rate,
     seed_states,
@@ -128,12 +129,30 @@ def step_values(kind):
     return values_of(all_variables(model, find_optimizers(model)))
 
 
+def kind_of_instance_key(strategy, shape):
+    """The kind of operation that numbers an exchange: what it holds is fixed in the graph, or comes with a call."""
+
+    def total(value):
+        context = tf.distribute.get_replica_context()
+        own = value + tf.cast(context.replica_id_in_sync_group, tf.float32)
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, own)
+
+    function = tf.function(lambda value: strategy.run(total, args=(value,)))
+    graph = function.get_concrete_function(tf.TensorSpec(shape)).graph
+    exchanges = [op for op in graph.get_operations() if op.type == "CollectiveReduceV2"]
+    (kind,) = {op.inputs[3].op.type for op in exchanges}
+    return kind
+
+
 def facts_under_mirrored():
     """What tests ask about a mirrored model; MirroredStrategy is made once a process, so in one of its own."""
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    facts = {}
+    facts = {"each call's own key": kind_of_instance_key(strategy, [3])}
+    reuse_instance_keys(strategy)
+    facts["one key"] = kind_of_instance_key(strategy, [3])
+    facts["one key, any shape"] = kind_of_instance_key(strategy, [None])
     for kind in KINDS:
         with strategy.scope():
             model = make_model(make_optimizer(kind))
@@ -404,6 +423,12 @@ def test_creating_strategy_is_none_outside_any_scope():
 
 def test_distribute_strategy_is_the_strategy_in_whose_scope_the_model_was_made(mirrored_facts):
     assert mirrored_facts["plain"]["is creating strategy"]
+
+
+def test_use_unique_instance_key_numbers_an_exchange_anew_in_each_call(mirrored_facts):
+    assert mirrored_facts["each call's own key"] == "Placeholder"
+    assert mirrored_facts["one key"] == "Const"
+    assert mirrored_facts["one key, any shape"] == "Placeholder"
 
 
 def test_value_under_a_binding_is_the_local_variable():

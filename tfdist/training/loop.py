@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import keras
 
+from tfdist import memory
 from tfdist.data import Source, num_steps
 from tfdist.errors import ConfigError
 from tfdist.heartbeat import Heart
@@ -168,6 +169,7 @@ def run_fit(
         with heart.busy():
             callbacks.on_epoch_end(epoch, logs)
             saver.save(epoch=epoch + 1, step=0, at_epoch_end=True)
+            memory.give_back()
         if model.stop_training:
             break
     if model.optimizer is not None and options.epochs > options.initial_epoch:

@@ -134,7 +134,7 @@ class ReplicaStep:
             # In one exchange: how many examples there are now, and who has any for another step.
             tells = has_more is not None and local_index == 0
             counts = tf.stack([local_size, tf.cast(has_more, tf.int32) if tells else 0])
-            (sums,) = outer.all_reduce(tf.distribute.ReduceOp.SUM, [counts])
+            (sums,) = reduce_all(outer, tf.distribute.ReduceOp.SUM, [counts])
             global_size, num_more = sums[0], sums[1]
         check = None if limit is None else StepCheck(limit)
         sole = SoleReplica(
@@ -281,7 +281,7 @@ class ReplicaStep:
         moved = [tf.identity(own) for _, own in sole.bound]
         with tf.control_dependencies(moved):
             weighted = [tf.identity(v) for v in weighted]
-        sums = sole.outer.all_reduce(tf.distribute.ReduceOp.SUM, weighted)
+        sums = reduce_all(sole.outer, tf.distribute.ReduceOp.SUM, weighted)
         return dict(zip(own, sums, strict=True))
 
     def apply_waiting(self, limit: float | None) -> tuple[int, float]:

@@ -5,6 +5,7 @@ what then runs is what runs there, in the same order, on the CPU.
 """
 
 import contextlib
+import functools
 import json
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from chosen import chosen
 
 import tfdist
 from tfdist.training import clock, step_times
@@ -128,36 +130,72 @@ def fit_with_checkpoints(run: Any, size: int | None, policy: str, **options: Any
         return {**found, "kept": json.dumps(sorted(path.stem for path in Path(folder).glob("epoch-*.npz")))}
 
 
+def named(start: str, found: dict[str, Any]) -> dict[str, Any]:
+    return {f"{start}/{name}": value for name, value in found.items()}
+
+
+@functools.cache
+def fit_one_by_one(run: Any, policy: str) -> dict[str, Any]:
+    return named(f"{policy}/1", fit_with_checkpoints(run, 1, policy))
+
+
+def fit_in_loops(run: Any, policy: str) -> dict[str, Any]:
+    return fit_one_by_one(run, policy) | named(f"{policy}/4", fit_with_checkpoints(run, 4, policy))
+
+
 def fit_ahead(run: Any) -> dict[str, Any]:
-    """Returns what the same fits do where the host runs ahead of the steps, and what XLA makes of them."""
+    """Returns what the same fits do where the host runs ahead of the steps."""
     found: dict[str, Any] = {}
-    with as_on_gpu():
-        found |= {f"plain/ahead/{k}": v for k, v in fit(run, None, on_nan="stop", jit_compile="off").items()}
-        for policy in ("stop", "rollback"):
+    for policy in ("stop", "rollback"):
+        found |= fit_one_by_one(run, policy)
+        with as_on_gpu():
             results = fit_with_checkpoints(run, None, policy, jit_compile="off")
-            found |= {f"{policy}/ahead/{k}": v for k, v in results.items()}
-        found |= {f"words/ahead/{k}": v for k, v in fit(run, None, layer=Words(), jit_compile="auto").items()}
-    found |= {f"words/1/{k}": v for k, v in fit(run, 1, layer=Words()).items()}
+        found |= named(f"{policy}/ahead", results)
+    with as_on_gpu():
+        return found | named("plain/ahead", fit(run, None, on_nan="stop", jit_compile="off"))
+
+
+def fit_words(run: Any) -> dict[str, Any]:
+    found = named("words/1", fit(run, 1, layer=Words()))
+    with as_on_gpu():
+        return found | named("words/ahead", fit(run, None, layer=Words(), jit_compile="auto"))
+
+
+def fit_auto(run: Any) -> dict[str, Any]:
+    # Else only a run of many thousand steps is worth it.
+    before = step_times.MARGIN, step_times.LEAST_SHARE
+    step_times.MARGIN = step_times.LEAST_SHARE = -1.0
+    found = named("auto/4", fit(run, None, on_nan="stop"))
+    step_times.MARGIN, step_times.LEAST_SHARE = before
     return found
+
+
+def fit_twice_without_clock(run: Any) -> dict[str, Any]:
+    """Returns what two fits do that must be deterministic, as all are after them."""
+    tf.config.experimental.enable_op_determinism()
+    found = named("deterministic/1", fit(run, 1, on_nan="stop"))
+    return found | named("deterministic/2", fit(run, 1, on_nan="stop"))
+
+
+CASES = {
+    "plain": lambda run: named("plain/4", fit(run, 4, on_nan="stop")),
+    "stop": lambda run: fit_in_loops(run, "stop"),
+    "rollback": lambda run: fit_in_loops(run, "rollback"),
+    "ahead": fit_ahead,
+    "words": fit_words,
+    "auto": fit_auto,
+    "stream": lambda run: named("stream/4", fit(run, 4, is_stream=True)),
+    "deterministic": fit_twice_without_clock,
+}
 
 
 def main(out: str, strategy: str, replicas: int | None) -> None:
     # One that falls due while the last is being written is left out; here each must be there.
     CheckpointWriter.is_busy = property(lambda self: False)  # type: ignore[assignment]
     run = tfdist.initialize(strategy=strategy, num_replicas=replicas)
-    found: dict[str, Any] = {}
-    for size in (1, 4):
-        found |= {f"plain/{size}/{k}": v for k, v in fit(run, size, on_nan="stop").items()}
-        for policy in ("stop", "rollback"):
-            results = fit_with_checkpoints(run, size, policy)
-            found |= {f"{policy}/{size}/{k}": v for k, v in results.items()}
-    found |= fit_ahead(run)
-    step_times.MARGIN = step_times.LEAST_SHARE = -1.0  # else only a run of many thousand steps is worth it
-    found |= {f"auto/4/{k}": v for k, v in fit(run, None, on_nan="stop").items()}
-    found |= {f"stream/4/{k}": v for k, v in fit(run, 4, is_stream=True).items()}
-    tf.config.experimental.enable_op_determinism()  # for good: nothing may come after it
-    for turn in (1, 2):
-        found |= {f"deterministic/{turn}/{k}": v for k, v in fit(run, 1, on_nan="stop").items()}
+    found = named("plain/1", fit(run, 1, on_nan="stop"))
+    for name in chosen(CASES):
+        found |= CASES[name](run)
     if run.is_chief:
         np.savez(out, **found)
 

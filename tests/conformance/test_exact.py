@@ -11,9 +11,9 @@ OWN = ("loss_scale", "embedding", "two_outputs", "two_players", "wide", "lars", 
 DEFAULT = {
     "one_device": OWN,
     "mirrored-2": ("loss_scale", "embedding", "two_players"),
-    "mirrored-4": ("sgd", "mask", "two_outputs", "own_step", "dice"),
-    "multiworker-2": ("sgd", "loss_scale", "embedding", "two_outputs", "two_players", "wide", "lars"),
-    "ps-1": ("sgd", *OWN),
+    "mirrored-4": ("sgd", "mask", "two_outputs"),
+    "multiworker-2": ("loss_scale", "embedding", "two_outputs", "two_players", "wide", "lars"),
+    "ps-1": OWN,
 }
 # Replicas draw their own masks by design, as test_promises.py holds; loss scaling is refused, as test_refusals.py does.
 NEVER = {("loss_scale", "ps-1"), *(("dropout", world) for world in WORLDS[1:-1])}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import collections
-import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -15,7 +14,6 @@ import tensorflow as tf
 from tfdist import keras_internals
 from tfdist.data import (
     Segment,
-    SelfShardedSource,
     ServedSource,
     ShardedSource,
     Source,
@@ -27,7 +25,7 @@ from tfdist.sync_options import SyncOptions
 from tfdist.training import clock
 from tfdist.training.compiler import Compiler
 from tfdist.training.input_position import InputPosition, KeptIterators
-from tfdist.training.input_wait import InputWait, timed_next
+from tfdist.training.input_wait import InputWait
 from tfdist.training.meeting import Meeting
 from tfdist.training.metric_parts import find_whole
 from tfdist.training.metrics import metric_results, select_logs
@@ -35,6 +33,7 @@ from tfdist.training.plan import BatchPlan, FinishedStep
 from tfdist.training.replica import ReplicaStep
 from tfdist.training.sole_step import SoleStep
 from tfdist.training.step_check import SOUND, UNCHECKED
+from tfdist.training.step_graphs import StepGraphs
 from tfdist.training.step_times import StepTimes
 
 # Messages of 2 GiB are more than gRPC takes.
@@ -72,13 +71,14 @@ class SyncLoop:
                 whole_metrics=find_whole(model, batch) if self.num_replicas > 1 else (),
             )
         )
-        self._functions: dict[Any, Any] = {}
-        self._compiled_steps: dict[Any, Callable[..., Any]] = {}
         self._compiler = Compiler(
             model=model,
             step=self._step,
             replicas=(self.num_replicas, num_local),
             vote=self.vote,
+        )
+        self._graphs = StepGraphs(
+            model=model, step=self._step, compiler=self._compiler, first_local=self._first_local
         )
         self.input_wait = InputWait()
         self._has_gpu = clock.has_gpu()
@@ -89,7 +89,6 @@ class SyncLoop:
         )
         self._position = InputPosition()
         self._between_tests = KeptIterators()
-        self._is_traced = False
         self._is_inside_loop = False
         self._steps_per_loop = 1
         self._meeting: Meeting | None = None
@@ -118,7 +117,7 @@ class SyncLoop:
             num_workers=self._num_workers,
             vote=self.vote,
         )
-        self._functions.clear()
+        self._graphs.forget()
         return self._meeting.reason
 
     def choose_compiler(self, jit_compile: str | None, source: Source, global_batch_size: int) -> str:
@@ -199,7 +198,7 @@ class SyncLoop:
         self._waits_for_boundary = False
         held: _Made | None = None
         for step, (logs, verdict, moments) in enumerate(self._each("train", source, plan), plan.first_step):
-            made = _Made(logs, verdict, moments, self._is_traced, not self._is_inside_loop)
+            made = _Made(logs, verdict, moments, self._graphs.is_traced, not self._is_inside_loop)
             if held is not None:
                 yield held._replace(is_last_begun=False)
             held = made
@@ -223,7 +222,7 @@ class SyncLoop:
     def measures(self) -> dict[str, Any]:
         """Returns where the epoch's time went, what crossed between workers, and the steps of a call, if several."""
         crossed = {} if self._meeting is None else self._meeting.measures()
-        size = max((size for kind, *_, size in self._functions if kind == "train"), default=1)
+        size = self._graphs.longest_loop
         return self._times.summary() | crossed | ({"steps_per_loop": size} if size > 1 else {})
 
     def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
@@ -303,18 +302,26 @@ class SyncLoop:
                 return
             steps = 0
             while segment.num_steps is None or steps < segment.num_steps:
-                self._is_traced = False
                 left = None if segment.num_steps is None else segment.num_steps - steps
                 size = self._loop_size(source, plan, step, left) if kind == "train" else 1
-                function = self._function(kind, source, segment, size)
+                steps_of_call = self._graphs.get(
+                    kind,
+                    segment,
+                    size,
+                    source=type(source),
+                    is_part=self._ends_alone(source),
+                    way=self._way(kind),
+                )
                 limits = self._limits(source, plan, verdict) if kind == "train" else ()
                 self._times.begin_call()
                 try:
-                    loop = function(iterator, *limits)
+                    loop = steps_of_call(iterator, *limits)
                 except tf.errors.OutOfRangeError:
                     break
                 except tf.errors.OpError as error:
-                    if step > plan.first_step or not (self._is_traced and self._compiler.gives_up(error)):
+                    if step > plan.first_step or not (
+                        self._graphs.is_traced and self._compiler.gives_up(error)
+                    ):
                         raise
                     # A batch was read, and nothing changed: from the start, without XLA.
                     yield from self._each(kind, source, plan)
@@ -326,7 +333,7 @@ class SyncLoop:
                     own = tf.nest.map_structure(self._first_local, outputs)
                     if kind == "train":
                         verdict = own[1]
-                        counts = clock.can_read() and not self._is_traced
+                        counts = clock.can_read() and not self._graphs.is_traced
                         self.input_wait.end_step(float(wait_secs), counts=counts)
                     else:
                         self._heart.beat()
@@ -405,60 +412,9 @@ class SyncLoop:
             fixed_sizes=self._fixed_sizes,
         )
 
-    def _function(self, kind: str, source: Source, segment: Segment, size: int) -> Any:
-        """Returns what makes `size` steps, and returns for each its outputs, who has more, and the wait for input."""
-        way = self._meeting.way() if kind == "train" and self._meeting is not None else None
-        # A short batch at a pass's end is not worth compiling: it comes once an epoch.
-        is_compiled = self._compiler.is_on and not segment.is_short and not self._model.run_eagerly
-        is_compiled = is_compiled and (self._alone or kind == "train")
-        key = kind, type(source), segment.never_empty, self._model.run_eagerly, is_compiled, way, size
-        if key not in self._functions:
-            own, split = isinstance(source, SelfShardedSource), segment.split
-            is_part = self._ends_alone(source)
-            step = self._build_step(kind, segment, is_compiled)
-
-            def one_step(iterator: Any, *limit: Any) -> Any:
-                self._is_traced = tf.inside_function()
-                element, batch_at, wait_secs = timed_next(iterator)
-                parts, rest = split(element)
-                if is_part:
-                    return *step(parts, None, *limit, has_more=rest), wait_secs
-                outputs = step(parts, None if own else rest, *limit)
-                if self._alone and kind == "train":
-                    logs, verdict, done = outputs
-                    done_at = clock.step_time_after(done)
-                    with clock.on_host():
-                        outputs = logs, verdict, tf.stack([batch_at, done_at, done_at])
-                return outputs, None, wait_secs
-
-            def steps(iterator: Any, *limit: Any) -> list[Any]:
-                # After a step that was wrong those that have begun already change nothing: the run ends at that one.
-                limit, before = limit[:1], limit[1:]
-                found: list[Any] = []
-                for _ in range(size):
-                    verdicts = [self._first_local(found[-1][0][1])] if found else before
-                    if limit and verdicts:
-                        limit = (tf.where(verdicts[0][0] == SOUND, limit[0], -np.inf),)
-                    found.append(one_step(iterator, *limit))
-                return found
-
-            compiled = steps
-            if not self._model.run_eagerly:
-                compiled = tf.function(steps, autograph=False)
-            self._functions[key] = compiled
-        return self._functions[key]
-
-    def _build_step(self, kind: str, segment: Segment, is_compiled: bool) -> Callable[..., Any]:
-        step = functools.partial(getattr(self._step, kind), never_empty=segment.never_empty)
-        if not is_compiled:
-            return step
-        if not self._alone:
-            return functools.partial(step, jit=self._compiler.compute)
-        # Without the reading, for which there is no such code; one for any number of steps: it is compiled once.
-        key = kind, segment.never_empty
-        if key not in self._compiled_steps:
-            self._compiled_steps[key] = tf.function(step, autograph=False, jit_compile=True)
-        return self._compiled_steps[key]
+    def _way(self, kind: str) -> Any:
+        """Returns what of the workers' way of sharing a step's graph holds."""
+        return self._meeting.way() if kind == "train" and self._meeting is not None else None
 
     def _first_local(self, value: Any) -> Any:
         return value if self._alone else self._strategy.experimental_local_results(value)[0]

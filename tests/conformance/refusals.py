@@ -17,6 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import cases
 import keras
 import tensorflow as tf
+from loops import Words
 
 import tfdist
 
@@ -43,6 +44,13 @@ def scaled() -> keras.Model:
 def uncompiled() -> keras.Model:
     """Returns a model that was never compiled."""
     return keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
+
+
+def no_xla() -> keras.Model:
+    """Returns a model with an operation for which XLA has no code."""
+    model = keras.Sequential([keras.Input((6,)), Words(), keras.layers.Dense(3, "softmax")])
+    model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy")
+    return model
 
 
 class NoOptimizer(cases.OwnStep):
@@ -94,6 +102,7 @@ def attempts(run: Any) -> dict[str, Callable[[], Any]]:
         "split_all": lambda: fit(sgd, validation_split=1.0),
         "unequal": lambda: fit(sgd, (cases.X, cases.Y[:-1])),
         "empty": lambda: fit(sgd, (cases.X[:0], cases.Y[:0])),
+        "no_xla": lambda: fit(no_xla, jit_compile="on"),
         "four": lambda: fit(sgd, (cases.X, cases.Y, cases.W, cases.W)),
     }
 

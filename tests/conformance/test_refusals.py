@@ -34,6 +34,7 @@ WANTED = {
     "split_all": (ALL, ["validation_split=1.0", "between 0 and 1"]),
     "unequal": (ALL, ["22, 21", "the same"]),
     "empty": (ALL, ["no examples"]),
+    "no_xla": (ALL, ["jit_compile="]),
     "four": (ALL, ["tuple of 4", "sample_weight"]),
 }
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]

@@ -90,12 +90,24 @@ class Compiler:
         return _ON if has_gpu and self.is_on else ""
 
     def gives_up(self, error: tf.errors.OpError) -> bool:
-        """Tells whether to go on without XLA after a first call that failed so; from then on it is off."""
-        may = self._may_give_up and self.is_on
-        if not may or not isinstance(error, (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError)):
+        """Tells whether to go on without XLA after a first call that failed so; from then on it is off.
+
+        Raises:
+            ConfigError: If XLA has no code for the model, and was insisted on.
+        """
+        found = re.search(r"[Uu]nsupported operations[^:]*: *(\w+)", error.message)
+        if not self.is_on or not isinstance(
+            error, (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError)
+        ):
             return False
+        if not self._may_give_up:
+            if found is None:
+                return False
+            raise ConfigError(
+                f"jit_compile=on, but XLA has no code for this model's {found[1]}; pass jit_compile=off, or auto, "
+                "which uses XLA where it can."
+            ) from error
         self._choice, self.compute = False, None
-        found = re.search(r"[Uu]nsupported operations[^:]*: *(.{1,200})", error.message)
         why = found[1] if found else error.message.partition("\n")[0][:200]
         _log.warning("jit_compile=off, since XLA has no code for this model: %s", why)
         return True

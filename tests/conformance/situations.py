@@ -234,7 +234,7 @@ class Every(keras.Model):
         return {"loss": loss}
 
 
-def branch(side: Side) -> dict[str, Any]:
+def branch(side: Side, exchange: str = "collective") -> dict[str, Any]:
     """`apply_gradients` inside `tf.cond`."""
 
     def build() -> keras.Model:
@@ -242,7 +242,17 @@ def branch(side: Side) -> dict[str, Any]:
         model.compile(keras.optimizers.SGD(0.1))
         return model
 
-    return side.fit(side.build(build), (X, Y))
+    options = {}
+    if side.run is not None:
+        import tfdist  # not where Keras is the reference
+
+        options["sync"] = tfdist.SyncOptions(exchange=exchange)
+    return side.fit(side.build(build), (X, Y), **options)
+
+
+def branch_by_mpi(side: Side) -> dict[str, Any]:
+    """The same where workers can meet in a branch."""
+    return branch(side, "mpi")
 
 
 def compiled_outside(side: Side) -> dict[str, Any]:
@@ -446,6 +456,7 @@ CASES: dict[str, Callable[[Side], dict[str, Any]]] = {
         lists,
         cached,
         branch,
+        branch_by_mpi,
         compiled_outside,
         callback,
         ragged,

@@ -13,7 +13,7 @@ DEFAULT = {
         *("pair", "stateful", "sparse", "never_fitted"),
         *("stream_of_ragged", "stream_of_sparse", "ragged_arrays", "sparse_arrays"),
     ],
-    "multiworker-2": ["cached", "strings", "extremes", "branch"],
+    "multiworker-2": ["cached", "strings", "extremes", "branch", "branch_by_mpi"],
     "ps-1": ["pair", "strings", "callback", "extremes", "spectral", "muon", "branch", "stream_of_ragged"],
 }
 # The words of a refusal, by case and by world; "" for all.
@@ -22,10 +22,13 @@ REFUSED = {
     ("stateful", "multiworker-2"): "leave its batch size open",
     ("stateful", "ps-1"): "leave its batch size open",
     ("branch", "ps-1"): "inside a tf.cond or a loop",
+    ("branch_by_mpi", "ps-1"): "inside a tf.cond or a loop",
     ("batched", ""): "dataset.unbatch()",
     ("batched_for_anything", ""): "dataset.unbatch()",
     ("cached", "multiworker-2"): "a file of its own",
     ("branch", "mirrored-2"): "gradient_accumulation_steps",
+    ("branch_by_mpi", "mirrored-2"): "gradient_accumulation_steps",
+    ("branch", "multiworker-2"): "exchange='mpi'",
     ("compiled_outside", "mirrored-2"): "inside 'with run.strategy.scope():'",
     ("compiled_outside", "multiworker-2"): "inside 'with run.strategy.scope():'",
     ("compiled_outside", "ps-1"): "inside 'with run.strategy.scope():'",

@@ -222,7 +222,7 @@ class ReplicaStep:
                 raise ConfigError(
                     f"{type(self._model).__name__}.train_step applies gradients inside a tf.cond or a loop, where "
                     "replicas cannot meet: apply them in every step, zeros where nothing is to change, or let the "
-                    "optimizer's gradient_accumulation_steps count."
+                    "optimizer's gradient_accumulation_steps count; workers can meet there by exchange='mpi'."
                 ) from error
             return outputs, returned_names(outputs)
         found = self._compute(sole, jit, part, jit=True)

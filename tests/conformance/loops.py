@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
@@ -163,11 +164,8 @@ def fit_words(run: Any) -> dict[str, Any]:
 
 def fit_auto(run: Any) -> dict[str, Any]:
     # Else only a run of many thousand steps is worth it.
-    before = step_times.MARGIN, step_times.LEAST_SHARE
-    step_times.MARGIN = step_times.LEAST_SHARE = -1.0
-    found = named("auto/4", fit(run, None, on_nan="stop"))
-    step_times.MARGIN, step_times.LEAST_SHARE = before
-    return found
+    with mock.patch.multiple(step_times, MARGIN=-1.0, LEAST_SHARE=-1.0):
+        return named("auto/4", fit(run, None, on_nan="stop"))
 
 
 def fit_twice_without_clock(run: Any) -> dict[str, Any]:

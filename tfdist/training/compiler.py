@@ -95,11 +95,11 @@ class Compiler:
         Raises:
             ConfigError: If XLA has no code for the model, and was insisted on.
         """
-        found = re.search(r"[Uu]nsupported operations[^:]*: *(\w+)", error.message)
         if not self.is_on or not isinstance(
             error, (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError)
         ):
             return False
+        found = re.search(r"[Uu]nsupported operations[^:]*: *(\w+)", error.message)
         if not self._may_give_up:
             if found is None:
                 return False

@@ -296,9 +296,10 @@ class SyncLoop:
     def _each(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[Any]:
         step = plan.first_step
         verdict = tf.constant(UNCHECKED)
+        ends_alone = self._ends_alone(source)
         for segment in self._segments(source, plan):
             iterator = self._open(kind, segment, source, plan)
-            if self._ends_alone(source) and not self._all_go_on(next(iterator)[1], plan):
+            if ends_alone and not self._all_go_on(next(iterator)[1], plan):
                 return
             steps = 0
             while segment.num_steps is None or steps < segment.num_steps:
@@ -309,7 +310,7 @@ class SyncLoop:
                     segment,
                     size,
                     source=type(source),
-                    is_part=self._ends_alone(source),
+                    is_part=ends_alone,
                     way=self._way(kind),
                 )
                 limits = self._limits(source, plan, verdict) if kind == "train" else ()

@@ -8,6 +8,8 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +47,7 @@ def divide(upper: Sequence[float], lower: Sequence[float]) -> float:
 
 
 def show(title: str, rows: Sequence[Row], options: argparse.Namespace, *, note: str = "") -> None:
-    """Prints a benchmark's table and, if asked, keeps it as a section of a file.
+    """Prints a benchmark's table and, if asked, keeps it in its section of a file; what is written below it there stays.
 
     Args:
         title: Of the section.
@@ -55,8 +57,9 @@ def show(title: str, rows: Sequence[Row], options: argparse.Namespace, *, note: 
     """
     command = f"python {Path(sys.argv[0]).resolve().relative_to(ROOT)}"
     command += f" --only={options.only}" if options.only else ""
+    versions = ", ".join(f"{name} {version(name.lower())}" for name in ("TensorFlow", "Keras"))
     load = f"load {os.getloadavg()[0]:.1f} at the end"
-    how = f"{os.cpu_count()} cores, {load}, median (spread) of {options.rounds} rounds"
+    how = f"{date.today()}, {versions}, {os.cpu_count()} cores, {load}, median (spread) of {options.rounds} rounds"
     table = ["| figure | measured | wanted |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
     text = "\n".join([f"## {title}", "", f"`{command}`, {how}.{note and ' ' + note}", "", *table]) + "\n"
     print(text)
@@ -64,6 +67,7 @@ def show(title: str, rows: Sequence[Row], options: argparse.Namespace, *, note: 
         return
     options.write.parent.mkdir(exist_ok=True)
     old = options.write.read_text(encoding="utf-8") if options.write.exists() else "# Benchmarks\n"
-    section = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    new = section.sub(lambda _: f"{text}\n", old) if section.search(old) else f"{old.rstrip()}\n\n{text}"
+    # Up to the table's last row: what somebody has written below it stays.
+    section = re.compile(rf"^## {re.escape(title)}\n(?:(?!\||## ).*\n)*(?:\|.*\n)*", re.MULTILINE)
+    new = section.sub(lambda _: text, old) if section.search(old) else f"{old.rstrip()}\n\n{text}"
     options.write.write_text(f"{new.rstrip()}\n", encoding="utf-8")

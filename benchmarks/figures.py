@@ -47,7 +47,7 @@ def divide(upper: Sequence[float], lower: Sequence[float]) -> float:
 
 
 def show(title: str, rows: Sequence[Row], options: argparse.Namespace, *, note: str = "") -> None:
-    """Prints a benchmark's table and, if asked, keeps it in its section of a file; what is written below it there stays.
+    """Prints a benchmark's table and, if asked, keeps it in its section of a file; what is below it stays.
 
     Args:
         title: Of the section.

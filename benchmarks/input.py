@@ -54,7 +54,7 @@ class Numbers:
 
 def open_epoch(source: Any, *, first_step: int = 0, num_steps: int | None = None) -> Segment:
     """Returns the shuffled batches of a process that is alone."""
-    options = {"epoch": 0, "seed": 0, "shuffle": True, "num_replicas": 1, "replica_ids": [0]}
+    options = {"lap": 0, "seed": 0, "shuffle": True, "num_replicas": 1, "replica_ids": [0]}
     steps = {"first_step": first_step, "num_steps": num_steps}
     return local_batches(build_source(source), global_batch_size=BATCH, **options, **steps)[0]
 

@@ -65,11 +65,12 @@ def time_ps(work: Path, rounds: int) -> tuple[list[float], list[float]]:
         output = train(folder, "--recipe=digits_cnn", "--set=filters=8", *flags)
         away.append(float(re.findall(r"worker:1 is back (\d+\.\d) s after", output)[0]))
         epochs = read_epochs(folder)
-        killed = 1000 / 23
-        before = [e["examples_per_sec"] for e in epochs[10 : int(killed)]]
-        # Of the epochs that lie in the time when it was away.
-        start = epochs[int(killed)]["wall_secs"]
-        during = [e["examples_per_sec"] for e in epochs if start < e["wall_secs"] <= start + away[-1]]
+        killed = 1000 // 23
+        before = [e["examples_per_sec"] for e in epochs[10:killed]]
+        # From the epoch in which it was killed to the one in which it came back.
+        back = epochs[killed]["wall_secs"] + away[-1]
+        later = zip(epochs[killed - 1 :], epochs[killed:], strict=False)
+        during = [epoch["examples_per_sec"] for last, epoch in later if last["wall_secs"] <= back]
         shares.append(1 - statistics.median(during) / statistics.median(before))
     return shares, away
 

@@ -13,6 +13,7 @@ pytest_plugins = ["everything"]
 
 # Read by TensorFlow when it is first imported, so set before any test module is.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"  # as all tasks have it: plain Keras shall round as they do
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 # A scheduler's variables would make every test believe that it is one task of a job.
 _FOREIGN = re.compile(

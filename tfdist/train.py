@@ -23,7 +23,14 @@ from tfdist.cluster import Cluster, check_strategy, render_tf_config
 from tfdist.environments import detect_cluster
 from tfdist.errors import NonFiniteError, OutOfMemoryError, TfdistError
 from tfdist.flags import build_config, parse_flags, resolve_run
-from tfdist.launcher import Job, build_python_command, parse_num_workers, render_dry_run_local, run_local
+from tfdist.launcher import (
+    ONEDNN,
+    Job,
+    build_python_command,
+    parse_num_workers,
+    render_dry_run_local,
+    run_local,
+)
 from tfdist.launcher.fork import quiet_imports
 from tfdist.launcher.hosts import read_hosts, read_ssh_options
 from tfdist.recipe import check_recipe_exists, list_recipes, load_recipe
@@ -129,7 +136,8 @@ def _render_place(cluster: Cluster | None) -> str:
 
 
 def _execute(fields: Mapping[str, Any], cluster: Cluster | None) -> int:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for name, value in ({"TF_CPP_MIN_LOG_LEVEL": "3"} | ONEDNN).items():
+        os.environ.setdefault(name, value)
     if cluster is not None and cluster.only_serves(fields["strategy"]):
         build_config(fields, None)  # The recipe is the chief's alone.
         _serve(cluster)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -200,6 +201,7 @@ def main(out: str, strategy: str) -> None:
         found[f"nan/{name}"] = np.array(fit_spoiled(run, name))
     if exchange == "mpi":
         found["narrow_sum"] = add_narrow()
+        found |= add_large()
     if run.is_chief:
         np.savez(out, **found)
 
@@ -227,6 +229,23 @@ def add_narrow() -> np.ndarray:
     own = tf.fill([7], 256.0 if carrier.rank == 0 else 1.0)
     total = tf.function(lambda: tf.cast(carrier.sum(tf.cast(own, tf.bfloat16)), tf.float32))()
     return total.numpy()
+
+
+def add_large() -> dict[str, np.ndarray]:
+    """Returns two steps' sums of a megabyte over MPI's ranks, the first read after the second was made, and memory."""
+    from mpi4py import MPI  # as above
+
+    carrier = MpiCarrier(MPI.COMM_WORLD)
+    share = float(carrier.rank + 1)
+    own = [tf.fill([300, 500], share), share * tf.range(100_001.0), tf.constant(share)]
+    add = tf.function(lambda factor: carrier.sum_each([factor * tensor for tensor in own]))
+    steps = [add(tf.constant(factor)) for factor in (1.0, 10.0)]
+    found = {
+        f"large_sum/{step}/{i}": total.numpy()
+        for step, sums in enumerate(steps)
+        for i, total in enumerate(sums)
+    }
+    return found | {"memory": np.array(Path("/proc/self/maps").read_text())}
 
 
 if __name__ == "__main__":

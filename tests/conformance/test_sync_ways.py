@@ -134,3 +134,13 @@ def test_gossip_order_has_no_circle():
 def test_mpi_adds_narrow_numbers_up_in_float32(results):
     """In bfloat16 256 + 1 is 256 again: the sum of 256, 1 and 1 shows in which type it was made."""
     np.testing.assert_array_equal(results("multiworker-3")["narrow_sum"], np.full(7, 258.0))
+
+
+def test_mpi_adds_megabytes_up_in_memory_that_the_ranks_share(results):
+    """1, 2 and 3 shares; the first step's sums are still the caller's when the second's have been made."""
+    found = results("multiworker-3")
+    for step, factor in enumerate((6.0, 60.0)):
+        np.testing.assert_array_equal(found[f"large_sum/{step}/0"], np.full((300, 500), factor))
+        np.testing.assert_array_equal(found[f"large_sum/{step}/1"], factor * np.arange(100_001.0))
+        assert found[f"large_sum/{step}/2"] == factor
+    assert "memfd:tfdist-exchange" in str(found["memory"])

@@ -59,6 +59,7 @@ def test_task_environment_says_who_it_is():
     assert env["GRPC_FAIL_FAST"] == "use_caller"
     assert (env["TFDIST_STRATEGY"], env["TFDIST_RUN_DIR"], env["TFDIST_LAUNCHED"]) == ("ps", "/r", "1")
     assert (env["TF_CPP_MIN_LOG_LEVEL"], env["PYTHONUNBUFFERED"]) == ("2", "1")
+    assert env["TF_ENABLE_ONEDNN_OPTS"] == "1"
     assert not {"TFDIST_STRATEGY", "TFDIST_RUN_DIR"} & set(env_of())
 
 
@@ -82,6 +83,7 @@ def test_cores_are_divided(monkeypatch, cores, workers, num_ps, intra, inter):
 
 def test_what_the_user_set_stays():
     mine = {"OMP_NUM_THREADS": "7", "TF_NUM_INTEROP_THREADS": "9", "TF_CPP_MIN_LOG_LEVEL": "0"}
+    mine["TF_ENABLE_ONEDNN_OPTS"] = "0"
     assert not set(mine) & set(env_of(env=mine))
 
 

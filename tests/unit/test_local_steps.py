@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfdist.exchange.carrier import join, split
 from tfdist.sync_options import SyncOptions
 from tfdist.training.local_steps import LocalSteps, neighbours
 
@@ -28,6 +29,9 @@ class Memory:
         total = sum(self._parts)
         self._barrier.wait(timeout=30)
         return tf.constant(total)
+
+    def sum_each(self, values, outer=None):
+        return split(self.sum(join(values), outer), values)
 
     def sum_with(self, value, peer):
         # All go through their peers in step, though not the same number of them: see `exchange`.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import os
 import re
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ import tensorflow as tf
 from tfdist.devices import has_own_gpus
 from tfdist.environments.mpi import find_starter
 from tfdist.errors import ConfigError
+from tfdist.exchange.shared_memory import ALIGNMENT, open_shared_memory
 
 # Far from the keys that TensorFlow gives its own groups and tensors, which it counts from 1.
 _PAIR_KEYS = 1 << 20
+_NARROW = (tf.bfloat16, tf.float16)
+# With fewer, MPI's own sum is faster: it does not return to Python in between.
+_LEAST_SHARED_BYTES = 1 << 19
 _NUM_TRIES = 3
 _FINALIZE_SECS = 5.0
 
@@ -54,6 +59,10 @@ class CollectiveCarrier:
         with outer:
             (total,) = outer.all_reduce(tf.distribute.ReduceOp.SUM, [tensor])
         return total
+
+    def sum_each(self, tensors: Sequence[Any], outer: tf.distribute.ReplicaContext) -> list[Any]:
+        """Returns the sums of several tensors of one type; see `sum`."""
+        return split(self.sum(join(tensors), outer), tensors)
 
     def sum_with(self, tensor: Any, peer: int) -> Any:
         """Returns the sum of this worker's tensor and another's, who must call it too, with this one as its peer."""
@@ -88,6 +97,7 @@ class MpiCarrier:
         from mpi4py import MPI  # here: who has a communicator has it, and nobody else needs it
 
         self._communicator = communicator
+        self._shared = open_shared_memory(communicator)
         self._in_place = MPI.IN_PLACE
         self.rank: int = communicator.rank
         self.num_workers: int = communicator.size
@@ -107,9 +117,32 @@ class MpiCarrier:
             may_overwrite: Nobody else reads the tensor, and its memory may take the sum.
         """
         del outer
-        if tensor.dtype in (tf.bfloat16, tf.float16):
+        if tensor.dtype in _NARROW:
             return self._call(self._sum_narrow, tensor)
         return self._call(self._sum_in_place if may_overwrite else self._sum, tensor)
+
+    def sum_each(
+        self, tensors: Sequence[Any], outer: tf.distribute.ReplicaContext | None = None
+    ) -> list[Any]:
+        """Returns the sums of several tensors of one type; see `sum`."""
+        dtype = tensors[0].dtype
+        num_bytes = sum(tensor.shape.num_elements() for tensor in tensors) * dtype.size
+        shared = self._shared if num_bytes >= _LEAST_SHARED_BYTES else None
+        if shared is None or dtype in _NARROW:
+            # Joined from several, for this exchange alone.
+            return split(self.sum(join(tensors), outer, may_overwrite=len(tensors) > 1), tensors)
+        step = ALIGNMENT // dtype.size
+        sizes = [tensor.shape.num_elements() for tensor in tensors]
+        ends = list(itertools.accumulate(-(-size // step) * step for size in sizes))
+        places = [0, *ends[:-1]]
+
+        def add_up(*arrays: np.ndarray) -> list[np.ndarray]:
+            out = shared.take_out(ends[-1], np.dtype(dtype.as_numpy_dtype))
+            shared.add_up(arrays, places, out)
+            return [out[p : p + a.size].reshape(a.shape) for a, p in zip(arrays, places, strict=True)]
+
+        sums = tf.numpy_function(add_up, tensors, [dtype] * len(tensors))
+        return [tf.ensure_shape(total, tensor.shape) for total, tensor in zip(sums, tensors, strict=True)]
 
     def sum_with(self, tensor: Any, peer: int) -> Any:
         """Returns the sum of this worker's tensor and another's, who must call it too, with this one as its peer."""
@@ -126,13 +159,14 @@ class MpiCarrier:
         return tf.ensure_shape(result, tensor.shape)
 
     def _sum(self, own: np.ndarray) -> np.ndarray:
-        total = np.empty_like(own)
-        self._communicator.Allreduce(own, total)
-        return total
+        return self._sum_in_place(own.copy())
 
     def _sum_in_place(self, own: np.ndarray) -> np.ndarray:
         """TensorFlow lends its own memory, and takes it back: nothing is copied."""
-        self._communicator.Allreduce(self._in_place, own)
+        if self._shared is not None and own.nbytes >= _LEAST_SHARED_BYTES:
+            self._shared.add_up([own], [0], own.reshape(-1))
+        else:
+            self._communicator.Allreduce(self._in_place, own)
         return own
 
     def _sum_narrow(self, own: np.ndarray) -> np.ndarray:
@@ -149,6 +183,17 @@ class MpiCarrier:
 
 
 Carrier = CollectiveCarrier | MpiCarrier
+
+
+def join(tensors: Sequence[Any]) -> Any:
+    """Returns the numbers of tensors of one type, one behind the other."""
+    return tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0)
+
+
+def split(flat: Any, tensors: Sequence[Any]) -> list[Any]:
+    """Returns a tensor like each of those that were joined."""
+    pieces = tf.split(flat, [tensor.shape.num_elements() for tensor in tensors])
+    return [tf.reshape(piece, tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
 def choose_carrier(
@@ -262,7 +307,7 @@ def _time(
     """Returns the seconds of one exchange, the mean over the workers of each one's median."""
     flat = tf.zeros([max(1, num_bytes // 4)])
 
-    exchange = build(lambda outer: carrier.sum(flat, outer)[0])
+    exchange = build(lambda outer: carrier.sum_each([flat], outer)[0][0])
     secs = []
     for _ in range(1 + _NUM_TRIES):  # the first one compiles
         start = time.perf_counter()

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfdist.exchange.carrier import Carrier
+from tfdist.exchange.carrier import Carrier, join, split
 from tfdist.exchange.power_sgd import PowerSgd
 from tfdist.sync_options import SyncOptions
 
@@ -105,23 +105,29 @@ class GradientExchange:
         self, tensors: list[Any], places: list[int], scalar: Any, outer: tf.distribute.ReplicaContext
     ) -> tuple[list[Any], Any]:
         """Returns a bucket's sums, and the scalar's: each bucket takes it along, which costs nothing."""
-
-        def carry(flat: Any, *, may_overwrite: bool = False) -> Any:
-            self.num_bytes += flat.shape.num_elements() * flat.dtype.size
-            return self._carrier.sum(flat, outer, may_overwrite=may_overwrite)
-
         dtype = tensors[0].dtype
         if self._factors is not None and dtype == tf.float32:
+
+            def carry(flat: Any) -> Any:
+                self.num_bytes += _count_bytes(flat)
+                return self._carrier.sum(flat, outer)
+
             return self._factors.sum([*tensors, scalar], places, carry)
         narrow = tf.as_dtype(self._options.exchange_dtype) if dtype == tf.float32 else dtype
         if self._memories and narrow != dtype:
             tensors = [t + self._memories[place] for t, place in zip(tensors, places, strict=True)]
             for tensor, place in zip(tensors, places, strict=True):
                 self._memories[place].assign(tensor - tf.cast(tf.cast(tensor, narrow), dtype))
-        parts = [tf.reshape(t, [-1]) for t in [*tensors, tf.cast(scalar, dtype)]]
-        # Joined from two tensors or more, for this exchange alone.
-        flat = tf.cast(tf.concat(parts, 0), narrow)
-        total = tf.cast(carry(flat, may_overwrite=True), dtype)
-        pieces = tf.split(total, [part.shape.num_elements() for part in parts])
-        sums = [tf.reshape(p, t.shape) for p, t in zip(pieces, tensors, strict=False)]
-        return sums, tf.cast(pieces[-1][0], tf.float32)
+        own = [*tensors, tf.cast(scalar, dtype)]
+        if narrow == dtype:
+            self.num_bytes += sum(_count_bytes(tensor) for tensor in own)
+            sums = self._carrier.sum_each(own, outer)
+        else:
+            flat = tf.cast(join(own), narrow)
+            self.num_bytes += _count_bytes(flat)
+            sums = split(tf.cast(self._carrier.sum(flat, outer), dtype), own)
+        return sums[:-1], tf.cast(sums[-1], tf.float32)
+
+
+def _count_bytes(tensor: Any) -> int:
+    return tensor.shape.num_elements() * tensor.dtype.size

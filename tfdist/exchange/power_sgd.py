@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfdist.exchange.carrier import join, split
+
 
 class PowerSgd:
     """One step of power iteration for each matrix, begun where the last one ended; vectors cross as they are.
@@ -86,8 +88,4 @@ def _sides(shape: tf.TensorShape, rank: int) -> tuple[int, int] | None:
 
 def _sum_together(tensors: Sequence[Any], carry: Callable[[Any], Any]) -> list[Any]:
     """Returns the sums of several tensors, by one exchange."""
-    if not tensors:
-        return []
-    total = carry(tf.concat([tf.reshape(t, [-1]) for t in tensors], 0))
-    pieces = tf.split(total, [t.shape.num_elements() for t in tensors])
-    return [tf.reshape(piece, t.shape) for piece, t in zip(pieces, tensors, strict=True)]
+    return split(carry(join(tensors)), tensors) if tensors else []

@@ -1,6 +1,7 @@
 """Starts and supervises the processes of a cluster; loads no TensorFlow."""
 
 from tfdist.launcher.job import (
+    ONEDNN,
     Job,
     build_cluster,
     build_python_command,
@@ -11,6 +12,7 @@ from tfdist.launcher.job import (
 from tfdist.launcher.local import render_dry_run_local, run_local
 
 __all__ = [
+    "ONEDNN",
     "Job",
     "build_cluster",
     "build_python_command",

@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 from tfdist.errors import LaunchError
 
 # Read when a library is loaded, not when it is used.
-_READ_AT_IMPORT = ("OMP_NUM_THREADS", "TF_CPP_MIN_LOG_LEVEL")
+_READ_AT_IMPORT = ("OMP_NUM_THREADS", "TF_CPP_MIN_LOG_LEVEL", "TF_ENABLE_ONEDNN_OPTS")
 # There where a process may use NVIDIA's driver.
 _GPU_DEVICE = "/dev/nvidiactl"
 # Read by the C library at a program's start: as a variable, and as a parameter of `mallopt`.

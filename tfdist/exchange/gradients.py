@@ -93,7 +93,7 @@ class GradientExchange:
         buckets: list[list[int]] = []
         room = 0.0
         for i in places:
-            size = tensors[i].shape.num_elements() * tensors[i].dtype.size
+            size = _count_bytes(tensors[i])
             if not buckets or size > room or tensors[buckets[-1][-1]].dtype != tensors[i].dtype:
                 buckets.append([])
                 room = most

@@ -10,6 +10,7 @@ import tensorflow as tf
 import tfdist
 from tfdist import execute, train
 from tfdist.cluster import Cluster, Task
+from tfdist.training.checkpoint_dir import CheckpointWriter
 
 rng = np.random.default_rng(0)
 X, W = rng.normal(size=(22, 3)).astype("float32"), rng.uniform(size=22).astype("float32")
@@ -156,3 +157,12 @@ def test_deterministic_is_refused_where_workers_step_in_any_order():
     cluster = Cluster(addresses=addresses, task=Task("chief", 0))
     with pytest.raises(tfdist.ConfigError, match="in whatever order they are ready; choose another strategy"):
         tfdist.initialize(strategy="ps", cluster=cluster, deterministic=True)
+
+
+def test_a_checkpoint_that_is_left_out_is_told_of_once(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(CheckpointWriter, "is_busy", True)
+    options = {"global_batch_size": 5, "epochs": 2, "shuffle": False}
+    run.fit(build(), (X, Y), checkpoints=tfdist.Checkpoints(directory=tmp_path, every_steps=2), **options)
+    said = capsys.readouterr().out
+    assert said.count("no checkpoint after epoch 0 and 2 steps") == said.count("no checkpoint") == 1
+    assert len(list(tmp_path.glob("epoch-*.npz"))) == 2  # those of the epochs' ends all the same

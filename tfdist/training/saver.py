@@ -134,7 +134,7 @@ class Saver:
         self._num_steps = 0
         self._next_vote, self._last_vote = 1, 0
         self._last_vote_at = self._last_save_at = time.monotonic()
-        self._was_told = self._is_stopping = False
+        self._was_told = self._is_stopping = self._has_told_of_slow_writing = False
         self._previous_handler: Any = None
 
     def __enter__(self) -> Saver:
@@ -347,7 +347,9 @@ class Saver:
         metrics = [] if at_epoch_end else self._loop.snapshot_metrics()
         self._last_save_at = time.monotonic()
         must = at_epoch_end or self._is_stopping
-        if self._writer is not None and (must or not self._writer.is_busy):
+        if self._writer is not None and self._writer.is_busy and not must:
+            self._tell_of_slow_writing(epoch, step)
+        elif self._writer is not None:
             # At an epoch's end too where the next one goes on with the same pass.
             is_inside = not at_epoch_end or self.place.step > 0
             input_state = self._loop.snapshot_input() if is_inside else b""
@@ -357,6 +359,14 @@ class Saver:
         if self._is_regrouping:
             self._loop.vote([0.0])  # Nobody leaves while another still takes part in the exchange before.
             raise Regroup(self._take(epoch, step, metrics))
+
+    def _tell_of_slow_writing(self, epoch: int, step: int) -> None:
+        if not self._has_told_of_slow_writing:
+            self._has_told_of_slow_writing = True
+            self._say(
+                f"no checkpoint after epoch {epoch} and {step} steps, nor later ones like it: the one before is still "
+                "being written; save less often, or to a faster disk"
+            )
 
     def _leave(self, epoch: int, step: int) -> None:
         if self._writer is not None:

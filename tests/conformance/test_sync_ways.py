@@ -143,4 +143,5 @@ def test_mpi_adds_megabytes_up_in_memory_that_the_ranks_share(results):
         np.testing.assert_array_equal(found[f"large_sum/{step}/0"], np.full((300, 500), factor))
         np.testing.assert_array_equal(found[f"large_sum/{step}/1"], factor * np.arange(100_001.0))
         assert found[f"large_sum/{step}/2"] == factor
+    assert found["scalar_sum"] == 6.0
     assert "memfd:tfdist-exchange" in str(found["memory"])

@@ -159,7 +159,7 @@ class MpiCarrier:
         return tf.ensure_shape(result, tensor.shape)
 
     def _sum(self, own: np.ndarray) -> np.ndarray:
-        return self._sum_in_place(own.copy())
+        return self._sum_in_place(np.array(own))  # TensorFlow gives a scalar as one that cannot be written to
 
     def _sum_in_place(self, own: np.ndarray) -> np.ndarray:
         """TensorFlow lends its own memory, and takes it back: nothing is copied."""

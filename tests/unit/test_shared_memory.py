@@ -1,5 +1,6 @@
 """Memory that several processes add up in: real memory, with threads for processes and for MPI a barrier of theirs."""
 
+import os
 import random
 import sys
 import threading
@@ -107,8 +108,6 @@ def test_memory_is_taken_again_once_nobody_reads_it():
 
 def test_one_that_has_no_memory_leaves_none_to_the_others(monkeypatch):
     """All must know: who believed in it would wait for ever."""
-    import os
-
     make, calls = os.memfd_create, iter([True, False, False])
 
     def fail(name):

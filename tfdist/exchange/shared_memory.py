@@ -2,11 +2,13 @@
 
 Messages between two processes are copied in and out for each pair that exchanges some. Here each process copies its
 arrays in once, adds one share of the numbers up over all, and copies the sums out, however many processes there are.
-They meet twice for it, which is left to MPI.
+They meet twice for it, which is left to MPI; the memory is not, since its shared windows lie in `/dev/shm`, of which a
+container has 64 MB.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import sys
@@ -112,8 +114,10 @@ def open_shared_memory(communicator: Any) -> SharedMemory | None:
     """Returns the memory of an `mpi4py.MPI.Comm`'s processes; None on all if they do not all see each other's."""
     from mpi4py import MPI  # here: who has a communicator has it, and nobody else needs it
 
-    is_linux = sys.platform == "linux"
-    if communicator.Split_type(MPI.COMM_TYPE_SHARED).size < communicator.size or not is_linux:
+    local = communicator.Split_type(MPI.COMM_TYPE_SHARED)
+    is_one_machine = local.size == communicator.size
+    local.Free()  # MPI has room for some thousands, and each model that is trained asks.
+    if not is_one_machine or sys.platform != "linux":
         return None
     try:
         return SharedMemory(communicator)
@@ -137,7 +141,8 @@ def _map(pid: int, number: int, identity: tuple[int, int], *, num_bytes: int) ->
         if _identify(fd) != identity:
             raise OSError(f"process {pid} is another here")
         memory = mmap.mmap(fd, num_bytes)
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(memory, np.uint8)
     finally:
         os.close(fd)

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.exchange import Carrier, GradientExchange
+from tfdist.exchange import Carrier, GradientExchange, join, split
 from tfdist.sync_options import SyncOptions
 
 # How many exchanges between neighbours come before all workers have heard of a step that was not sound.
@@ -151,7 +151,8 @@ class LocalSteps:
 
     def _mix_in(self, distance: int, outer: tf.distribute.ReplicaContext) -> Any:
         carrier = self._carrier
-        flat = tf.concat([tf.reshape(w.read_value(), [-1]) for w in self._weights], 0)
+        own = [weight.read_value() for weight in self._weights]
+        flat = join(own)
         if distance == 0:
             mixed = carrier.sum(flat, outer) / carrier.num_workers
         else:
@@ -160,9 +161,8 @@ class LocalSteps:
             mixed = flat
             for peer in peers:
                 mixed += share * (carrier.sum_with(flat, peer) - 2.0 * flat)
-        pieces = tf.split(mixed, [w.shape.num_elements() for w in self._weights])
-        for weight, piece in zip(self._weights, pieces, strict=True):
-            weight.assign(tf.reshape(piece, weight.shape))
+        for weight, value in zip(self._weights, split(mixed, own), strict=True):
+            weight.assign(value)
         return tf.constant(0)
 
     def _agree_slots_in(self, outer: tf.distribute.ReplicaContext) -> Any:

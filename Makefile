@@ -8,8 +8,9 @@ lint:
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
+	lint-imports
 
-house: ## Imports go down, names are kept: the rules that no linter knows.
+house: ## The rules that no linter knows.
 	$(PYTHON) -m pytest -q tests/unit/test_house.py
 
 test:

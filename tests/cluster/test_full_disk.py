@@ -12,8 +12,8 @@ pytestmark = pytest.mark.cluster
 REPOSITORY = str(Path(__file__).parents[2])
 PROGRAM = """
 import os, pathlib, keras, numpy as np, tfdist
-from tfdist.training.callbacks import MetricsFile, TensorBoardScalars
-from tfdist.training.run_dir import RunDir
+from tfdist.training.monitoring.callbacks import MetricsFile, TensorBoardScalars
+from tfdist.config.run_dir import RunDir
 
 folder = pathlib.Path("disk")
 class Fill(keras.callbacks.Callback):

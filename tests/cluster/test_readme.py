@@ -179,7 +179,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     source = wheel.parent / "tfdist"
     files = [path for package in ("tfdist", "recipes") for path in (source / package).rglob("*")]
     assert packed == {str(path.relative_to(source)) for path in files if path.is_file()}
-    assert "tfdist/data/digits.py" in packed
+    assert "tfdist/data/sources/digits.py" in packed
 
 
 def test_installed_wheel_runs_the_main_job(wheel, tmp_path):

@@ -11,8 +11,8 @@ import tensorflow as tf
 from chosen import chosen
 
 import tfdist
-from tfdist.training.checkpoint_dir import CheckpointWriter
-from tfdist.training.profile import ProfileSteps
+from tfdist.training.checkpoint.store import CheckpointWriter
+from tfdist.training.monitoring.profile import ProfileSteps
 
 COUNT, BATCH = 90, 16  # five whole batches and a short one
 rng = np.random.default_rng(0)

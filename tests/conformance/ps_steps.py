@@ -24,7 +24,7 @@ import tensorflow as tf
 from chosen import chosen
 
 import tfdist
-from tfdist.training.checkpoint_dir import CheckpointWriter
+from tfdist.training.checkpoint.store import CheckpointWriter
 
 cases.BATCH = nan_steps.BATCH = BATCH = 5
 SKIPPED = slice(10, 15)  # the batch with nan_steps.BAD: the third, the first of its closure

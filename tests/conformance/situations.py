@@ -357,8 +357,8 @@ def vectors(side: Side) -> dict[str, Any]:
     if side.run is None:
         return side.fit(model, data)
     import tfdist
-    from tfdist.training.callbacks import MetricsFile, TensorBoardScalars
-    from tfdist.training.run_dir import RunDir
+    from tfdist.config.run_dir import RunDir
+    from tfdist.training.monitoring.callbacks import MetricsFile, TensorBoardScalars
 
     with tempfile.TemporaryDirectory() as folder:
         run_dir = RunDir(Path(folder))

@@ -22,7 +22,7 @@ from chosen import chosen
 import tfdist
 from tfdist.layers import Embedding
 from tfdist.optimizers import LazyAdam
-from tfdist.training.checkpoint import take_snapshot, write_checkpoint
+from tfdist.training.checkpoint.snapshot import take_snapshot, write_checkpoint
 
 NUM_ROWS, WIDTH = 21, 4
 TABLE = np.random.default_rng(3).normal(size=(NUM_ROWS, WIDTH)).astype(np.float32)

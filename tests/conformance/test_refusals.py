@@ -9,7 +9,7 @@ import pytest
 import refusals
 from worlds import run_world
 
-from tfdist.ports import PortReservation
+from tfdist.cluster.ports import PortReservation
 
 ALL = ("one_device", "mirrored-2", "multiworker-2", "ps-1")
 SYNC = ("mirrored-2", "multiworker-2")

@@ -7,7 +7,7 @@ from worlds import marked, results_of
 
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
-WORLDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1"]
+BACKENDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1"]
 DEFAULT = {
     "one_device": [
         *("pair", "stateful", "sparse", "never_fitted"),
@@ -48,7 +48,7 @@ def results(tmp_path_factory, request):
     return results_of(situations.__file__, tmp_path_factory.mktemp("worlds"), request)
 
 
-@pytest.mark.parametrize(("case", "world"), marked(list(situations.CASES), WORLDS, DEFAULT))
+@pytest.mark.parametrize(("case", "world"), marked(list(situations.CASES), BACKENDS, DEFAULT))
 def test_situation_is_as_in_keras_or_refused(results, case, world):
     found = {k.partition("/")[2]: v for k, v in results(world).items() if k.startswith(f"{case}/")}
     words = REFUSED.get((case, world)) or REFUSED.get((case, ""))

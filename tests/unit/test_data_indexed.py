@@ -7,7 +7,7 @@ import tensorflow as tf
 from test_data_batches import read_epoch
 
 from tfdist.data import IndexedSource, build_source, tfds_split
-from tfdist.data.digits import Digits
+from tfdist.data.sources.digits import Digits
 from tfdist.errors import ConfigError
 
 

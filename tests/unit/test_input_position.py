@@ -10,7 +10,7 @@ import tensorflow as tf
 import tfdist
 from tfdist.data import Segment, build_source, local_batches
 from tfdist.errors import ConfigError
-from tfdist.training.input_position import InputPosition, KeptIterators, check_order
+from tfdist.training.checkpoint.input_position import InputPosition, KeptIterators, check_order
 from tfdist.training.plan import BatchPlan, Place
 
 COUNT, BATCH = 103, 10
@@ -187,7 +187,7 @@ def test_large_state_is_not_kept(monkeypatch):
     small = build_source(tf.data.Dataset.range(60))
     for source, limit, is_kept in ((big, None, False), (small, None, True), (small, 1000, False)):
         if limit:
-            monkeypatch.setattr("tfdist.training.input_position._MAX_BYTES", limit)
+            monkeypatch.setattr("tfdist.training.checkpoint.input_position._MAX_BYTES", limit)
         plan = BatchPlan(global_batch_size=1, shuffle=True)
         options = {"lap": 0, "seed": 0, "shuffle": True, "global_batch_size": 1}
         (segment,) = local_batches(source, num_replicas=1, replica_ids=[0], **options)

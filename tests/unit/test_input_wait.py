@@ -12,10 +12,10 @@ import tensorflow as tf
 from test_progress import Clock
 
 import tfdist
-from tfdist.training.callbacks import MetricsFile
-from tfdist.training.input_wait import InputWait, timed_next
-from tfdist.training.progress import ProgressBar
-from tfdist.training.run_dir import RunDir
+from tfdist.config.run_dir import RunDir
+from tfdist.training.monitoring.callbacks import MetricsFile
+from tfdist.training.monitoring.input_wait import InputWait, timed_next
+from tfdist.training.monitoring.progress import ProgressBar
 
 
 class Slow:

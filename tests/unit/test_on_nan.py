@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import tfdist
 from tfdist.keras_internals import all_variables, build_model
-from tfdist.training.diagnosis import find_place
+from tfdist.training.nan_diagnosis import find_place
 from tfdist.training.on_nan import OnNan
 from tfdist.training.plan import BatchPlan, FinishedStep
 

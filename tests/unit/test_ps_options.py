@@ -1,7 +1,7 @@
 import pytest
 
+from tfdist.config.ps_options import PsOptions
 from tfdist.errors import ConfigError
-from tfdist.training.ps_options import PsOptions
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tfdist import execute, train
-from tfdist.cluster import Cluster, Task
-from tfdist.training.checkpoint_dir import CheckpointWriter
+from tfdist import train
+from tfdist.cluster.spec import Cluster, Task
+from tfdist.commands import execute
+from tfdist.training.checkpoint.store import CheckpointWriter
 
 rng = np.random.default_rng(0)
 X, W = rng.normal(size=(22, 3)).astype("float32"), rng.uniform(size=22).astype("float32")

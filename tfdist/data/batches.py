@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tfdist.data.addressed import addressed_batches
 from tfdist.data.segment import Segment, Share
-from tfdist.data.source import SelfShardedSource, ServedSource, ShardedSource, Source, StreamSource
+from tfdist.data.sources.source import SelfShardedSource, ServedSource, ShardedSource, Source, StreamSource
 from tfdist.data.streams import self_sharded_batches, served_batches, sharded_batches, streamed_batches
 
 

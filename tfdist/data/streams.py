@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist.data.segment import Segment, Share
-from tfdist.data.source import SelfShardedSource, ServedSource, ShardedSource, StreamSource
+from tfdist.data.sources.source import SelfShardedSource, ServedSource, ShardedSource, StreamSource
 from tfdist.errors import ConfigError
 
 _SHUFFLE_BUFFER = 10_000

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.data import Source, StreamSource
-from tfdist.data.faults import readable_faults
+from tfdist.data.read_errors import readable_faults
 from tfdist.errors import ConfigError
 
 

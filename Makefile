@@ -9,6 +9,7 @@ lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 	lint-imports
+	$(PYTHON) docs/draw.py --check
 
 house: ## The rules that no linter knows.
 	$(PYTHON) -m pytest -q tests/unit/test_house.py

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tfdist.cluster.cores import count_cores
 from tfdist.cluster.environments import detect_cluster
 from tfdist.cluster.environments.slurm import describe_unused
 from tfdist.cluster.environments.tf_config import VARIABLE
@@ -23,7 +24,6 @@ from tfdist.cluster.peer_allowlist import is_open
 from tfdist.cluster.spec import Cluster, split_address
 from tfdist.diagnostics.rendezvous import Rendezvous, nearest_folder
 from tfdist.errors import ConfigError, TfdistError
-from tfdist.launcher.job import count_cores
 from tfdist.launcher.process.memory import read_available_bytes
 from tfdist.recipe import RECIPES_DIR, check_recipe_exists
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 
+from tfdist.cluster.cores import count_cores
 from tfdist.cluster.ports import PortReservation
 from tfdist.cluster.spec import Cluster, Task
 from tfdist.launcher.job import (
@@ -11,7 +12,6 @@ from tfdist.launcher.job import (
     PMI_RANK,
     Job,
     build_cluster,
-    count_cores,
     render_env,
     render_shared_env,
 )

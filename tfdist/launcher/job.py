@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
+from tfdist.cluster.cores import count_cores
 from tfdist.cluster.environments.mpi import drop_rank
 from tfdist.cluster.gpus import PER_WORKER_VARIABLE
 from tfdist.cluster.peer_allowlist import LISTEN_VARIABLE
@@ -306,17 +307,6 @@ def render_dry_run(job: Job, cluster: Cluster) -> str:
         variables = [f"{name}={shlex.quote(value)}" for name, value in render_env(job, cluster, task).items()]
         lines += [f"# {task}", " ".join(["env", *variables, shlex.join(job.command)]), ""]
     return "\n".join(lines).rstrip("\n") + "\n"
-
-
-def count_cores() -> int:
-    """Counts the cores that this process may use.
-
-    Returns:
-        At least 1.
-    """
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
 
 
 def _render_mpi(job: Job, cluster: Cluster, *, is_crowded: bool) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import tensorflow as tf
 
+from tfdist.cluster.cores import count_cores
 from tfdist.cluster.environments import tf_config
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.network_isolation import LOOPBACK, isolate_when_listening
@@ -19,7 +20,6 @@ from tfdist.cluster.peer_allowlist import LISTEN_VARIABLE, find_peers, is_open
 from tfdist.cluster.ports import check_port_free, check_reachable, is_refused
 from tfdist.cluster.spec import Cluster, split_address
 from tfdist.errors import PEER_LOST_CODE
-from tfdist.launcher.job import count_cores
 from tfdist.runtime import memory
 from tfdist.runtime.devices import configure_devices
 

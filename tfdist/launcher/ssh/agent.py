@@ -17,10 +17,11 @@ import sys
 import tempfile
 from typing import Any, NoReturn
 
+from tfdist.cluster.cores import count_cores
 from tfdist.cluster.heartbeat import VARIABLE as HEARTBEAT_VARIABLE
 from tfdist.cluster.ports import PortReservation
 from tfdist.errors import LaunchError
-from tfdist.launcher.job import PMI_FD, PMI_RANK, count_cores
+from tfdist.launcher.job import PMI_FD, PMI_RANK
 from tfdist.launcher.process import reaper
 from tfdist.launcher.process.children import Reaper, read_stop_mark
 from tfdist.launcher.ssh import frames

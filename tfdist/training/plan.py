@@ -39,7 +39,7 @@ class BatchPlan:
         drop_remainder: Leave out a last batch that is short.
         input_state: Where the input stood before `first_step`, as the loop saved it; empty: to be found again.
         metrics: The metrics' state after the steps left out; None: zeros.
-        is_boundary: FactsRequest once a step, in order: is the state to be looked at when it, and nothing after it, is
+        is_boundary: Asked once a step, in order: is the state to be looked at when it, and nothing after it, is
             finished?
         is_saved: Whether a checkpoint follows the pass.
         log_every_steps: Logs are computed at each such step; under several workers that is a collective,
@@ -48,8 +48,8 @@ class BatchPlan:
             worth it for the epochs after this one.
         num_epochs_after: Passes that follow this one, over the same source and as long.
         is_due: Whether a checkpoint follows a zero-based step by its number; unlike `is_boundary`, asked at any time.
-        is_stopped: FactsRequest after each step: is the epoch to end with it? What ends an epoch is done all the same.
-        loss_limit: FactsRequest once a step for the largest loss that it may have; a step with a larger one, or with a
+        is_stopped: Asked after each step: is the epoch to end with it? What ends an epoch is done all the same.
+        loss_limit: Asked once a step for the largest loss that it may have; a step with a larger one, or with a
             loss or gradients that are not finite, changes nothing and reports a fault. None checks nothing.
     """
 

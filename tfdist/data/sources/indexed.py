@@ -106,7 +106,7 @@ def build_indexed(examples: Any, *, keys: Sequence[str] | None = None) -> Indexe
         )
     if len(examples) == 0:
         raise ConfigError("the data source holds no examples; pass at least one.")
-    # FactsRequest only of what yields dicts; a data source that TFDS made says which of them it is trained on.
+    # Asked only of what yields dicts; a data source that TFDS made says which of them it is trained on.
     keys = keys or getattr(getattr(examples, "dataset_info", None), "supervised_keys", None)
     first = examples[0]
     if keys and isinstance(first, Mapping):

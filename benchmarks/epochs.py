@@ -84,7 +84,7 @@ def fitting(run: tfdist.Run | None, validates: bool) -> Callable[..., Any]:
         if run is None:
             model.fit(*data, batch_size=BATCH, **options)
         else:
-            run.fit(model, data, global_batch_size=BATCH, **options)
+            run.fit(model, data, batch_size=BATCH, **options)
 
     return fit
 
@@ -153,7 +153,7 @@ def weigh_epochs(strategy: str, rounds: int, out: Path) -> None:
     run.fit(
         model,
         data,
-        global_batch_size=BATCH,
+        batch_size=BATCH,
         epochs=epochs,
         verbose=0,
         validation_data=data,

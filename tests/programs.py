@@ -23,7 +23,7 @@ _MODULES = (
     "keras",
     "tfdist.commands.execute",
     "tfdist.runtime.server",
-    "tfdist.api.run",
+    "tfdist.api.initialize",
     "tensorflow_datasets",
     "sklearn.datasets",
 )

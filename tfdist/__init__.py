@@ -9,8 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tfdist.api.run import Run, initialize
+    from tfdist.api.initialize import initialize
+    from tfdist.api.run import Run
     from tfdist.cluster.spec import Cluster, Task, parse_tf_config, render_tf_config
+    from tfdist.config.ps_options import PsOptions
     from tfdist.config.sync_options import SyncOptions
     from tfdist.data import tfds_split
     from tfdist.errors import (
@@ -41,8 +43,9 @@ _HOMES = {
     "Recipe": "recipe",
     "Run": "api.run",
     "Checkpoints": "training.checkpoint.store",
-    "initialize": "api.run",
+    "initialize": "api.initialize",
     "SyncOptions": "config.sync_options",
+    "PsOptions": "config.ps_options",
 }
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "LaunchError",
     "NonFiniteError",
     "Preempted",
+    "PsOptions",
     "Recipe",
     "Run",
     "SyncOptions",

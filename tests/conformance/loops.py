@@ -101,7 +101,7 @@ def fit(
             run.fit(
                 model,
                 data,
-                global_batch_size=BATCH,
+                batch_size=BATCH,
                 epochs=EPOCHS,
                 steps_per_loop=size,
                 verbose=0,

@@ -184,7 +184,7 @@ def main(out: str, strategy: str) -> None:
         history = run.fit(
             model,
             (X, Y),
-            global_batch_size=BATCH,
+            batch_size=BATCH,
             epochs=EPOCHS,
             shuffle=False,
             verbose=0,
@@ -214,7 +214,7 @@ def fit_spoiled(run: tfdist.Run, name: str) -> str:
         model = build_model()
     options = tfdist.SyncOptions(exchange="collective", **LOCAL[name])
     try:
-        run.fit(model, (x, Y), global_batch_size=BATCH, shuffle=False, verbose=0, on_nan="stop", sync=options)
+        run.fit(model, (x, Y), batch_size=BATCH, shuffle=False, verbose=0, on_nan="stop", sync=options)
     except tfdist.NonFiniteError as error:
         assert all(np.isfinite(v.numpy()).all() for v in model.trainable_variables)
         return str(error)

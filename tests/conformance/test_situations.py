@@ -10,11 +10,17 @@ pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(
 BACKENDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1"]
 DEFAULT = {
     "one_device": [
-        *("pair", "stateful", "sparse", "never_fitted"),
+        *("pair", "stateful", "sparse", "never_fitted", "batched_for_anything"),
         *("stream_of_ragged", "stream_of_sparse", "ragged_arrays", "sparse_arrays"),
     ],
-    "multiworker-2": ["cached", "strings", "extremes", "branch", "branch_by_mpi"],
-    "ps-1": ["pair", "strings", "callback", "extremes", "spectral", "muon", "branch", "stream_of_ragged"],
+    "multiworker-2": [
+        *("cached", "strings", "extremes", "branch", "branch_by_mpi"),
+        *("batched", "generator", "py_dataset", "tuple_of_inputs"),
+    ],
+    "ps-1": [
+        *("pair", "strings", "callback", "extremes", "spectral", "muon", "branch", "stream_of_ragged"),
+        *("batched", "generator"),
+    ],
 }
 # The words of a refusal, by case and by world; "" for all.
 REFUSED = {
@@ -23,8 +29,6 @@ REFUSED = {
     ("stateful", "ps-1"): "leave its batch size open",
     ("branch", "ps-1"): "inside a tf.cond or a loop",
     ("branch_by_mpi", "ps-1"): "inside a tf.cond or a loop",
-    ("batched", ""): "dataset.unbatch()",
-    ("batched_for_anything", ""): "dataset.unbatch()",
     ("cached", "multiworker-2"): "a file of its own",
     ("branch", "mirrored-2"): "gradient_accumulation_steps",
     ("branch_by_mpi", "mirrored-2"): "gradient_accumulation_steps",

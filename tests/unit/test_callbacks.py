@@ -274,7 +274,7 @@ def fit_with_patience(folder, *, die_in=None):
     history = run.fit(
         model,
         (x, x[:, :1]),
-        global_batch_size=8,
+        batch_size=8,
         epochs=8,
         verbose=0,
         callbacks=[Scores(die_in), stopping],

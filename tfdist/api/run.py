@@ -1,4 +1,4 @@
-"""`initialize` and the `Run` it returns: which loop, which role, what to build first."""
+"""A program's handle on its cluster: Keras's `fit`, `evaluate` and `predict` over all of its tasks."""
 
 from __future__ import annotations
 
@@ -8,36 +8,33 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.cluster.environments import detect_cluster
+from tfdist.api.arguments import epoch_ends, read_data
+from tfdist.api.loops import Loops
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.membership import Membership
-from tfdist.cluster.ports import check_reachable, meet_peers
-from tfdist.cluster.spec import Cluster, Task, canonical_strategy, check_strategy
+from tfdist.cluster.spec import Cluster, Task
 from tfdist.config.ps_options import PsOptions
-from tfdist.config.run_config import check_deterministic, check_jit
+from tfdist.config.run_config import check_jit
 from tfdist.config.sync_options import SyncOptions
-from tfdist.data import ShardedSource, Source, build_source, hold_out
+from tfdist.data import BatchedSource, ShardedSource, Source, build_source, hold_out
 from tfdist.data.read_errors import readable_faults
 from tfdist.data.service import DataService
 from tfdist.errors import ConfigError, PeerLost, Regroup
-from tfdist.layers import Embedding
-from tfdist.optimizers import describe_dense_rows, with_sparse_rows
-from tfdist.runtime.devices import configure_devices, take_gpus
-from tfdist.runtime.server import isolate_server, prepare_server, serve
-from tfdist.runtime.strategies import build_strategy, is_peer_loss
+from tfdist.runtime.strategies import is_peer_loss
 from tfdist.training.checkpoint.saver import Saver
 from tfdist.training.checkpoint.snapshot import Snapshot
 from tfdist.training.checkpoint.state import blocks_of_large
 from tfdist.training.checkpoint.store import Checkpoints
-from tfdist.training.first_batch import check_elements, read_first_batch
 from tfdist.training.loop import FitOptions, Loop, plan_steps, run_fit
 from tfdist.training.monitoring.callbacks import split_callbacks
 from tfdist.training.on_nan import OnNan
@@ -46,79 +43,6 @@ from tfdist.training.ps.loop import CoordinatorLoop
 from tfdist.training.sync.loop import SyncLoop
 
 _log = logging.getLogger("tfdist")
-# A smaller table costs no time to speak of, whatever the optimizer does to it.
-_MANY_ROWS = 100_000
-# Models whose functions are kept: those of a run that takes turns.
-_MAX_LOOPS = 8
-
-
-def initialize(
-    *,
-    strategy: str | None = None,
-    num_replicas: int | None = None,
-    seed: int = 0,
-    cluster: Cluster | None = None,
-    mixed_precision: str | None = None,
-    start_timeout_secs: float = 300.0,
-    gpu_memory_gb: float | None = None,
-    deterministic: bool = False,
-) -> Run:
-    """Joins the cluster and builds the strategy. Worker and ps tasks of a `ps` run serve here and never return.
-
-    Args:
-        strategy: `one_device`, `mirrored`, `multiworker`, `ps` or an alias; None takes what the launcher was told,
-            else `multiworker` in a cluster of workers, `ps` in one with ps tasks, `one_device` alone.
-        num_replicas: Replicas of `mirrored`; None means every GPU, or two CPU replicas.
-        seed: Seeds Python, NumPy, TensorFlow and Keras alike on every task.
-        cluster: None reads it from the environment.
-        mixed_precision: `bfloat16` or `float16` computes in it, with float32 variables.
-        start_timeout_secs: Longest wait for the other tasks, in seconds; TensorFlow itself would wait for an hour.
-        gpu_memory_gb: What this process may take of each GPU (10**9 bytes), where several replicas of `mirrored` share
-            one each of them; None: what it needs.
-        deterministic: Let TensorFlow run deterministic operations alone, so that the same program gives the same bits
-            on GPUs too; steps are slower then, without XLA, and their times are not taken.
-
-    Returns:
-        The run, on tasks that run the program.
-
-    Raises:
-        ConfigError: If the strategy does not fit the cluster.
-        ClusterError: If this task's port is taken, or other tasks do not answer in time.
-    """
-    cluster = cluster or detect_cluster(os.environ, strategy=strategy) or Cluster()
-    name = canonical_strategy(strategy or os.environ.get("TFDIST_STRATEGY") or _default_strategy(cluster))
-    if cluster.is_local and name in ("multiworker", "ps"):
-        raise ConfigError(
-            f"strategy {name!r} needs a cluster, and this process is alone; start it with "
-            f"'python -m tfdist.launch --strategy={name} --num_workers=2 your_script.py', or set TF_CONFIG."
-        )
-    check_strategy(cluster, name)
-    check_deterministic(name, deterministic)
-    if deterministic:
-        tf.config.experimental.enable_op_determinism()
-    take_gpus(cluster, name)
-    if cluster.only_serves(name):
-        serve(cluster, start_timeout_secs=start_timeout_secs)
-    heartbeat = Heartbeat.from_environment(os.environ)
-    prepare_server(cluster, name)
-    configure_devices(strategy=name, num_replicas=num_replicas, gpu_memory_gb=gpu_memory_gb)
-    keras.utils.set_random_seed(seed)
-    if mixed_precision:
-        keras.mixed_precision.set_dtype_policy(f"mixed_{mixed_precision}")
-    if name == "multiworker":
-        meet_peers(cluster, timeout_secs=start_timeout_secs)
-    isolate_server(cluster)
-    if name == "ps":
-        servers = [t for t in cluster.tasks if t.type != "chief"]
-        check_reachable(cluster, timeout_secs=start_timeout_secs, tasks=servers)
-    built = build_strategy(strategy=name, cluster=cluster, num_replicas=num_replicas)
-    return Run(strategy=built, strategy_name=name, cluster=cluster, seed=seed, heartbeat=heartbeat)
-
-
-def _default_strategy(cluster: Cluster) -> str:
-    if cluster.num_ps:
-        return "ps"
-    return "one_device" if cluster.is_single else "multiworker"
 
 
 class Run:
@@ -147,8 +71,13 @@ class Run:
         self.strategy_name = strategy_name
         self.cluster = cluster
         self.seed = seed
-        self._loops: dict[int, tuple[Any, Loop]] = {}
-        self._coordinator: tf.distribute.coordinator.ClusterCoordinator | None = None
+        self._loops = Loops(
+            strategy=strategy,
+            strategy_name=strategy_name,
+            num_workers=cluster.num_workers,
+            is_chief=cluster.is_chief,
+            heartbeat=heartbeat,
+        )
 
     def join(self, members: Membership, carried: Snapshot | None) -> None:
         """Lets `fit` watch for changes of the cluster, and go on from what this process has brought along.
@@ -172,58 +101,61 @@ class Run:
     def fit(
         self,
         model: keras.Model,
-        train: Any,
-        *,
-        global_batch_size: int,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
         epochs: int = 1,
-        validation_data: Any = None,
-        validation_split: float = 0.0,
-        validation_batch_size: int | None = None,
-        validation_steps: int | None = None,
-        validation_freq: int | Sequence[int] = 1,
+        verbose: int | str = "auto",
         callbacks: Any = None,
-        steps_per_epoch: int | None = None,
-        initial_epoch: int = 0,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
         shuffle: bool = True,
         class_weight: dict[int, float] | None = None,
         sample_weight: Any = None,
-        verbose: int | str = "auto",
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: int | Sequence[int] = 1,
+        *,
         checkpoints: Checkpoints | None = None,
         on_nan: str = "ignore",
         max_loss_spike: float | None = None,
         drop_remainder: bool = False,
         shard: str = "auto",
         data_service: str | None = None,
-        ps_mode: str = "async",
         steps_per_loop: int | None = None,
-        max_staleness: int | None = None,
-        staleness_lr: str | None = None,
-        num_backup_workers: int = 0,
-        sync: str | SyncOptions = "every_step",
         jit_compile: str | None = None,
+        sync: str | SyncOptions = "every_step",
+        ps: str | PsOptions = "async",
     ) -> keras.callbacks.History:
-        """Trains as `keras.Model.fit` does, over the whole cluster.
+        """Trains as `keras.Model.fit` does, over the whole cluster, with its arguments in its order.
 
         Args:
             model: Compiled, made inside `strategy.scope()`.
-            train: Arrays `(x, y)`, a `tf.data.Dataset` of examples (not of batches), a TFDS split, an object whose
-                `__getitem__` returns one example, as a `tfds.data_source` or a PyTorch dataset does, or a
-                callable `InputContext → Dataset` of per-replica batches.
-            global_batch_size: Examples per optimizer step over all replicas.
+            x: All that `keras.Model.fit` takes: arrays, lists, dicts, data frames, a generator, a
+                `keras.utils.PyDataset`, a PyTorch `DataLoader` or a batched `tf.data.Dataset`, whose batches are the
+                global ones. Besides these a `tf.data.Dataset` of examples with a `batch_size`, a TFDS split, an object
+                whose `__getitem__` returns one example, as a `tfds.data_source` or a PyTorch dataset does, a
+                callable `InputContext → Dataset` of per-replica batches, and arrays `(x, y)` or `(x, y, sample_weight)`
+                in one tuple. A generator or `DataLoader` runs on each worker, and must yield the same everywhere.
+            y: Targets, of arrays.
+            batch_size: Examples of an optimizer step over all replicas. None: 32, or as many as the data's batches
+                have; a `tf.data.Dataset` is one of batches then, and of examples otherwise.
             epochs: Epoch to stop at.
-            validation_data: As `train`.
-            validation_split: Share of the arrays in `train`, from their end, to validate on instead.
-            validation_batch_size: Default: `global_batch_size`.
-            validation_steps: Batches to validate on; None: all.
-            validation_freq: Validate every so many epochs, or at the 1-based epochs of a sequence.
+            verbose: 0, 1, 2 or "auto".
             callbacks: Keras callbacks; those that write run on the chief alone.
+            validation_split: Share of the arrays, from their end, to validate on.
+            validation_data: `(x, y)`, `(x, y, sample_weight)`, or all else that `x` may be.
+            shuffle: False keeps the data's own order; that of a batched `tf.data.Dataset` is always kept.
+            class_weight: Class → weight.
+            sample_weight: One weight per example, of arrays.
+            initial_epoch: Epoch to start at.
             steps_per_epoch: None: until each example was seen once. An epoch of fewer steps than the data leaves the
                 rest to the next, as in Keras; with the data the epoch ends, with Keras's warning if it has fewer steps.
-            initial_epoch: Epoch to start at.
-            shuffle: False keeps the data's own order.
-            class_weight: Class → weight.
-            sample_weight: One weight per example.
-            verbose: 0, 1, 2 or "auto".
+            validation_steps: Batches to validate on; None: all.
+            validation_batch_size: Default: `batch_size`.
+            validation_freq: Validate every so many epochs, or at the 1-based epochs of a sequence.
             checkpoints: Where to keep the state. If a checkpoint lies there already, training goes on from it,
                 inside an epoch too, as if it had never stopped; `epochs` is the total.
             on_nan: What to do with a step whose loss or gradients are NaN or infinite. "ignore" applies it, as Keras
@@ -233,11 +165,12 @@ class Run:
                 Of several optimizers in a step of the model's own, those before the one with the fault have stepped.
                 Under `ps` a batch that is left out of accumulated gradients counts as zeros in their mean.
             max_loss_spike: A loss more than this many times its mean over about 20 steps counts as such a step.
-            shard: How workers share a stream. "off": each reads all of it and takes its part of every batch. "file"
-                or "data": each reads its own files, or examples, so that batches differ from those of one process;
-                every example still comes once an epoch. "auto": "file" for TFDS splits with a file for each worker.
             drop_remainder: Leave out a pass's last batch if it is short.
-            data_service: A tf.data service prepares the stream `train`, and hands each batch of examples to whichever
+            shard: How workers share a stream of examples. "off": each reads all of it and takes its part of every
+                batch. "file" or "data": each reads its own files, or examples, so that batches differ from those of one
+                process; every example still comes once an epoch. "auto": "file" for TFDS splits with a file for each
+                worker.
+            data_service: A tf.data service prepares the stream of examples, and hands each batch to whichever
                 worker asks next; `shard` then holds for `validation_data` alone. "local": the chief serves, to this
                 machine. "HOST:PORT": the dispatcher of a service that was started elsewhere, which must see the
                 same files, and cannot run Python functions of a pipeline; with several of its workers a pipeline
@@ -245,30 +178,22 @@ class Run:
                 batches that differ from those of one process. A resumed epoch leaves out as many batches as were
                 trained on, not the same ones: some examples come twice and some not at all. If a worker or a server
                 fails, what it held is lost to the epoch.
-            ps_mode: Under `ps`, "async" lets each worker step for itself, on whole batches. "sync" divides each batch
-                among the workers, adds their gradients up, and steps once: the weights are those of one device. It
-                needs one optimizer, and a loss that divides by examples alone.
             steps_per_loop: Steps in one call of a graph: worth it where a step takes a few milliseconds, of which
                 Python is about one. The weights are the same, bit for bit; callbacks hear of a loop's steps after its
                 last one. Logs and checkpoints come at their steps all the same: steps before them are made one by one,
-                as are those of data of unknown length. None: four from the second epoch on, if by the first one's times
-                that pays for compiling them. Under `ps`, steps that a worker makes between two words with the chief;
-                None: as many as keep the time lost to dispatch small, at most 16.
-            max_staleness: Under `ps`, most optimizer steps of other workers between a gradient's reading of the weights
-                and its applying (stale-synchronous, Ho et al. 2013); 0: one step at a time. None: any number.
-            staleness_lr: Under `ps`, "inverse" multiplies the learning rate of each update by 1 / (1 + its staleness)
-                (Zhang et al. 2016).
-            num_backup_workers: Under `ps_mode="sync"`, a step does not wait for the last so many workers (Chen et al.
-                2016). Their parts are dropped, mostly in every step, also where none of them is slow: the step is that
-                of a smaller batch, and the epoch one without these examples, which the run's metrics count as
-                `num_dropped`. 0: every example counts. A worker that hangs may hold up the others all the same.
-            sync: Under `multiworker`, how workers share what they learn: one of `tfdist.config.sync_options.SYNCS`, or
-                `tfdist.SyncOptions(…)` for all there is to choose. Only "every_step", and without a narrower type or
-                compression, has the answer of one device.
+                as are those of data of unknown length. None: `compile(steps_per_execution=…)` if it is more than 1;
+                else four from the second epoch on, if by the first one's times that pays for compiling them. Under
+                `ps`, steps that a worker makes between two words with the chief; None: as many as keep the time lost to
+                dispatch small, at most 16.
             jit_compile: "on" lets XLA compile forward and backward pass, "off" does not. "auto" compiles on GPUs if the
                 model can be; on CPUs it times both ways at first and takes the faster (so that two runs may differ by
                 rounding). None: as `compile` says under `one_device`; else "auto" on GPUs, "off" on CPUs. A pass's last
                 batch, if it is short, is computed without. Not under `ps`.
+            sync: Under `multiworker`, how workers share what they learn: one of `tfdist.config.sync_options.SYNCS`, or
+                `tfdist.SyncOptions(…)` for all there is to choose. Only "every_step", and without a narrower type or
+                compression, has the answer of one device.
+            ps: Under `ps`, whether workers step each for itself ("async") or all together ("sync"), or
+                `tfdist.PsOptions(…)` for all there is to choose.
 
         Returns:
             The history, equal on every task that runs the program.
@@ -280,37 +205,28 @@ class Run:
             Preempted: A `SystemExit` with code 143: a process was told to end by SIGTERM, and `checkpoints` hold
                 the state.
         """
-        ps_options = PsOptions(
-            mode=ps_mode,
-            steps_per_loop=steps_per_loop,
-            max_staleness=max_staleness,
-            staleness_lr=staleness_lr,
-            num_backup_workers=num_backup_workers,
-        )
-        ps_options.check_strategy(self.strategy_name)
         if validation_split and validation_data is None:
-            rest, validation_data = hold_out(
-                build_source(train, sample_weight=sample_weight), validation_split
-            )
-            source = build_source(rest, class_weight=class_weight)
-        else:
-            source = build_source(train, class_weight=class_weight, sample_weight=sample_weight)
-        validation = None if validation_data is None else build_source(validation_data)
-        loop = self._loop(model, source)
+            held = build_source(x if y is None else (x, y), sample_weight=sample_weight)
+            x, validation_data = hold_out(held, validation_split)
+            y = sample_weight = None
+        source, size = read_data(model, x, y, sample_weight, batch_size=batch_size, class_weight=class_weight)
+        validation, validation_size = self._read_validation(
+            model, validation_data, validation_batch_size or batch_size
+        )
+        loop = self._loops.find(model, source)
         if validation is not None:
-            check_elements(model, validation, shares=self._shares_batches)
-        if isinstance(loop, CoordinatorLoop):
-            loop.configure(ps_options)
-        sync_options = SyncOptions(sync=sync) if isinstance(sync, str) else sync
-        self._check_sync(sync_options)
+            self._loops.check_elements(model, validation)
+        if steps_per_loop is None and model.steps_per_execution > 1:
+            steps_per_loop = model.steps_per_execution
+        lines = [self._configure(loop, sync, ps, steps_per_loop)]
         if self.strategy_name != "ps":
             steps_per_loop = self._choose_loop(steps_per_loop, on_nan, max_loss_spike)
         check_jit(self.strategy_name, jit_compile)
         if isinstance(loop, SyncLoop):
-            reason = loop.configure(sync_options)
-            lines = [reason, loop.choose_compiler(jit_compile, source, global_batch_size)]
-            if self.is_chief and verbose != 0:
-                print("".join(f"tfdist: {line}\n" for line in lines if line), end="", flush=True)
+            lines.append(loop.choose_compiler(jit_compile, source, size))
+        if self.is_chief and verbose != 0:
+            print("".join(f"tfdist: {line}\n" for line in lines if line), end="", flush=True)
+        self._check_batches(loop, source, size, drop_remainder)
         service: DataService | None = None
         if data_service is None:
             source = loop.shard_source_of(source, shard)
@@ -318,10 +234,9 @@ class Run:
             service = DataService(data_service, loop=loop, cluster=self.cluster)
             source = service.share(source)
         validation = None if validation is None else loop.shard_source_of(validation, shard)
-        _check_batch(global_batch_size, loop.num_replicas)
         self._check_callbacks(callbacks)
-        given, _ = split_callbacks(callbacks, is_chief=self.is_chief)
-        steps = plan_steps(source, global_batch_size, steps_per_epoch, drop_remainder=drop_remainder)
+        steps = plan_steps(source, size, steps_per_epoch, drop_remainder=drop_remainder)
+        given = [*split_callbacks(callbacks, is_chief=self.is_chief)[0], *epoch_ends(x)]
         callback_list = keras.callbacks.CallbackList(
             [*given, *self._progress(given, verbose)], add_history=True, model=model
         )
@@ -330,19 +245,19 @@ class Run:
                 "epochs": epochs,
                 "steps": steps,
                 "verbose": verbose,
-                "global_batch_size": global_batch_size,
+                "global_batch_size": size,
                 "input_wait": lambda: loop.input_wait.share,
                 "measures": loop.measures,
             }
         )
         options = FitOptions(
-            global_batch_size=global_batch_size,
+            global_batch_size=size,
             epochs=epochs,
             initial_epoch=initial_epoch,
             steps_per_epoch=steps_per_epoch or steps,
             shuffle=shuffle,
             seed=self.seed,
-            validation_batch_size=validation_batch_size or global_batch_size,
+            validation_batch_size=validation_size,
             validation_steps=validation_steps,
             validation_freq=validation_freq,
             shown=verbose not in (0, 2),
@@ -359,7 +274,7 @@ class Run:
             num_steps=steps,
             order={
                 "num_examples": source.num_examples,
-                "global_batch_size": global_batch_size,
+                "global_batch_size": size,
                 "seed": self.seed,
                 "shuffle": shuffle,
                 "drop_remainder": drop_remainder,
@@ -397,61 +312,88 @@ class Run:
     def evaluate(
         self,
         model: keras.Model,
-        data: Any,
-        *,
-        global_batch_size: int = 256,
-        steps: int | None = None,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
         sample_weight: Any = None,
-        return_dict: bool = True,
+        steps: int | None = None,
+        callbacks: Any = None,
+        return_dict: bool = False,
+        *,
         shard: str = "auto",
     ) -> Any:
-        """Evaluates on each example once.
+        """Evaluates on each example once, as `keras.Model.evaluate` does.
 
         Args:
             model: Compiled, made inside `strategy.scope()`.
-            data: As for `fit`.
-            global_batch_size: Examples per step over all replicas.
+            x: As for `fit`.
+            y: Targets, of arrays.
+            batch_size: As for `fit`.
+            verbose: 0 prints nothing, all else a line on the chief.
+            sample_weight: One weight per example, of arrays.
             steps: None: all the data.
-            sample_weight: One weight per example.
-            return_dict: False returns a list in the order of the dict.
+            callbacks: Hear of the beginning and the end, not of each batch.
+            return_dict: False returns a list in Keras's order, or one number.
             shard: As for `fit`.
 
         Returns:
-            Metric name → value, on every task that runs the program.
+            Metric name → value, or the values, on every task that runs the program.
         """
-        source = build_source(data, sample_weight=sample_weight)
-        loop = self._loop(model, source)
+        source, size = read_data(model, x, y, sample_weight, batch_size=batch_size)
+        loop = self._loops.find(model, source)
         source = loop.shard_source_of(source, shard)
-        num_steps = plan_steps(source, global_batch_size, steps)
+        plan = BatchPlan(global_batch_size=size, num_steps=plan_steps(source, size, steps))
+        given, _ = split_callbacks(callbacks, is_chief=self.is_chief)
+        callback_list = keras.callbacks.CallbackList(given, model=model)
         with self._working():
-            logs = loop.evaluate(source, BatchPlan(global_batch_size=global_batch_size, num_steps=num_steps))
-        return logs if return_dict else list(logs.values())
+            callback_list.on_test_begin()
+            logs = loop.evaluate(source, plan)
+            callback_list.on_test_end(logs)
+        if verbose != 0 and self.is_chief:
+            print("evaluation:", *(f"{name} {value}" for name, value in logs.items()), flush=True)
+        return logs if return_dict else keras_internals.flatten_logs(model, logs)
 
     def predict(
-        self, model: keras.Model, data: Any, *, global_batch_size: int = 256, steps: int | None = None
+        self,
+        model: keras.Model,
+        x: Any,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
     ) -> Any:
         """Returns the model's outputs, `[examples, …]`, in the data's order, on every task that runs the program.
 
         Args:
             model: Made inside `strategy.scope()`.
-            data: As for `fit`; targets are ignored. A bare array is `x`.
-            global_batch_size: Examples per step over all replicas.
+            x: As for `fit`; targets are ignored.
+            batch_size: As for `fit`.
+            verbose: As in `keras.Model.predict`; nothing is printed.
             steps: None: all the data.
+            callbacks: Hear of the beginning and the end, not of each batch.
         """
-        source = build_source(data)
-        loop = self._loop(model, source, is_trained=False)
-        num_steps = plan_steps(source, global_batch_size, steps)
+        del verbose
+        source, size = read_data(model, x, batch_size=batch_size)
+        loop = self._loops.find(model, source, is_trained=False)
+        plan = BatchPlan(global_batch_size=size, num_steps=plan_steps(source, size, steps))
+        given, _ = split_callbacks(callbacks, is_chief=self.is_chief)
+        callback_list = keras.callbacks.CallbackList(given, model=model)
         with self._working():
-            return loop.predict(source, BatchPlan(global_batch_size=global_batch_size, num_steps=num_steps))
+            callback_list.on_predict_begin()
+            outputs = loop.predict(source, plan)
+            callback_list.on_predict_end()
+        return outputs
 
-    def build(self, model: keras.Model, data: Any) -> None:
+    def build(self, model: keras.Model, data: Any, batch_size: int | None = None) -> None:
         """Creates the model's variables, its optimizer's too, before the first step (to restore them, say).
 
         Args:
             model: Compiled, made inside `strategy.scope()`.
-            data: As for `fit`; two examples are read.
+            data: As `fit`'s `x`; two examples are read.
+            batch_size: As for `fit`.
         """
-        self._loop(model, build_source(data))
+        self._loops.find(model, read_data(model, data, batch_size=batch_size)[0])
 
     def save(self, model: keras.Model, path: str | Path) -> None:
         """Writes the model on the chief, as `model.save` does, in blocks; other tasks return at once.
@@ -506,46 +448,30 @@ class Run:
             if not goes_on:
                 self._heartbeat.rest()
 
-    def _loop(self, model: keras.Model, source: Source, *, is_trained: bool = True) -> Loop:
-        if is_trained and not keras_internals.is_compiled(model):
-            raise ConfigError(
-                f"the model {model.name!r} is not compiled; call model.compile(optimizer=…, loss=…) inside "
-                "run.strategy.scope() first."
-            )
-        check_elements(model, source, shares=self._shares_batches)
-        known = self._loops.pop(id(model), None)
-        # compile() makes new state that an old loop would not see.
-        parts = (*keras_internals.compiled_parts(model), is_trained or (known is not None and known[0][-1]))
-        if known is not None and all(a is b for a, b in zip(known[0], parts, strict=True)):
-            self._loops[id(model)] = known
-            return known[1]
-        batch = read_first_batch(
-            model, source, strategy=self.strategy_name, num_replicas=self.strategy.num_replicas_in_sync
-        )
-        self._check_scope(model)
-        with self.strategy.scope():
-            keras_internals.build_model(model, batch, is_trained=is_trained)
-        _use_sparse_rows(model, warn=_log.warning if self.is_chief else _log.debug)
-        loop: Loop = (
-            CoordinatorLoop(
-                coordinator=self._get_coordinator(),
-                model=model,
-                num_workers=self.cluster.num_workers,
-                heartbeat=self._heartbeat,
-                batch=batch,
-            )
-            if self.strategy_name == "ps"
-            else SyncLoop(strategy=self.strategy, model=model, heartbeat=self._heartbeat, batch=batch)
-        )
-        # A loop holds its model, so that an id stands for one model only. The latest last.
-        self._loops[id(model)] = ((*keras_internals.compiled_parts(model), is_trained), loop)
-        while len(self._loops) > _MAX_LOOPS:
-            self._loops.pop(next(iter(self._loops)))
-        return loop
+    def _read_validation(
+        self, model: keras.Model, data: Any, batch_size: int | None
+    ) -> tuple[Source | None, int]:
+        if data is None:
+            return None, 0
+        # As Keras does: a list, too, is (x, y).
+        parts = keras.utils.unpack_x_y_sample_weight(data) if isinstance(data, (tuple, list)) else (data,)
+        return read_data(model, *parts, batch_size=batch_size)
 
-    @property
-    def _shares_batches(self) -> bool:
-        return self.strategy_name in ("mirrored", "multiworker")
+    def _configure(
+        self, loop: Loop, sync: str | SyncOptions, ps: str | PsOptions, steps_per_loop: int | None
+    ) -> str:
+        """Tells the loop how steps are shared out; returns a line on it, or ""."""
+        ps_options = PsOptions(mode=ps) if isinstance(ps, str) else ps
+        if steps_per_loop is not None:
+            ps_options = dataclasses.replace(ps_options, steps_per_loop=steps_per_loop)
+        ps_options.check_strategy(self.strategy_name)
+        sync_options = SyncOptions(sync=sync) if isinstance(sync, str) else sync
+        self._check_sync(sync_options)
+        if isinstance(loop, CoordinatorLoop):
+            loop.configure(ps_options)
+            return ""
+        assert isinstance(loop, SyncLoop)
+        return loop.configure(sync_options)
 
     def _check_sync(self, options: SyncOptions) -> None:
         asked = dataclasses.replace(options, exchange="auto", bucket_mb=SyncOptions.bucket_mb)
@@ -578,6 +504,34 @@ class Run:
             )
         return 1
 
+    def _check_batches(self, loop: Loop, source: Source, size: int, drop_remainder: bool) -> None:
+        if size < loop.num_replicas:
+            raise ConfigError(
+                f"batch_size={size} is smaller than the {loop.num_replicas} replicas that share it; "
+                f"take at least {loop.num_replicas}."
+            )
+        if not isinstance(source, BatchedSource):
+            return
+        if drop_remainder:
+            raise ConfigError(
+                "drop_remainder with data that yield batches: leave out their last one where they are made, as "
+                "dataset.batch(…, drop_remainder=True) does."
+            )
+        self._check_same(loop, source)
+
+    def _check_same(self, loop: Loop, source: BatchedSource) -> None:
+        """Makes sure that workers which read the same batches see the same: each takes its part of them."""
+        if self.strategy_name != "multiworker":
+            return
+        flat = tf.nest.flatten(source.first_batch)
+        own = float(zlib.crc32(b"".join(np.asarray(t).tobytes() for t in flat if isinstance(t, tf.Tensor))))
+        total, count = loop.all_reduce_sum([own, 1.0])
+        if total != own * count:
+            raise ConfigError(
+                "the workers' first batches differ, and each would take its part of another one: let the data come in "
+                "the same order everywhere (a seed for each shuffle), or pass examples and a batch_size."
+            )
+
     def _check_callbacks(self, callbacks: Any) -> None:
         everyone, _ = split_callbacks(callbacks, is_chief=True)
         if self.strategy_name == "multiworker" and any(
@@ -587,25 +541,6 @@ class Run:
                 "BackupAndRestore would restore the chief's weights alone, and only whole epochs; leave it out, and "
                 "pass checkpoints=tfdist.Checkpoints(directory=…) to fit (--resume on the command line)."
             )
-
-    def _check_scope(self, model: keras.Model) -> None:
-        if self.strategy_name == "one_device":
-            return
-        if keras_internals.creating_strategy(model) is not self.strategy:
-            raise ConfigError(
-                f"the model {model.name!r} was made outside the strategy's scope; "
-                "build and compile it inside 'with run.strategy.scope():'."
-            )
-        if not keras_internals.is_compiled_within(model, self.strategy):
-            raise ConfigError(
-                f"the model {model.name!r} was compiled outside the strategy's scope, where its optimizer and metrics "
-                "have no copy for each replica; call model.compile(…) inside 'with run.strategy.scope():'."
-            )
-
-    def _get_coordinator(self) -> tf.distribute.coordinator.ClusterCoordinator:
-        if self._coordinator is None:
-            self._coordinator = tf.distribute.coordinator.ClusterCoordinator(self.strategy)
-        return self._coordinator
 
     def _progress(self, given: Sequence[Any], verbose: int | str) -> list[keras.callbacks.Callback]:
         if (
@@ -618,26 +553,3 @@ class Run:
         from tfdist.training.monitoring.progress import ProgressBar
 
         return [] if any(isinstance(c, ProgressBar) for c in given) else [ProgressBar()]
-
-
-def _use_sparse_rows(model: keras.Model, *, warn: Callable[..., None]) -> None:
-    """Spares a model's large tables what Keras's optimizers do to all of their rows, where the result is the same.
-
-    Other models keep Keras's classes: their Adagrad counts a row that occurs twice in a batch twice, and so shall we.
-    """
-    if tables := keras_internals.find_layers(model, Embedding):
-        largest = max(tables, key=lambda table: table.input_dim)
-        for optimizer in keras_internals.find_optimizers(model):
-            what = describe_dense_rows(with_sparse_rows(optimizer))
-            if what is not None and largest.input_dim >= _MANY_ROWS:
-                warn("%r has %d rows, and %s", largest.name, largest.input_dim, what)
-        if model.optimizer is not None:
-            keras_internals.set_optimizer(model, model.optimizer)
-
-
-def _check_batch(global_batch_size: int, num_replicas: int) -> None:
-    if global_batch_size < num_replicas:
-        raise ConfigError(
-            f"global_batch_size={global_batch_size} is smaller than the {num_replicas} replicas that share it; "
-            f"take at least {num_replicas}."
-        )

@@ -15,10 +15,12 @@ import keras
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.api.run import Run, initialize
+from tfdist.api.initialize import initialize
+from tfdist.api.run import Run
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.membership import Membership
 from tfdist.cluster.spec import Cluster
+from tfdist.config.ps_options import PsOptions
 from tfdist.config.run_config import RunConfig, parse_profile
 from tfdist.config.run_dir import RunDir
 from tfdist.data import TfdsSplit, build_source, forget_readers
@@ -135,7 +137,7 @@ def _carry_out(
             f"run_dir={config.run_dir!r} holds no finished model (model.keras); train there first, "
             "or go on with --mode=train --resume."
         )
-    run.build(model, test)
+    run.build(model, test, config.global_batch_size)
     with warnings.catch_warnings():
         # Its slots lie in other shards, as the tables may; nothing is trained here.
         warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
@@ -146,7 +148,10 @@ def _carry_out(
         _export(run, run_dir, test, say)
         return {}
     return _report(
-        run.evaluate(model, test, global_batch_size=config.global_batch_size, shard=config.shard), say
+        run.evaluate(
+            model, test, batch_size=config.global_batch_size, verbose=0, return_dict=True, shard=config.shard
+        ),
+        say,
     )
 
 
@@ -175,7 +180,7 @@ def _train(
                 total_steps=None if steps is None else steps * config.epochs,
             )
             keras_internals.set_optimizer(model, optimizer)
-    run.build(model, source)
+    run.build(model, source, config.global_batch_size)
     checkpoints = Checkpoints(
         directory=run_dir.checkpoints_dir,
         every_steps=config.checkpoint_every_steps,
@@ -198,7 +203,7 @@ def _train(
     run.fit(
         model,
         source,
-        global_batch_size=config.global_batch_size,
+        batch_size=config.global_batch_size,
         epochs=config.epochs,
         steps_per_epoch=config.steps_per_epoch,
         validation_data=test,
@@ -216,17 +221,22 @@ def _train(
         drop_remainder=config.drop_remainder,
         shard=config.shard,
         data_service=config.data_service,
-        ps_mode=config.ps_mode,
         # A profile begins and ends between two steps.
         steps_per_loop=1 if config.profile and config.strategy != "ps" else config.steps_per_loop,
-        max_staleness=config.max_staleness,
-        staleness_lr=config.staleness_lr,
-        num_backup_workers=config.num_backup_workers,
+        ps=PsOptions(
+            mode=config.ps_mode,
+            max_staleness=config.max_staleness,
+            staleness_lr=config.staleness_lr,
+            num_backup_workers=config.num_backup_workers,
+        ),
         sync=config.sync_options,
         jit_compile=config.jit_compile,
     )
     results = _report(
-        run.evaluate(model, test, global_batch_size=config.global_batch_size, shard=config.shard), say
+        run.evaluate(
+            model, test, batch_size=config.global_batch_size, verbose=0, return_dict=True, shard=config.shard
+        ),
+        say,
     )
     try:
         run.save(model, run_dir.model_file)
@@ -272,7 +282,7 @@ def _predict(
     # Here: only this mode handles arrays itself.
     import numpy as np
 
-    outputs = run.predict(model, test, global_batch_size=config.global_batch_size)
+    outputs = run.predict(model, test, batch_size=config.global_batch_size)
     if run.is_chief:
         path = run_dir.path / "predictions.npz"
         named = outputs if isinstance(outputs, dict) else {"predictions": outputs}

@@ -6,6 +6,7 @@ from tfdist.data.iterators import open_iterator, untuned
 from tfdist.data.order import epoch_indices, num_steps, part_slice, step_size, step_start
 from tfdist.data.segment import Segment
 from tfdist.data.shard import shard_source
+from tfdist.data.sources.batched import BatchedSource
 from tfdist.data.sources.indexed import IndexedSource
 from tfdist.data.sources.source import (
     ArraySource,
@@ -30,6 +31,7 @@ __all__ = [
     "ShardedSource",
     "Source",
     "StreamSource",
+    "BatchedSource",
     "TfdsSplit",
     "build_source",
     "epoch_indices",

@@ -168,7 +168,7 @@ def _build_parser() -> _Parser:
 
 
 # What a program that calls `tfdist.initialize` imports.
-_PRELOAD = ("tensorflow", "keras", "tfdist.api.run")
+_PRELOAD = ("tensorflow", "keras", "tfdist.api.initialize")
 _PARSER = _build_parser()
 _SWITCHES = ("--dry_run", "--preload", "--help", "-h", *(f"--{name}" for name in BACKENDS))
 _MODULE = ("-m", "--module")

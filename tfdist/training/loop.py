@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import keras
 
 from tfdist.cluster.heartbeat import Heartbeat
-from tfdist.data import Source, num_steps
+from tfdist.data import BatchedSource, Source, num_steps
 from tfdist.errors import ConfigError
 from tfdist.runtime import memory
 from tfdist.training.checkpoint.saver import Loop as SavedLoop
@@ -187,12 +187,14 @@ def plan_steps(
     Raises:
         ConfigError: If `drop_remainder` would leave nothing.
     """
+    if isinstance(source, BatchedSource) and source.num_batches is not None:
+        return source.num_batches if steps is None else min(steps, source.num_batches)
     if source.num_examples is None:
         return steps
     if drop_remainder and source.num_examples < global_batch_size:
         raise ConfigError(
             f"drop_remainder leaves out all of the {source.num_examples} examples, fewer than "
-            f"global_batch_size={global_batch_size}; take a smaller batch, or keep the remainder."
+            f"batch_size={global_batch_size}; take a smaller batch, or keep the remainder."
         )
     per_pass = num_steps(
         num_examples=source.num_examples, global_batch_size=global_batch_size, drop_remainder=drop_remainder
@@ -263,7 +265,7 @@ def _plan_validation(
         global_batch_size=options.validation_batch_size,
         num_steps=plan_steps(validation, options.validation_batch_size, options.validation_steps),
     )
-    if validation.num_examples is None or options.validation_steps is not None:
+    if plan.num_steps is None or options.validation_steps is not None:
         return plan
     # One pass after the other, all alike: to open the data anew would take longer than to read them.
     return dataclasses.replace(plan, place=Place(lap), num_epochs_after=num_epochs_after)

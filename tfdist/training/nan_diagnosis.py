@@ -13,6 +13,7 @@ import tensorflow as tf
 from tfdist import keras_internals
 from tfdist.data import (
     ArraySource,
+    BatchedSource,
     IndexedSource,
     SelfShardedSource,
     ServedSource,
@@ -44,6 +45,8 @@ def describe_step(model: keras.Model, source: Source, plan: BatchPlan, step: int
     """
     if isinstance(source, (SelfShardedSource, ServedSource, ShardedSource)):
         return ""
+    if isinstance(source, BatchedSource) and source.peeked is not None:
+        return ""  # a generator, which gives a batch once
     batch = _read_batch(source, plan, step)
     place = find_place(model, batch)
     count = int(tf.nest.flatten(batch)[0].shape[0])

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -97,13 +96,8 @@ def build_indexed(examples: Any, *, keys: Sequence[str] | None = None) -> Indexe
         The source.
 
     Raises:
-        ConfigError: If there are no examples, or they are batches.
+        ConfigError: If there are no examples.
     """
-    if isinstance(examples, keras.utils.PyDataset):
-        raise ConfigError(
-            f"{type(examples).__name__} is a keras.utils.PyDataset, which yields batches; pass an object whose "
-            "__getitem__ returns one example, and batches are made of them."
-        )
     if len(examples) == 0:
         raise ConfigError("the data source holds no examples; pass at least one.")
     # Asked only of what yields dicts; a data source that TFDS made says which of them it is trained on.

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfdist.data.sources.batched import BatchedSource, build_batched, yields_batches
 from tfdist.data.sources.indexed import IndexedSource, build_indexed, is_indexed
 from tfdist.data.sources.sparse_rows import SparseRows, is_sparse
 from tfdist.data.sources.tfds import TfdsSplit, load_arrays, load_split, parse_split
@@ -117,16 +118,25 @@ class ServedSource:
         return self.stream.sample_batch(size)
 
 
-Source = ArraySource | IndexedSource | StreamSource | ShardedSource | ServedSource | SelfShardedSource
+Source = (
+    ArraySource
+    | IndexedSource
+    | StreamSource
+    | BatchedSource
+    | ShardedSource
+    | ServedSource
+    | SelfShardedSource
+)
 
 
 def has_varying_shapes(source: Source) -> bool:
     """Says whether a stream's examples are of several shapes, as sentences are."""
     stream = getattr(source, "stream", source)
-    if not isinstance(stream, StreamSource):
+    if not isinstance(stream, (StreamSource, BatchedSource)):
         return False
+    first = int(isinstance(stream, BatchedSource))
     specs = tf.nest.flatten(stream.dataset.element_spec)
-    return not all(isinstance(spec, tf.TensorSpec) and spec.shape.is_fully_defined() for spec in specs)
+    return not all(isinstance(s, tf.TensorSpec) and s.shape[first:].is_fully_defined() for s in specs)
 
 
 def take(tensors: Any, indices: tf.Tensor) -> Any:
@@ -135,18 +145,24 @@ def take(tensors: Any, indices: tf.Tensor) -> Any:
 
 
 def build_source(
-    data: Any, *, class_weight: Mapping[int, float] | None = None, sample_weight: Any = None
+    data: Any,
+    *,
+    class_weight: Mapping[int, float] | None = None,
+    sample_weight: Any = None,
+    batched: bool = False,
 ) -> Source:
     """Brings what a user passes to `fit` to one form.
 
     Args:
         data: Arrays (`x`, `(x, y)` or `(x, y, sample_weight)`, each an array or a nest of arrays with examples
             along the first axis; also lists of numbers, data frames, and SciPy's sparse matrices, whose rows are made
-            dense batch by batch), a `tf.data.Dataset` of examples (batches are not told from examples), a
+            dense batch by batch), a `tf.data.Dataset` of examples, a
             `TfdsSplit` or "tfds:NAME/SPLIT", an object with `__len__` and `__getitem__` that yields examples, or a
-            callable `InputContext → Dataset` of per-replica batches.
+            callable `InputContext → Dataset` of per-replica batches; or what yields batches, as `build_batched` takes
+            it.
         class_weight: Class → weight of its examples.
         sample_weight: `[num_examples]` weights, for arrays.
+        batched: Whether a dataset is one of batches.
 
     Returns:
         The source.
@@ -156,6 +172,8 @@ def build_source(
     """
     if isinstance(data, Source):
         source: Source = data
+    elif batched or yields_batches(data):
+        source = build_batched(data)
     elif isinstance(data, tf.data.Dataset):
         count = int(data.cardinality())
         source = StreamSource(dataset=data, num_examples=count if count >= 0 else None)
@@ -295,6 +313,8 @@ def _weigh_classes(source: Source, class_weight: Mapping[Any, float]) -> Source:
         return ArraySource(tensors=weigh(*tensors) if isinstance(tensors, tuple) else weigh(tensors))
     if isinstance(source, IndexedSource):
         return dataclasses.replace(source, map_batch=_compose(source.map_batch, weigh))
+    if isinstance(source, BatchedSource):
+        return source.map(weigh)
     if isinstance(source, SelfShardedSource):
         build = source.local_dataset
         return SelfShardedSource(local_dataset=lambda context: build(context).map(weigh))

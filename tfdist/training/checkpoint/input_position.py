@@ -16,7 +16,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.data import Segment, Source, StreamSource, open_iterator
+from tfdist.data import BatchedSource, Segment, Source, StreamSource, open_iterator
 from tfdist.errors import ConfigError
 from tfdist.training.plan import BatchPlan
 
@@ -75,7 +75,7 @@ class InputPosition:
         if kept is not None:
             return kept
         self._iterator = None
-        if not isinstance(source, StreamSource):
+        if not isinstance(source, (StreamSource, BatchedSource)):
             return segment.open()
         dataset = segment.build_in_budget()
         self._label = _label(dataset, plan)
@@ -155,7 +155,7 @@ def _label(dataset: tf.data.Dataset, plan: BatchPlan) -> bytes:
     return hashlib.sha256(repr(parts).encode()).digest()
 
 
-def _is_small(segment: Segment, source: StreamSource) -> bool:
+def _is_small(segment: Segment, source: StreamSource | BatchedSource) -> bool:
     """Tells whether the examples that are held back for shuffling are few enough, as far as their size is known."""
     sizes = [
         math.prod(d or 1 for d in spec.shape) * max(spec.dtype.size, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.data import ArraySource, BatchedSource, Source, build_source
+from tfdist.data import ArraySource, BatchedSource, Source, build_source, hold_out
 from tfdist.errors import ConfigError
 
 _BATCH_SIZE = 32  # Keras's
@@ -65,6 +66,63 @@ def read_data(
             "of its batches is one step's."
         )
     return source, source.batch_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitData:
+    """What `fit` trains and validates on.
+
+    Attributes:
+        source: To train on.
+        batch_size: Examples of a step.
+        validation: To validate on, or None.
+        validation_batch_size: Of it; 0 without one.
+    """
+
+    source: Source
+    batch_size: int
+    validation: Source | None
+    validation_batch_size: int
+
+
+def read_fit_data(
+    model: keras.Model,
+    train: tuple[Any, Any, Any],
+    *,
+    batch_size: int | None,
+    class_weight: Mapping[int, float] | None,
+    validation_split: float,
+    validation_data: Any,
+    validation_batch_size: int | None,
+) -> FitData:
+    """Brings all that `fit` is given as data to one form.
+
+    Args:
+        model: As for `read_data`.
+        train: `x`, `y` and `sample_weight`.
+        batch_size: As for `read_data`.
+        class_weight: Class → weight.
+        validation_split: Share of the arrays to hold out, where there is no `validation_data`.
+        validation_data: `(x, y)`, `(x, y, sample_weight)` or anything else that `x` may be; None: nothing.
+        validation_batch_size: None: `batch_size`.
+
+    Raises:
+        ConfigError: If one of the arguments does not go with another.
+    """
+    x, y, sample_weight = train
+    if validation_split and validation_data is None:
+        held = build_source(x if y is None else (x, y), sample_weight=sample_weight)
+        x, validation_data = hold_out(held, validation_split)
+        y = sample_weight = None
+    source, size = read_data(model, x, y, sample_weight, batch_size=batch_size, class_weight=class_weight)
+    validation, validation_size = None, 0
+    if validation_data is not None:
+        is_tuple = isinstance(validation_data, (tuple, list))  # of a list, too, Keras makes (x, y)
+        parts = keras.utils.unpack_x_y_sample_weight(validation_data) if is_tuple else (validation_data,)
+        validation, validation_size = read_data(model, *parts, batch_size=validation_batch_size or batch_size)
+    return FitData(
+        source=source, batch_size=size, validation=validation, validation_batch_size=validation_size
+    )
 
 
 def _are_inputs(model: keras.Model, x: tuple[Any, ...]) -> bool:

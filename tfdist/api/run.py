@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.api.arguments import epoch_ends, read_data
+from tfdist.api.arguments import epoch_ends, read_data, read_fit_data
 from tfdist.api.loops import Loops
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.membership import Membership
@@ -26,7 +26,7 @@ from tfdist.cluster.spec import Cluster, Task
 from tfdist.config.ps_options import PsOptions
 from tfdist.config.run_config import check_jit
 from tfdist.config.sync_options import SyncOptions
-from tfdist.data import BatchedSource, ShardedSource, Source, build_source, hold_out
+from tfdist.data import BatchedSource, ShardedSource, Source
 from tfdist.data.read_errors import readable_faults
 from tfdist.data.service import DataService
 from tfdist.errors import ConfigError, PeerLost, Regroup
@@ -205,17 +205,19 @@ class Run:
             Preempted: A `SystemExit` with code 143: a process was told to end by SIGTERM, and `checkpoints` hold
                 the state.
         """
-        if validation_split and validation_data is None:
-            held = build_source(x if y is None else (x, y), sample_weight=sample_weight)
-            x, validation_data = hold_out(held, validation_split)
-            y = sample_weight = None
-        source, size = read_data(model, x, y, sample_weight, batch_size=batch_size, class_weight=class_weight)
-        validation, validation_size = self._read_validation(
-            model, validation_data, validation_batch_size or batch_size
+        data = read_fit_data(
+            model,
+            (x, y, sample_weight),
+            batch_size=batch_size,
+            class_weight=class_weight,
+            validation_split=validation_split,
+            validation_data=validation_data,
+            validation_batch_size=validation_batch_size,
         )
+        source, size = data.source, data.batch_size
         loop = self._loops.find(model, source)
-        if validation is not None:
-            self._loops.check_elements(model, validation)
+        if data.validation is not None:
+            self._loops.check_elements(model, data.validation)
         if steps_per_loop is None and model.steps_per_execution > 1:
             steps_per_loop = model.steps_per_execution
         lines = [self._configure(loop, sync, ps, steps_per_loop)]
@@ -227,14 +229,14 @@ class Run:
         if self.is_chief and verbose != 0:
             print("".join(f"tfdist: {line}\n" for line in lines if line), end="", flush=True)
         self._check_batches(loop, source, size, drop_remainder)
+        self._check_callbacks(callbacks)
         service: DataService | None = None
         if data_service is None:
             source = loop.shard_source_of(source, shard)
         else:
             service = DataService(data_service, loop=loop, cluster=self.cluster)
             source = service.share(source)
-        validation = None if validation is None else loop.shard_source_of(validation, shard)
-        self._check_callbacks(callbacks)
+        validation = None if data.validation is None else loop.shard_source_of(data.validation, shard)
         steps = plan_steps(source, size, steps_per_epoch, drop_remainder=drop_remainder)
         given = [*split_callbacks(callbacks, is_chief=self.is_chief)[0], *epoch_ends(x)]
         callback_list = keras.callbacks.CallbackList(
@@ -257,7 +259,7 @@ class Run:
             steps_per_epoch=steps_per_epoch or steps,
             shuffle=shuffle,
             seed=self.seed,
-            validation_batch_size=validation_size,
+            validation_batch_size=data.validation_batch_size,
             validation_steps=validation_steps,
             validation_freq=validation_freq,
             shown=verbose not in (0, 2),
@@ -447,15 +449,6 @@ class Run:
         finally:
             if not goes_on:
                 self._heartbeat.rest()
-
-    def _read_validation(
-        self, model: keras.Model, data: Any, batch_size: int | None
-    ) -> tuple[Source | None, int]:
-        if data is None:
-            return None, 0
-        # As Keras does: a list, too, is (x, y).
-        parts = keras.utils.unpack_x_y_sample_weight(data) if isinstance(data, (tuple, list)) else (data,)
-        return read_data(model, *parts, batch_size=batch_size)
 
     def _configure(
         self, loop: Loop, sync: str | SyncOptions, ps: str | PsOptions, steps_per_loop: int | None

@@ -94,7 +94,7 @@ def build(optimizer: Any, loss: Any = promises.slope) -> keras.Model:
 
 def with_backups(num_backup_workers: int) -> tfdist.PsOptions:
     """Returns the options of synchronous steps that wait for fewer workers."""
-    return tfdist.PsOptions(mode="sync", num_backup_workers=num_backup_workers)
+    return tfdist.PsOptions(ps_mode="sync", num_backup_workers=num_backup_workers)
 
 
 def main(path: str, strategy: str) -> None:

@@ -454,7 +454,7 @@ class Run:
         self, loop: Loop, sync: str | SyncOptions, ps: str | PsOptions, steps_per_loop: int | None
     ) -> str:
         """Tells the loop how steps are shared out; returns a line on it, or ""."""
-        ps_options = PsOptions(mode=ps) if isinstance(ps, str) else ps
+        ps_options = PsOptions(ps_mode=ps) if isinstance(ps, str) else ps
         if steps_per_loop is not None:
             ps_options = dataclasses.replace(ps_options, steps_per_loop=steps_per_loop)
         ps_options.check_strategy(self.strategy_name)

@@ -20,7 +20,6 @@ from tfdist.api.run import Run
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.membership import Membership
 from tfdist.cluster.spec import Cluster
-from tfdist.config.ps_options import PsOptions
 from tfdist.config.run_config import RunConfig, parse_profile
 from tfdist.config.run_dir import RunDir
 from tfdist.data import TfdsSplit, build_source, forget_readers
@@ -223,12 +222,7 @@ def _train(
         data_service=config.data_service,
         # A profile begins and ends between two steps.
         steps_per_loop=1 if config.profile and config.strategy != "ps" else config.steps_per_loop,
-        ps=PsOptions(
-            mode=config.ps_mode,
-            max_staleness=config.max_staleness,
-            staleness_lr=config.staleness_lr,
-            num_backup_workers=config.num_backup_workers,
-        ),
+        ps=config.ps_options,
         sync=config.sync_options,
         jit_compile=config.jit_compile,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,11 @@ from absl import flags
 
 from tfdist.cluster.environments.ranks import read_num_ps
 from tfdist.cluster.spec import Cluster, canonical_strategy, find_nearest
-from tfdist.config.run_config import (
-    EXPORTS,
-    JIT_COMPILE,
-    MODES,
-    ON_NAN,
-    PRECISIONS,
-    PS_MODES,
-    SHARDS,
-    STALENESS_LR,
-    RunConfig,
-    default_num_tasks,
-    default_run_dir,
-)
+from tfdist.config.ps_options import PsOptions
+from tfdist.config.run_config import RunConfig, default_num_tasks, default_run_dir
 from tfdist.config.run_dir import RunDir
-from tfdist.config.sync_options import COMPRESSIONS, EXCHANGE_DTYPES, EXCHANGES, GRAPHS, SYNCS, SyncOptions
+from tfdist.config.settings import Setting, settings_of
+from tfdist.config.sync_options import SyncOptions
 from tfdist.errors import ConfigError
 from tfdist.launcher.hosts import read_hosts
 from tfdist.launcher.job import ELASTIC, RESTART_VARIABLE, parse_num_workers
@@ -42,101 +33,63 @@ _ALIASES = {
 # Stands for a recipe's own batch size where the recipe is not loaded: larger than any number of replicas.
 _UNKNOWN_BATCH_SIZE = 2**31
 # What another strategy than the earlier run's cannot take over.
-_SIZES = (
-    "num_workers",
-    "num_ps",
-    "num_replicas",
-    "ps_mode",
-    "steps_per_loop",
-    "max_staleness",
-    "staleness_lr",
-    "num_backup_workers",
-    *(field.name for field in dataclasses.fields(SyncOptions)),
-)
+_SIZES = ("num_workers", "num_ps", "num_replicas", *settings_of(PsOptions), *settings_of(SyncOptions))
+# Where the command line says nothing, these are found out: from the environment, the recipe, an earlier run.
+_DEFAULTS: dict[str, Any] = {"recipe": "digits_cnn", "strategy": None, "num_ps": None}
+# Flags that take more than their setting's values.
+_DEFINED_APART = ("resume", "overrides", "verbose", "num_workers")
+# What a setting's own module does not know: names, some of which take a number, and choices.
+_NAMES = {"optimizer": ", ".join(OPTIMIZERS), "schedule": ", ".join(SCHEDULES)}
+_CHOICES = {"lr_scaling": tuple(LR_SCALINGS)}
 
 
 class _ResumeFlag(flags.BooleanFlag):
     """A boolean flag that may also be `auto`."""
 
     def __init__(self) -> None:
-        text = "Go on from run_dir's checkpoint; --resume=auto starts anew where there is no run yet."
-        super().__init__("resume", False, text)
+        super().__init__("resume", False, _help_of("resume"))
 
     def _parse(self, argument: Any) -> Any:
         return "auto" if argument == "auto" else super()._parse(argument)
+
+
+def _help_of(name: str) -> str:
+    return settings_of(RunConfig)[name][1].help
+
+
+def _define(values: flags.FlagValues, name: str, kind: Any, default: Any, rule: Setting) -> None:
+    """Defines a setting's flag."""
+    kinds = set(typing.get_args(kind)) - {type(None)} or {kind}
+    own: Any = {"flag_values": values}
+    text = f"{rule.help} One of {_NAMES[name]}." if name in _NAMES else rule.help
+    choices = rule.choices or _CHOICES.get(name, ())
+    # Several names of a strategy are the same.
+    if choices and name != "strategy":
+        flags.DEFINE_enum(name, default, choices, text, **own)
+    elif kinds == {bool}:
+        flags.DEFINE_bool(name, default, text, **own)
+    elif kinds == {int}:
+        flags.DEFINE_integer(name, default, text, **own)
+    elif kinds == {float}:
+        flags.DEFINE_float(name, default, text, **own)
+    else:
+        flags.DEFINE_string(name, default, text, **own)
 
 
 def define_flags() -> flags.FlagValues:
     """Returns the flags, not yet parsed."""
     values = flags.FlagValues()  # type: ignore[no-untyped-call]
     own: Any = {"flag_values": values}
-    flags.DEFINE_string("recipe", "digits_cnn", "Recipe: a name, a dotted module or a file.", **own)
-    flags.DEFINE_string("strategy", None, "one_device, mirrored, multiworker or ps (or an alias).", **own)
-    flags.DEFINE_enum("mode", "train", MODES, "What to do in run_dir.", **own)
-    flags.DEFINE_string("run_dir", None, "Folder of the run. Default: runs/RECIPE-STRATEGY-TIME.", **own)
+    kinds = typing.get_type_hints(RunConfig)
+    for name, (field, rule) in settings_of(RunConfig).items():
+        if name not in _DEFINED_APART:
+            default = None if field.default is dataclasses.MISSING else field.default
+            _define(values, name, kinds[name], _DEFAULTS.get(name, default), rule)
     flags.DEFINE_flag(_ResumeFlag(), **own)
-    flags.DEFINE_string(
-        "num_workers", None, "Workers of a local cluster; 2:4 goes on with 2 when some die.", **own
-    )
-    flags.DEFINE_integer(
-        "num_ps", None, "Parameter servers, where nobody else says it.", lower_bound=1, **own
-    )
-    flags.DEFINE_integer("num_replicas", None, "Replicas of mirrored.", lower_bound=1, **own)
-    flags.DEFINE_integer("global_batch_size", None, "Examples per step over all replicas.", **own)
-    flags.DEFINE_integer("epochs", None, "Epochs, resumed ones included.", **own)
-    flags.DEFINE_integer("steps_per_epoch", None, "Steps per epoch. Default: all the data.", **own)
-    flags.DEFINE_bool("drop_remainder", False, "Leave out an epoch's last batch if it is short.", **own)
-    flags.DEFINE_enum("shard", "auto", SHARDS, "How workers share a stream.", **own)
-    flags.DEFINE_string(
-        "data_service",
-        None,
-        "A tf.data service prepares the stream: local, or HOST:PORT of its dispatcher.",
-        **own,
-    )
-    flags.DEFINE_integer("seed", 0, "Of initial weights, order and dropout.", **own)
-    flags.DEFINE_string(
-        "data_dir", None, "Folder of the data: TFDS datasets, or files that the recipe reads.", **own
-    )
-    flags.DEFINE_string("optimizer", None, f"Replaces the recipe's: {', '.join(OPTIMIZERS)}.", **own)
-    flags.DEFINE_float("learning_rate", None, "Highest rate of --optimizer.", **own)
-    flags.DEFINE_enum("lr_scaling", None, LR_SCALINGS, "The rate grows with the batch, or its root.", **own)
-    flags.DEFINE_integer("base_batch_size", None, "From this batch on. Default: the recipe's.", **own)
-    flags.DEFINE_string("schedule", None, f"Of the rate: {', '.join(SCHEDULES)}.", **own)
-    flags.DEFINE_integer("warmup_steps", 0, "Steps over which the rate rises.", **own)
-    flags.DEFINE_float("weight_decay", None, "Decoupled decay per step.", **own)
-    flags.DEFINE_enum("mixed_precision", None, PRECISIONS, "Compute in this type.", **own)
-    flags.DEFINE_enum("export", None, EXPORTS, "Write this besides model.keras.", **own)
-    flags.DEFINE_integer("checkpoint_every_steps", None, "Besides each epoch's end.", **own)
-    flags.DEFINE_float("checkpoint_every_secs", None, "Besides each epoch's end.", **own)
-    flags.DEFINE_integer("keep_checkpoints", 3, "How many of the newest stay.", **own)
-    flags.DEFINE_enum("on_nan", "stop", ON_NAN, "When a step's loss or gradients are NaN or infinite.", **own)
-    flags.DEFINE_float("max_loss_spike", None, "A loss this many times its mean counts as NaN.", **own)
-    flags.DEFINE_enum("ps_mode", "async", PS_MODES, "Whether ps workers step each for itself.", **own)
-    flags.DEFINE_integer(
-        "steps_per_loop", None, "Steps in one call of a graph, or in a ps worker's closure.", **own
-    )
-    flags.DEFINE_integer("max_staleness", None, "Steps of others that a ps gradient may miss.", **own)
-    flags.DEFINE_integer("num_backup_workers", 0, "Late ones whose part sync ps leaves out.", **own)
-    flags.DEFINE_enum("staleness_lr", None, STALENESS_LR, "Scale the rate by 1 / (1 + staleness).", **own)
-    flags.DEFINE_enum("sync", "every_step", SYNCS, "How workers share what they learn.", **own)
-    flags.DEFINE_integer(
-        "sync_period", None, "Steps between exchanges of local_sgd, diloco and gossip.", **own
-    )
-    flags.DEFINE_integer("sync_warmup_steps", 0, "Steps before which --sync is every_step.", **own)
-    flags.DEFINE_enum("sync_graph", "ring", GRAPHS, "Neighbours of --sync=gossip.", **own)
-    flags.DEFINE_float("outer_learning_rate", 0.7, "Of --sync=diloco.", **own)
-    flags.DEFINE_float("outer_momentum", 0.9, "Of --sync=diloco.", **own)
-    flags.DEFINE_enum("exchange", "auto", EXCHANGES, "What carries gradients between workers.", **own)
-    flags.DEFINE_enum("exchange_dtype", "float32", EXCHANGE_DTYPES, "The type in which they cross.", **own)
-    flags.DEFINE_bool("error_feedback", False, "Add what that type leaves out to the next step's.", **own)
-    flags.DEFINE_float("bucket_mb", 25.0, "They cross in buckets of about so many MB.", **own)
-    flags.DEFINE_enum("compression", None, COMPRESSIONS, "Send thin factors of them.", **own)
-    flags.DEFINE_integer("compression_rank", 4, "Columns of these factors.", **own)
-    flags.DEFINE_enum("jit_compile", None, JIT_COMPILE, "XLA for the passes. Default: auto on GPUs.", **own)
-    flags.DEFINE_float("gpu_memory_gb", None, "Of a GPU, for a process or a replica. Default: all.", **own)
+    flags.DEFINE_multi_string("set", [], _help_of("overrides"), **own)
+    flags.DEFINE_string("verbose", "auto", _help_of("verbose"), **own)
+    flags.DEFINE_string("num_workers", None, _help_of("num_workers"), **own)
     flags.DEFINE_integer("gpus_per_worker", None, "Of a host's. Default: all, dealt out evenly.", **own)
-    flags.DEFINE_bool("deterministic", False, "The same run gives the same bits, on GPUs too.", **own)
-    flags.DEFINE_string("profile", None, "START:STOP: TensorBoard's profile of these steps.", **own)
     flags.DEFINE_integer("max_restarts", 3, "How often a local cluster's killed tasks start again.", **own)
     flags.DEFINE_float("restart_window_secs", 3600.0, "Restarts that are longer ago do not count.", **own)
     flags.DEFINE_float(
@@ -162,8 +115,6 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string("chaos", "", "Failures to make: kill:worker:1@step=50,stop:ps:0@secs=20.", **own)
     flags.DEFINE_bool("preload", True, "Import TensorFlow once, and fork a local cluster's tasks.", **own)
     flags.DEFINE_float("grace_secs", 30.0, "Seconds to save the state in, after SIGTERM.", **own)
-    flags.DEFINE_multi_string("set", [], "A recipe's own setting, name=value; repeatable.", **own)
-    flags.DEFINE_string("verbose", "auto", "0 silent, 1 progress, 2 a line per epoch, auto.", **own)
     flags.DEFINE_bool("list_recipes", False, "Print the recipes and stop.", **own)
     flags.DEFINE_bool("dry_run", False, "Print what would be started and stop.", **own)
     flags.DEFINE_bool("help", False, "Print this help.", short_name="h", **own)

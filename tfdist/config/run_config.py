@@ -5,13 +5,13 @@ import json
 import math
 import os
 import re
-import types
-import typing
 from datetime import datetime
 from pathlib import PurePath
 from typing import Any
 
 from tfdist.cluster.spec import STRATEGIES, find_nearest, split_address
+from tfdist.config.ps_options import PsOptions
+from tfdist.config.settings import check_settings, setting
 from tfdist.config.sync_options import SyncOptions
 from tfdist.errors import ConfigError
 
@@ -20,12 +20,9 @@ PRECISIONS = ("bfloat16", "float16")
 SHARDS = ("auto", "file", "data", "off")
 LOCAL_SERVICE = "local"
 ON_NAN = ("stop", "skip", "rollback", "ignore")
-PS_MODES = ("async", "sync")
-STALENESS_LR = ("inverse",)
 JIT_COMPILE = ("off", "on", "auto")
 EXPORTS = ("savedmodel",)
 VERBOSITIES = (0, 1, 2, "auto")
-_SYNC_FIELDS = [field.name for field in dataclasses.fields(SyncOptions)]
 
 
 def check_jit(strategy: str, jit_compile: str | None) -> None:
@@ -65,136 +62,89 @@ def check_deterministic(strategy: str, deterministic: bool) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Everything that decides what a run computes and where it leaves it.
+class RunConfig(SyncOptions, PsOptions):
+    """Everything that decides what a run computes and where it leaves it, by the names of the flags.
 
-    Names of recipes, optimizers and schedules are checked by those who know them.
-
-    Args:
-        recipe: A recipe's name, dotted module or file path.
-        global_batch_size: Examples per optimizer step over all replicas.
-        epochs: Passes over the training data; the total, resumed epochs included.
-        run_dir: The folder of this run.
-        strategy: One of `tfdist.cluster.spec.STRATEGIES`.
-        mode: One of `MODES`.
-        num_workers: Tasks that compute: 1 unless the strategy is multiworker or ps.
-        num_ps: Tasks that hold variables: 0 unless the strategy is ps.
-        num_replicas: Copies of the model in one process; None takes one per GPU, and without GPUs what the
-            strategy finds best.
-        steps_per_epoch: Optimizer steps that count as one epoch, at most those of the whole data, which None is; the
-            next epoch goes on with the rest.
-        drop_remainder: Whether an epoch's last batch is left out if it is short.
-        shard: One of `SHARDS`: how workers share a stream.
-        data_service: "local" or the dispatcher's host:port: a tf.data service prepares the training stream; None: the
-            workers do.
-        seed: Of initial weights, order and dropout.
-        data_dir: Where the data lie, TFDS's or what the recipe reads; None is TFDS's folder, or the recipe's own data.
-        optimizer: Replaces the optimizer that the recipe compiled in; None keeps it.
-        learning_rate: Highest rate; None is the optimizer's or the recipe's own.
-        lr_scaling: How the rate grows with the batch, such as "linear"; None: it does not.
-        base_batch_size: With `lr_scaling`, the global batch for which the rate was found.
-        schedule: How the rate moves; None leaves it constant or to the recipe.
-        warmup_steps: Steps over which the rate rises from 0.
-        weight_decay: Decoupled decay per step; None is the optimizer's own.
-        mixed_precision: One of `PRECISIONS`; None computes in float32.
-        export: One of `EXPORTS`, besides the `.keras` file; None is none.
-        checkpoint_every_steps: Steps between checkpoints; None: at each epoch's end alone.
-        checkpoint_every_secs: Seconds between checkpoints; None: at each epoch's end alone.
-        keep_checkpoints: How many of the newest checkpoints are kept.
-        on_nan: One of `ON_NAN`: what to do when a step's loss or gradients are NaN or infinite.
-        max_loss_spike: A loss more than this many times its running mean counts as NaN; None: none does.
-        ps_mode: One of `PS_MODES`: under ps, whether workers step each for itself or all together.
-        steps_per_loop: Steps in one call of a graph, under ps in a worker's closure; None: as many as are worth it.
-        max_staleness: Under ps, most optimizer steps of others that a gradient may miss; None: any number.
-        staleness_lr: One of `STALENESS_LR`, to scale the rate by a gradient's staleness; None leaves it.
-        num_backup_workers: Under ps_mode="sync", how many late workers' parts of a batch are left out.
-        sync: How the workers of multiworker share what they learn; see `SyncOptions` for this and those that follow.
-        sync_period: Steps between two exchanges of a sync that does not exchange at each.
-        sync_warmup_steps: Steps before which it exchanges at each all the same.
-        sync_graph: With whom a worker exchanges under sync="gossip".
-        outer_learning_rate: Of sync="diloco".
-        outer_momentum: Of sync="diloco".
-        exchange: What carries gradients from worker to worker.
-        exchange_dtype: The type in which they cross.
-        error_feedback: Whether what that type leaves out comes with the next step's.
-        bucket_mb: In pieces of what size they cross.
-        compression: How they are made smaller; None: not at all.
-        compression_rank: How small.
-        jit_compile: One of `JIT_COMPILE`: whether XLA compiles forward and backward pass; None: on GPUs, if it can.
-        gpu_memory_gb: What a process, or a replica that shares a GPU, may take of it (10**9 bytes); None: all it needs.
-        deterministic: Whether the same run gives the same bits again, on GPUs too, where that makes it slower.
-        profile: "START:STOP": TensorBoard's profile of these steps, counted from 1; None: none.
-        resume: Whether to go on from the checkpoints in `run_dir`.
-        overrides: The recipe's own settings, each as "name=value".
-        verbose: 0 silent, 1 progress, 2 a line per epoch, "auto" as Keras.
+    Each field tells of itself; those of `SyncOptions` and `PsOptions` belong to it too. Names of recipes, optimizers
+    and schedules are checked by those who know them.
 
     Raises:
         ConfigError: If a value has another type or breaks its rule.
     """
 
-    recipe: str
-    global_batch_size: int
-    epochs: int
-    run_dir: str
-    strategy: str = "one_device"
-    mode: str = "train"
-    num_workers: int = 1
-    num_ps: int = 0
-    num_replicas: int | None = None
-    steps_per_epoch: int | None = None
-    drop_remainder: bool = False
-    shard: str = "auto"
-    data_service: str | None = None
-    seed: int = 0
-    data_dir: str | None = None
-    optimizer: str | None = None
-    learning_rate: float | None = None
-    lr_scaling: str | None = None
-    base_batch_size: int | None = None
-    schedule: str | None = None
-    warmup_steps: int = 0
-    weight_decay: float | None = None
-    mixed_precision: str | None = None
-    export: str | None = None
-    checkpoint_every_steps: int | None = None
-    checkpoint_every_secs: float | None = None
-    keep_checkpoints: int = 3
-    on_nan: str = "stop"
-    max_loss_spike: float | None = None
-    ps_mode: str = "async"
-    steps_per_loop: int | None = None
-    max_staleness: int | None = None
-    staleness_lr: str | None = None
-    num_backup_workers: int = 0
-    sync: str = SyncOptions.sync
-    sync_period: int | None = None
-    sync_warmup_steps: int = 0
-    sync_graph: str = SyncOptions.sync_graph
-    outer_learning_rate: float = SyncOptions.outer_learning_rate
-    outer_momentum: float = SyncOptions.outer_momentum
-    exchange: str = SyncOptions.exchange
-    exchange_dtype: str = SyncOptions.exchange_dtype
-    error_feedback: bool = False
-    bucket_mb: float = SyncOptions.bucket_mb
-    compression: str | None = None
-    compression_rank: int = SyncOptions.compression_rank
-    jit_compile: str | None = None
-    gpu_memory_gb: float | None = None
-    deterministic: bool = False
-    profile: str | None = None
-    resume: bool = False
-    overrides: tuple[str, ...] = ()
-    verbose: int | str = "auto"
+    recipe: str = setting(help="Recipe: a name, a dotted module or a file.")
+    global_batch_size: int = setting(least=1, help="Examples per optimizer step over all replicas.")
+    epochs: int = setting(least=1, help="Passes over the training data; the total, resumed ones included.")
+    run_dir: str = setting(help="Folder of the run. Default: runs/RECIPE-STRATEGY-TIME.")
+    strategy: str = setting(
+        "one_device", choices=STRATEGIES, help="one_device, mirrored, multiworker or ps (or an alias)."
+    )
+    mode: str = setting("train", choices=MODES, help="What to do in run_dir.")
+    num_workers: int = setting(
+        1, least=1, help="Workers of a local cluster; 2:4 goes on with 2 when some die."
+    )
+    num_ps: int = setting(0, least=0, help="Parameter servers, where nobody else says it.")
+    num_replicas: int | None = setting(
+        None, least=1, help="Replicas of mirrored. Default: one per GPU, without GPUs two."
+    )
+    steps_per_epoch: int | None = setting(
+        None, least=1, help="Steps per epoch; the next one goes on with the rest. Default: all the data."
+    )
+    drop_remainder: bool = setting(False, help="Leave out an epoch's last batch if it is short.")
+    shard: str = setting("auto", choices=SHARDS, help="How workers share a stream.")
+    data_service: str | None = setting(
+        None, help="A tf.data service prepares the stream: local, or HOST:PORT of its dispatcher."
+    )
+    seed: int = setting(0, help="Of initial weights, order and dropout.")
+    data_dir: str | None = setting(
+        None, help="Folder of the data: TFDS datasets, or files that the recipe reads."
+    )
+    optimizer: str | None = setting(None, help="Replaces the recipe's.")
+    learning_rate: float | None = setting(None, above=0, help="Highest rate of --optimizer.")
+    lr_scaling: str | None = setting(None, help="The rate grows with the batch, or its root.")
+    base_batch_size: int | None = setting(None, least=1, help="From this batch on. Default: the recipe's.")
+    schedule: str | None = setting(
+        None, help="How the rate moves. Default: not at all, or as the recipe says."
+    )
+    warmup_steps: int = setting(0, least=0, help="Steps over which the rate rises.")
+    weight_decay: float | None = setting(
+        None, least=0, help="Decoupled decay per step. Default: the optimizer's."
+    )
+    mixed_precision: str | None = setting(
+        None, choices=PRECISIONS, help="Compute in this type, with float32 variables."
+    )
+    export: str | None = setting(None, choices=EXPORTS, help="Write this besides model.keras.")
+    checkpoint_every_steps: int | None = setting(None, least=1, help="Besides each epoch's end.")
+    checkpoint_every_secs: float | None = setting(None, least=0, help="Besides each epoch's end.")
+    keep_checkpoints: int = setting(3, least=1, help="How many of the newest stay.")
+    on_nan: str = setting("stop", choices=ON_NAN, help="When a step's loss or gradients are NaN or infinite.")
+    max_loss_spike: float | None = setting(None, help="A loss this many times its mean counts as NaN.")
+    jit_compile: str | None = setting(
+        None, choices=JIT_COMPILE, help="XLA for the passes. Default: auto on GPUs."
+    )
+    gpu_memory_gb: float | None = setting(
+        None, above=0, help="Of a GPU, for a process or a replica that shares it. Default: all."
+    )
+    deterministic: bool = setting(False, help="The same run gives the same bits, on GPUs too.")
+    profile: str | None = setting(None, help="START:STOP: TensorBoard's profile of these steps.")
+    resume: bool = setting(
+        False, help="Go on from run_dir's checkpoint; --resume=auto starts anew where there is no run yet."
+    )
+    overrides: tuple[str, ...] = setting((), help="A recipe's own setting, name=value; repeatable.")
+    verbose: int | str = setting(
+        "auto", choices=VERBOSITIES, help="0 silent, 1 progress, 2 a line per epoch, auto."
+    )
 
     def __post_init__(self) -> None:
-        self._check_types()
-        self._check_choices()
+        check_settings(self)
+        self.check_sync()
+        self.check_ps()
         self._check_numbers()
         self._check_sizes()
         self._check_devices()
-        self._check_backups()
         self._check_text()
         self._check_optimizer()
+        self.check_strategy(self.strategy)
         if self.sync_options != SyncOptions() and self.strategy != "multiworker":
             raise ConfigError(
                 f"{self._first_sync_setting()} with strategy={self.strategy!r}: only 'multiworker' has it; leave it "
@@ -209,11 +159,17 @@ class RunConfig:
     @property
     def sync_options(self) -> SyncOptions:
         """What crosses between workers, checked."""
-        return SyncOptions(**{name: getattr(self, name) for name in _SYNC_FIELDS})
+        return SyncOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SyncOptions)})
+
+    @property
+    def ps_options(self) -> PsOptions:
+        """What parameter servers' workers do together, checked."""
+        return PsOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(PsOptions)})
 
     def _first_sync_setting(self) -> str:
         default = SyncOptions()
-        changed = [name for name in _SYNC_FIELDS if getattr(self, name) != getattr(default, name)]
+        names = [field.name for field in dataclasses.fields(SyncOptions)]
+        changed = [name for name in names if getattr(self, name) != getattr(default, name)]
         return f"{changed[0]}={getattr(self, changed[0])!r}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -262,63 +218,7 @@ class RunConfig:
             values["overrides"] = tuple(values["overrides"])
         return cls(**values)
 
-    def _check_types(self) -> None:
-        for name, annotation in typing.get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if not _has_type(value, annotation):
-                raise ConfigError(f"{name}={value!r}: it must be {_describe_type(annotation)}.")
-
-    def _check_choices(self) -> None:
-        for name, choices in (
-            ("strategy", STRATEGIES),
-            ("mode", MODES),
-            ("mixed_precision", (None, *PRECISIONS)),
-            ("export", (None, *EXPORTS)),
-            ("on_nan", ON_NAN),
-            ("shard", SHARDS),
-            ("ps_mode", PS_MODES),
-            ("staleness_lr", (None, *STALENESS_LR)),
-            ("jit_compile", (None, *JIT_COMPILE)),
-            ("verbose", VERBOSITIES),
-        ):
-            value = getattr(self, name)
-            if value not in choices:
-                known = [str(choice) for choice in choices if choice is not None]
-                nearest = find_nearest(str(value), known)
-                hint = f" Did you mean {nearest!r}?" if nearest else ""
-                raise ConfigError(f"{name}={value!r}: choose one of {', '.join(known)}.{hint}")
-
     def _check_numbers(self) -> None:
-        for name in (
-            "global_batch_size",
-            "epochs",
-            "num_workers",
-            "num_replicas",
-            "steps_per_epoch",
-            "checkpoint_every_steps",
-            "keep_checkpoints",
-            "base_batch_size",
-            "steps_per_loop",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: it must be 1 or more.")
-        for name in (
-            "num_ps",
-            "warmup_steps",
-            "weight_decay",
-            "checkpoint_every_secs",
-            "max_staleness",
-            "num_backup_workers",
-        ):
-            value = getattr(self, name)
-            # `not >=` instead of `<`: NaN breaks the rule too.
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise ConfigError(f"{name}={value}: it must be 0 or more.")
-        if self.learning_rate is not None and not (
-            self.learning_rate > 0 and math.isfinite(self.learning_rate)
-        ):
-            raise ConfigError(f"learning_rate={self.learning_rate}: it must be more than 0.")
         if self.max_loss_spike is not None and not 1 < self.max_loss_spike < math.inf:
             raise ConfigError(
                 f"max_loss_spike={self.max_loss_spike}: it must be a factor of more than 1, such as 10."
@@ -340,18 +240,9 @@ class RunConfig:
                 f"num_workers={self.num_workers} with strategy={self.strategy!r}: that is one process; leave it out, "
                 "or choose 'multiworker' or 'ps'."
             )
-        for name in ("max_staleness", "staleness_lr"):
-            if self.strategy != "ps" and getattr(self, name) is not None:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r} with strategy={self.strategy!r}: only 'ps' has it; leave it out."
-                )
         if self.num_replicas not in (None, 1) and self.strategy == "one_device":
             raise ConfigError(
                 f"num_replicas={self.num_replicas} with strategy='one_device': choose 'mirrored' for several."
-            )
-        if self.strategy != "ps" and self.ps_mode != "async":
-            raise ConfigError(
-                f"ps_mode={self.ps_mode!r} with strategy={self.strategy!r}: only 'ps' has it; leave it out."
             )
         # An asynchronous ps worker takes a whole global batch.
         takes_whole = self.strategy == "ps" and self.ps_mode == "async"
@@ -365,15 +256,6 @@ class RunConfig:
     def _check_devices(self) -> None:
         check_deterministic(self.strategy, self.deterministic)
         check_jit(self.strategy, self.jit_compile)
-        if self.gpu_memory_gb is not None and self.gpu_memory_gb <= 0:
-            raise ConfigError(f"gpu_memory_gb={self.gpu_memory_gb}: it must be more than 0.")
-
-    def _check_backups(self) -> None:
-        if self.num_backup_workers and self.ps_mode != "sync":
-            raise ConfigError(
-                f"num_backup_workers={self.num_backup_workers} with ps_mode={self.ps_mode!r}: only ps_mode='sync' has "
-                "them; leave it out."
-            )
         if self.num_backup_workers >= self.num_workers:
             raise ConfigError(
                 f"num_backup_workers={self.num_backup_workers} with num_workers={self.num_workers}: somebody's part "
@@ -473,21 +355,3 @@ def default_run_dir(recipe: str, strategy: str, now: datetime) -> str:
     is_file = recipe.endswith(".py") or os.sep in recipe
     short = PurePath(recipe).stem if is_file else recipe.rpartition(".")[2]
     return os.path.join("runs", f"{re.sub(r'[^A-Za-z0-9_-]+', '_', short)}-{strategy}-{now:%Y%m%d-%H%M%S}")
-
-
-def _has_type(value: Any, annotation: Any) -> bool:
-    if isinstance(annotation, types.UnionType):
-        return any(_has_type(value, member) for member in typing.get_args(annotation))
-    if typing.get_origin(annotation) is tuple:
-        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    # bool is an int to Python; `epochs=True` is a mistake to everyone else.
-    return isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool))
-
-
-def _describe_type(annotation: Any) -> str:
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    if isinstance(annotation, types.UnionType):
-        return " or ".join(_describe_type(member) for member in typing.get_args(annotation))
-    return words.get(annotation, "a tuple of texts")

@@ -1,8 +1,8 @@
 """How much, how often and by what the workers of `multiworker` exchange: one frozen value, checked where it is made."""
 
 import dataclasses
-import math
 
+from tfdist.config.settings import check_settings, setting
 from tfdist.errors import ConfigError
 
 SYNCS = ("every_step", "local_sgd", "diloco", "gossip", "delayed")
@@ -46,28 +46,24 @@ class SyncOptions:
         ConfigError: If a value breaks its rule, or belongs to another `sync`.
     """
 
-    sync: str = "every_step"
-    sync_period: int | None = None
-    sync_warmup_steps: int = 0
-    sync_graph: str = "ring"
-    outer_learning_rate: float = 0.7
-    outer_momentum: float = 0.9
-    exchange: str = "auto"
-    exchange_dtype: str = "float32"
-    error_feedback: bool = False
-    bucket_mb: float = 25.0
-    compression: str | None = None
-    compression_rank: int = 4
+    sync: str = setting("every_step", choices=SYNCS, help="How workers share what they learn.")
+    sync_period: int | None = setting(
+        None, least=1, help="Steps between exchanges of local_sgd, diloco and gossip (default: 32, 100, 1)."
+    )
+    sync_warmup_steps: int = setting(0, least=0, help="Steps before which --sync is every_step.")
+    sync_graph: str = setting("ring", choices=GRAPHS, help="Neighbours of --sync=gossip.")
+    outer_learning_rate: float = setting(0.7, above=0, help="Of --sync=diloco.")
+    outer_momentum: float = setting(0.9, least=0, help="Of --sync=diloco.")
+    exchange: str = setting("auto", choices=EXCHANGES, help="What carries gradients between workers.")
+    exchange_dtype: str = setting("float32", choices=EXCHANGE_DTYPES, help="The type in which they cross.")
+    error_feedback: bool = setting(False, help="Add what that type leaves out to the next step's.")
+    bucket_mb: float = setting(25.0, above=0, help="They cross in buckets of about so many MB.")
+    compression: str | None = setting(None, choices=COMPRESSIONS, help="Send thin factors of them.")
+    compression_rank: int = setting(4, least=1, help="Columns of these factors.")
 
     def __post_init__(self) -> None:
-        _check_choice("sync", self.sync, SYNCS)
-        _check_choice("exchange", self.exchange, EXCHANGES)
-        _check_choice("exchange_dtype", self.exchange_dtype, EXCHANGE_DTYPES)
-        _check_choice("sync_graph", self.sync_graph, GRAPHS)
-        if self.compression is not None:
-            _check_choice("compression", self.compression, COMPRESSIONS)
-        self._check_numbers()
-        self._check_combinations()
+        check_settings(self)
+        self.check_sync()
 
     @property
     def is_local(self) -> bool:
@@ -79,24 +75,14 @@ class SyncOptions:
         """Steps between two exchanges."""
         return self.sync_period or DEFAULT_PERIODS.get(self.sync, 1)
 
-    def _check_numbers(self) -> None:
-        for name, value, least in (
-            ("sync_period", self.sync_period, 1),
-            ("sync_warmup_steps", self.sync_warmup_steps, 0),
-            ("compression_rank", self.compression_rank, 1),
-        ):
-            if value is not None and value < least:
-                raise ConfigError(f"{name}={value}: it must be {least} or more.")
-        for name, number in (
-            ("outer_learning_rate", self.outer_learning_rate),
-            ("bucket_mb", self.bucket_mb),
-        ):
-            if not (number > 0 and math.isfinite(number)):
-                raise ConfigError(f"{name}={number}: it must be more than 0.")
-        if not 0 <= self.outer_momentum < 1:
-            raise ConfigError(f"outer_momentum={self.outer_momentum}: it must be 0 or more, and less than 1.")
+    def check_sync(self) -> None:
+        """Holds values to each other.
 
-    def _check_combinations(self) -> None:
+        Raises:
+            ConfigError: If one does not go with another.
+        """
+        if not self.outer_momentum < 1:
+            raise ConfigError(f"outer_momentum={self.outer_momentum}: it must be 0 or more, and less than 1.")
         if self.sync_period is not None and not self.is_local:
             raise ConfigError(
                 f"sync_period={self.sync_period} with sync={self.sync!r}: it exchanges at every step; leave it out, or "
@@ -120,8 +106,3 @@ class SyncOptions:
                 f"error_feedback with exchange_dtype={self.exchange_dtype!r} and sync={self.sync!r}: it is for a "
                 "narrower type at every step; leave it out, or choose exchange_dtype=bfloat16."
             )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r}: choose one of {', '.join(choices)}.")

@@ -126,7 +126,7 @@ class CoordinatorLoop:
         Raises:
             ConfigError: If the model's cannot be.
         """
-        if options.mode == "sync":
+        if options.ps_mode == "sync":
             self._step.check()
         if options.num_backup_workers >= self._num_workers:
             raise ConfigError(
@@ -134,7 +134,7 @@ class CoordinatorLoop:
                 f"part must count; give at most {self._num_workers - 1}, or more workers."
             )
         self._options = options
-        self.num_replicas = self._num_workers if options.mode == "sync" else 1
+        self.num_replicas = self._num_workers if options.ps_mode == "sync" else 1
 
     def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
         """Trains over the plan's steps, yielding once a finished step, with the logs where `plan.wants_logs`."""
@@ -143,7 +143,7 @@ class CoordinatorLoop:
         self._staleness.begin_epoch()
         self._num_dropped = 0
         self._state = plan.metrics or self.metric_origins
-        if self._options.mode == "sync":
+        if self._options.ps_mode == "sync":
             yield from self._train_together(source, plan)
             return
         extra: dict[str, Any] = {}

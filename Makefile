@@ -10,6 +10,7 @@ lint:
 	$(PYTHON) -m mypy
 	lint-imports
 	$(PYTHON) docs/draw.py --check
+	$(PYTHON) docs/list_flags.py --check
 
 house: ## The rules that no linter knows.
 	$(PYTHON) -m pytest -q tests/unit/test_house.py

@@ -30,7 +30,9 @@ def render() -> str:
         if flag.name != name:
             continue  # a short name
         choices = getattr(flag.parser, "enum_values", None)
-        text = flag.help + (f" One of {', '.join(map(str, choices))}." if choices else "")
+        words = " ".join(flag.help.split())
+        help_text = words.partition(">: ")[2] if words.startswith("<") else words
+        text = help_text + (f" One of {', '.join(map(str, choices))}." if choices else "")
         default = "" if flag.default in (None, "", []) else f"`{flag.default}`"
         lines.append(f"| `--{name}` | {default} | {text.replace('|', ' or ')} |")
     return "\n".join(lines) + "\n"

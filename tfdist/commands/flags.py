@@ -89,7 +89,12 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_multi_string("set", [], _help_of("overrides"), **own)
     flags.DEFINE_string("verbose", "auto", _help_of("verbose"), **own)
     flags.DEFINE_string("num_workers", None, _help_of("num_workers"), **own)
-    flags.DEFINE_integer("gpus_per_worker", None, "Of a host's. Default: all, dealt out evenly.", **own)
+    flags.DEFINE_integer(
+        "gpus_per_worker",
+        None,
+        "GPUs of its host for each worker, 0: none. Default: all, dealt out evenly.",
+        **own,
+    )
     flags.DEFINE_integer("max_restarts", 3, "How often a local cluster's killed tasks start again.", **own)
     flags.DEFINE_float("restart_window_secs", 3600.0, "Restarts that are longer ago do not count.", **own)
     flags.DEFINE_float(
@@ -102,15 +107,15 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "hosts", None, "Run on these machines by ssh: h1:2,h2:4, with slots.", short_name="H", **own
     )
-    flags.DEFINE_string("hostfile", None, "The same from a file: a line `h1 slots=2` for each.", **own)
-    flags.DEFINE_integer("ssh_port", None, "Of sshd. Default: as ssh is configured.", **own)
-    flags.DEFINE_string("identity_file", None, "Private key. Default: as ssh is configured.", **own)
-    flags.DEFINE_string("ssh_config", None, "In place of the user's own.", **own)
+    flags.DEFINE_string("hostfile", None, "File that lists --hosts: a line `h1 slots=2` for each.", **own)
+    flags.DEFINE_integer("ssh_port", None, "Port of sshd. Default: as ssh is configured.", **own)
+    flags.DEFINE_string("identity_file", None, "Private key for ssh. Default: as ssh is configured.", **own)
+    flags.DEFINE_string("ssh_config", None, "Configuration of ssh in place of the user's own.", **own)
     flags.DEFINE_string(
         "python", None, "The hosts' Python, which has tfdist. Default: the path of this one.", **own
     )
     flags.DEFINE_string(
-        "listen_interface", None, "Where alone the hosts' servers listen, such as eth0.", **own
+        "listen_interface", None, "Interface on which alone the hosts' servers listen, such as eth0.", **own
     )
     flags.DEFINE_string("chaos", "", "Failures to make: kill:worker:1@step=50,stop:ps:0@secs=20.", **own)
     flags.DEFINE_bool("preload", True, "Import TensorFlow once, and fork a local cluster's tasks.", **own)

@@ -33,15 +33,23 @@ class PsOptions:
         ConfigError: If a value breaks its rule, or does not go with another.
     """
 
-    ps_mode: str = setting("async", choices=PS_MODES, help="Whether ps workers step each for itself.")
+    ps_mode: str = setting(
+        "async", choices=PS_MODES, help="Whether workers of ps step each for itself or together."
+    )
     steps_per_loop: int | None = setting(
-        None, least=1, help="Steps in one call of a graph, or in a ps worker's closure."
+        None, least=1, help="Steps in one call of a graph, or of a ps worker. Default: found out."
     )
-    max_staleness: int | None = setting(None, least=0, help="Steps of others that a ps gradient may miss.")
+    max_staleness: int | None = setting(
+        None,
+        least=0,
+        help="Most optimizer steps of others that a gradient of ps may miss. Default: any number.",
+    )
     staleness_lr: str | None = setting(
-        None, choices=STALENESS_LR, help="Scale the rate by 1 / (1 + staleness)."
+        None, choices=STALENESS_LR, help="Multiply the learning rate of ps by 1 / (1 + staleness)."
     )
-    num_backup_workers: int = setting(0, least=0, help="Late ones whose part sync ps leaves out.")
+    num_backup_workers: int = setting(
+        0, least=0, help="A step of --ps_mode=sync leaves out the parts of the last so many workers."
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)

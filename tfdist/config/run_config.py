@@ -79,11 +79,13 @@ class RunConfig(SyncOptions, PsOptions):
     strategy: str = setting(
         "one_device", choices=STRATEGIES, help="one_device, mirrored, multiworker or ps (or an alias)."
     )
-    mode: str = setting("train", choices=MODES, help="What to do in run_dir.")
+    mode: str = setting("train", choices=MODES, help="What to do with the run in run_dir.")
     num_workers: int = setting(
         1, least=1, help="Workers of a local cluster; 2:4 goes on with 2 when some die."
     )
-    num_ps: int = setting(0, least=0, help="Parameter servers, where nobody else says it.")
+    num_ps: int = setting(
+        0, least=0, help="Parameter servers of ps. Default: 1, or what the environment says."
+    )
     num_replicas: int | None = setting(
         None, least=1, help="Replicas of mirrored. Default: one per GPU, without GPUs two."
     )
@@ -91,39 +93,59 @@ class RunConfig(SyncOptions, PsOptions):
         None, least=1, help="Steps per epoch; the next one goes on with the rest. Default: all the data."
     )
     drop_remainder: bool = setting(False, help="Leave out an epoch's last batch if it is short.")
-    shard: str = setting("auto", choices=SHARDS, help="How workers share a stream.")
+    shard: str = setting(
+        "auto",
+        choices=SHARDS,
+        help="How workers share a stream of examples: by files, by examples, or each reads all.",
+    )
     data_service: str | None = setting(
         None, help="A tf.data service prepares the stream: local, or HOST:PORT of its dispatcher."
     )
-    seed: int = setting(0, help="Of initial weights, order and dropout.")
+    seed: int = setting(0, help="Seed of initial weights, order and dropout.")
     data_dir: str | None = setting(
         None, help="Folder of the data: TFDS datasets, or files that the recipe reads."
     )
-    optimizer: str | None = setting(None, help="Replaces the recipe's.")
-    learning_rate: float | None = setting(None, above=0, help="Highest rate of --optimizer.")
-    lr_scaling: str | None = setting(None, help="The rate grows with the batch, or its root.")
-    base_batch_size: int | None = setting(None, least=1, help="From this batch on. Default: the recipe's.")
-    schedule: str | None = setting(
-        None, help="How the rate moves. Default: not at all, or as the recipe says."
+    optimizer: str | None = setting(None, help="Optimizer in place of the recipe's.")
+    learning_rate: float | None = setting(None, above=0, help="Highest learning rate of --optimizer.")
+    lr_scaling: str | None = setting(
+        None, help="How the learning rate grows with the batch: with it, or with its root."
     )
-    warmup_steps: int = setting(0, least=0, help="Steps over which the rate rises.")
+    base_batch_size: int | None = setting(
+        None, least=1, help="Batch for which the learning rate was found. Default: the recipe's."
+    )
+    schedule: str | None = setting(
+        None, help="How the learning rate moves. Default: not at all, or as the recipe says."
+    )
+    warmup_steps: int = setting(0, least=0, help="Steps over which the learning rate rises from 0.")
     weight_decay: float | None = setting(
-        None, least=0, help="Decoupled decay per step. Default: the optimizer's."
+        None, least=0, help="Decoupled weight decay per step. Default: the optimizer's own."
     )
     mixed_precision: str | None = setting(
         None, choices=PRECISIONS, help="Compute in this type, with float32 variables."
     )
-    export: str | None = setting(None, choices=EXPORTS, help="Write this besides model.keras.")
-    checkpoint_every_steps: int | None = setting(None, least=1, help="Besides each epoch's end.")
-    checkpoint_every_secs: float | None = setting(None, least=0, help="Besides each epoch's end.")
-    keep_checkpoints: int = setting(3, least=1, help="How many of the newest stay.")
-    on_nan: str = setting("stop", choices=ON_NAN, help="When a step's loss or gradients are NaN or infinite.")
-    max_loss_spike: float | None = setting(None, help="A loss this many times its mean counts as NaN.")
+    export: str | None = setting(None, choices=EXPORTS, help="Format to write besides model.keras.")
+    checkpoint_every_steps: int | None = setting(
+        None, least=1, help="Save the state after so many steps, too. Default: at each epoch's end."
+    )
+    checkpoint_every_secs: float | None = setting(
+        None, least=0, help="Save the state after so many seconds, too. Default: at each epoch's end."
+    )
+    keep_checkpoints: int = setting(3, least=1, help="How many of the newest checkpoints are kept.")
+    on_nan: str = setting(
+        "stop", choices=ON_NAN, help="What to do with a step whose loss or gradients are NaN or infinite."
+    )
+    max_loss_spike: float | None = setting(
+        None, help="A loss of more than so many times its mean counts as NaN."
+    )
     jit_compile: str | None = setting(
-        None, choices=JIT_COMPILE, help="XLA for the passes. Default: auto on GPUs."
+        None,
+        choices=JIT_COMPILE,
+        help="Whether XLA compiles forward and backward pass. Default: auto on GPUs.",
     )
     gpu_memory_gb: float | None = setting(
-        None, above=0, help="Of a GPU, for a process or a replica that shares it. Default: all."
+        None,
+        above=0,
+        help="Memory of a GPU for a process, or a replica that shares it (10**9 bytes). Default: all.",
     )
     deterministic: bool = setting(False, help="The same run gives the same bits, on GPUs too.")
     profile: str | None = setting(None, help="START:STOP: TensorBoard's profile of these steps.")

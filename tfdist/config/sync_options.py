@@ -46,20 +46,34 @@ class SyncOptions:
         ConfigError: If a value breaks its rule, or belongs to another `sync`.
     """
 
-    sync: str = setting("every_step", choices=SYNCS, help="How workers share what they learn.")
-    sync_period: int | None = setting(
-        None, least=1, help="Steps between exchanges of local_sgd, diloco and gossip (default: 32, 100, 1)."
+    sync: str = setting(
+        "every_step", choices=SYNCS, help="How workers of multiworker combine what they learn."
     )
-    sync_warmup_steps: int = setting(0, least=0, help="Steps before which --sync is every_step.")
-    sync_graph: str = setting("ring", choices=GRAPHS, help="Neighbours of --sync=gossip.")
-    outer_learning_rate: float = setting(0.7, above=0, help="Of --sync=diloco.")
-    outer_momentum: float = setting(0.9, least=0, help="Of --sync=diloco.")
-    exchange: str = setting("auto", choices=EXCHANGES, help="What carries gradients between workers.")
-    exchange_dtype: str = setting("float32", choices=EXCHANGE_DTYPES, help="The type in which they cross.")
-    error_feedback: bool = setting(False, help="Add what that type leaves out to the next step's.")
-    bucket_mb: float = setting(25.0, above=0, help="They cross in buckets of about so many MB.")
-    compression: str | None = setting(None, choices=COMPRESSIONS, help="Send thin factors of them.")
-    compression_rank: int = setting(4, least=1, help="Columns of these factors.")
+    sync_period: int | None = setting(
+        None,
+        least=1,
+        help="Steps between two exchanges of local_sgd, diloco and gossip. Default: 32, 100, 1.",
+    )
+    sync_warmup_steps: int = setting(0, least=0, help="The first so many steps exchange as every_step does.")
+    sync_graph: str = setting("ring", choices=GRAPHS, help="With whom a worker of --sync=gossip averages.")
+    outer_learning_rate: float = setting(0.7, above=0, help="Learning rate of the outer step of diloco.")
+    outer_momentum: float = setting(0.9, least=0, help="Nesterov momentum of the outer step of diloco.")
+    exchange: str = setting(
+        "auto", choices=EXCHANGES, help="What carries gradients between workers; auto: the faster."
+    )
+    exchange_dtype: str = setting(
+        "float32", choices=EXCHANGE_DTYPES, help="The type in which gradients cross between workers."
+    )
+    error_feedback: bool = setting(
+        False, help="Add what exchange_dtype rounds away to the next step's gradients."
+    )
+    bucket_mb: float = setting(
+        25.0, above=0, help="Gradients cross in buckets of about so many MB (2**20 bytes)."
+    )
+    compression: str | None = setting(
+        None, choices=COMPRESSIONS, help="Send two thin factors of each matrix of gradients."
+    )
+    compression_rank: int = setting(4, least=1, help="Columns of a factor of powersgd.")
 
     def __post_init__(self) -> None:
         check_settings(self)

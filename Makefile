@@ -8,8 +8,11 @@ lint:
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
+	lint-imports
+	$(PYTHON) docs/draw.py --check
+	$(PYTHON) docs/list_flags.py --check
 
-house: ## Imports go down, names are kept: the rules that no linter knows.
+house: ## The rules that no linter knows.
 	$(PYTHON) -m pytest -q tests/unit/test_house.py
 
 test:

@@ -30,12 +30,12 @@ from figures import parse_options, render_spread, show, take_turns
 
 import tfdist
 from recipes import digits_cnn
-from tfdist.launcher.guard import MARK_VARIABLE
+from tfdist.launcher.process.reaper import MARK_VARIABLE
 
 COUNT, BATCH = 1_437, 64
 FEW, MANY = BATCH + COUNT % BATCH, 8 * COUNT
 WARM_EPOCHS, LOOKS = 50, 20
-WORLDS = {"one_device": [], "mirrored": [], "multiworker": ["--num_workers=2"], "ps": ["--num_workers=2"]}
+BACKENDS = {"one_device": [], "mirrored": [], "multiworker": ["--num_workers=2"], "ps": ["--num_workers=2"]}
 _PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
@@ -84,7 +84,7 @@ def fitting(run: tfdist.Run | None, validates: bool) -> Callable[..., Any]:
         if run is None:
             model.fit(*data, batch_size=BATCH, **options)
         else:
-            run.fit(model, data, global_batch_size=BATCH, **options)
+            run.fit(model, data, batch_size=BATCH, **options)
 
     return fit
 
@@ -153,7 +153,7 @@ def weigh_epochs(strategy: str, rounds: int, out: Path) -> None:
     run.fit(
         model,
         data,
-        global_batch_size=BATCH,
+        batch_size=BATCH,
         epochs=epochs,
         verbose=0,
         validation_data=data,
@@ -176,9 +176,9 @@ def run_job(task: str, strategy: str, rounds: int) -> Any:
     """Runs one of `TASKS` under a strategy, and returns what it left."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        launch = ["-m", "tfdist.launch", "--preload", f"--strategy={strategy}", *WORLDS[strategy]]
+        launch = ["-m", "tfdist.launch", "--preload", f"--strategy={strategy}", *BACKENDS[strategy]]
         program = [__file__, "--task", task, strategy, str(rounds), str(out)]
-        words = program if not WORLDS[strategy] else [*launch, *program]
+        words = program if not BACKENDS[strategy] else [*launch, *program]
         subprocess.run([sys.executable, *words], check=True, capture_output=True)
         return json.loads(out.read_text())
 
@@ -192,7 +192,7 @@ def main() -> None:
     options = parse_options(str(__doc__), rounds=15, parts=("time", "memory"))
     if options.only != "memory":
         found = compare_times(options.rounds)
-        for strategy in WORLDS:
+        for strategy in BACKENDS:
             if strategy != "one_device":
                 found[strategy] = run_job("time", strategy, options.rounds)
         limits = {"one_device": "≤ 25"} | dict.fromkeys(("mirrored", "multiworker", "ps"), "≤ 50")
@@ -208,7 +208,7 @@ def main() -> None:
                 f"{run_job('memory', strategy, options.rounds):.3f}",
                 "≤ 0.02",
             )
-            for strategy in WORLDS
+            for strategy in BACKENDS
         ]
         note = (
             f"After the first {WARM_EPOCHS} epochs, medians of {LOOKS}. TensorFlow keeps 1.6 kB of each exchange "

@@ -97,7 +97,7 @@ def compare_training(data: tuple[np.ndarray, np.ndarray], rounds: int) -> dict[s
     contenders = {}
     for name, source in sources.items():
         model = digits_cnn.build_model()
-        options = {"global_batch_size": BATCH, "steps_per_epoch": TRAIN_STEPS, "verbose": 0}
+        options = {"batch_size": BATCH, "steps_per_epoch": TRAIN_STEPS, "verbose": 0}
 
         def train(model: Any = model, source: Any = source, options: Any = options) -> float:
             start = time.perf_counter()

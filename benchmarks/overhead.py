@@ -49,7 +49,7 @@ def compare_epochs(
 
     def time_ours() -> float:
         start = time.perf_counter()
-        run.fit(ours, source, global_batch_size=64, epochs=1, verbose=0)
+        run.fit(ours, source, batch_size=64, epochs=1, verbose=0)
         return time.perf_counter() - start
 
     time_plain(), time_ours()

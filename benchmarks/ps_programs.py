@@ -30,7 +30,7 @@ WIDTH = 16
 BATCH, IDS_PER_EXAMPLE = 512, 26
 STEPS = 80  # of an epoch
 # Several steps a closure from the start, as `tf_keras` is told; left alone, `fit` finds out that they are worth it.
-OPTIONS = {"global_batch_size": BATCH, "steps_per_loop": 10, "verbose": 0}
+OPTIONS = {"batch_size": BATCH, "steps_per_loop": 10, "verbose": 0}
 
 
 def draw(num_ids: int, *, steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
@@ -153,7 +153,7 @@ def count_bytes(run: tfdist.Run, rounds: int) -> dict[str, list[float]]:
         model = build_model(Embedding(num_rows, WIDTH), is_pooled=True)
     ids, labels = draw(num_rows)
     source = build_source((ids, labels))
-    options = {"global_batch_size": BATCH, "shuffle": False, "verbose": 0}
+    options = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
     for _ in range(3):
         run.fit(model, source, **options)
     unique = sum(len(np.unique(ids[start : start + BATCH])) for start in range(0, len(ids), BATCH))
@@ -182,7 +182,7 @@ def watch_memory(run: tfdist.Run, rounds: int) -> dict[str, list[float]]:
         model = build_model(Embedding(num_rows, WIDTH))
     with tempfile.TemporaryDirectory() as folder:
         kept = tfdist.Checkpoints(directory=folder)
-        run.fit(model, draw(num_rows), global_batch_size=BATCH, verbose=0, checkpoints=kept)
+        run.fit(model, draw(num_rows), batch_size=BATCH, verbose=0, checkpoints=kept)
         trained = _peak_gb()
         size = sum(path.stat().st_size for path in Path(folder).glob("*.npz")) / 2**30
         run.save(model, Path(folder) / "model.keras")
@@ -206,13 +206,13 @@ def train_with_a_slow_worker(run: tfdist.Run, rounds: int) -> dict[str, list[flo
                 layers = [keras.layers.Dense(512, activation="relu") for _ in range(3)]
                 model = keras.Sequential([keras.Input((256,)), *layers, keras.layers.Dense(1)])
                 model.compile(keras.optimizers.SGD(0.02), keras.losses.BinaryCrossentropy(from_logits=True))
-            options = {"global_batch_size": 384, "verbose": 0, "ps_mode": mode}
+            options = {"batch_size": 384, "verbose": 0, "ps": mode}
             run.fit(model, (x, y), epochs=1, **options)
             start = time.perf_counter()
             run.fit(model, (x, y), initial_epoch=1, epochs=4, **options)
             found.setdefault(f"{mode} rate", []).append(3 * len(x) / (time.perf_counter() - start))
             found.setdefault(f"{mode} loss", []).append(
-                run.evaluate(model, (x, y), global_batch_size=384)["loss"]
+                run.evaluate(model, (x, y), batch_size=384, verbose=0, return_dict=True)["loss"]
             )
     return found
 

@@ -139,7 +139,7 @@ clock = Clock()
 count = 64 * 6_000
 data = np.arange(count, dtype="int32")[:, None] % 1_000_000, np.zeros(count, "float32")
 checkpoints = tfdist.Checkpoints(directory=sys.argv[1], every_secs=3, keep=99)
-run.fit(model, data, global_batch_size=64, epochs=1, verbose=0, callbacks=[clock], checkpoints=checkpoints)
+run.fit(model, data, batch_size=64, epochs=1, verbose=0, callbacks=[clock], checkpoints=checkpoints)
 print(json.dumps(clock.ends))
 '''
 

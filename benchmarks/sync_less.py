@@ -77,7 +77,7 @@ def train_text_here(way: str, seed: str, out: str) -> None:
     train, test = (
         text_lm.build_data(split, sequence_length=MODEL["sequence_length"]) for split in ("train", "test")
     )
-    sizes = {"global_batch_size": 32, "epochs": EPOCHS, "steps_per_epoch": STEPS}
+    sizes = {"batch_size": 32, "epochs": EPOCHS, "steps_per_epoch": STEPS}
     sync = tfdist.SyncOptions(**WAYS[way])
     run.fit(model, train, validation_data=test, callbacks=[Ends()], verbose=0, sync=sync, **sizes)
     if run.is_chief:
@@ -187,7 +187,7 @@ def train_linked(way: str, out: str) -> None:
     rng = np.random.default_rng(0)
     count = LINK_BATCH * LINK_STEPS
     data = rng.normal(size=(count, 256)).astype(np.float32), rng.integers(0, 10, count)
-    settings: dict[str, Any] = {"global_batch_size": LINK_BATCH, "shuffle": False, "verbose": 0}
+    settings: dict[str, Any] = {"batch_size": LINK_BATCH, "shuffle": False, "verbose": 0}
     settings["sync"] = tfdist.SyncOptions(**LINKS[way])
     run.fit(model, data, steps_per_epoch=LINK_WARM_STEPS, **settings)
     start = time.perf_counter()

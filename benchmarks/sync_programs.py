@@ -100,9 +100,9 @@ def train(
     with np.load(WEIGHTS) as stored:
         model.set_weights([stored[f"w{i}"] for i in range(len(stored.files))])
     x, y = build_data(CONTEST)
-    settings: dict[str, Any] = {"global_batch_size": batch, "shuffle": False, "verbose": 0, **options}
+    settings: dict[str, Any] = {"batch_size": batch, "shuffle": False, "verbose": 0, **options}
     run.fit(model, (x, y), steps_per_epoch=warm_steps, **settings)
-    loss = run.evaluate(model, (x[:512], y[:512]))["loss"]
+    loss = run.evaluate(model, x[:512], y[:512], verbose=0, return_dict=True)["loss"]
     timer = Timer()
     run.fit(model, (x, y), steps_per_epoch=CONTESTS[CONTEST].num_steps, callbacks=[timer], **settings)
     return timer.figures(batch) | {"loss": float(loss)} if run.is_chief else None
@@ -122,11 +122,11 @@ def train_plain() -> dict[str, Any]:
 
 
 def time_all_reduce() -> dict[str, float] | None:
-    """Returns the milliseconds of an all-reduce of a bucket inside a graph, by the faster of the two carriers.
+    """Returns the milliseconds of an all-reduce of a bucket inside a graph, by the faster of the two communicators.
 
     Several in a row make one graph, so that its call, of which a step has one anyway, does not count.
     """
-    from tfdist.exchange import choose_carrier  # here: no other contender needs it
+    from tfdist.collectives import choose_communicator  # here: no other contender needs it
 
     run = tfdist.initialize(strategy="multiworker")
     rank, num_workers = run.task.index, len(run.cluster.tasks)
@@ -139,10 +139,10 @@ def time_all_reduce() -> dict[str, float] | None:
 
     found = {}
     for num_bytes, num_calls in CALLS.items():
-        carrier, _ = choose_carrier(
+        communicator, _ = choose_communicator(
             "auto", rank=rank, num_workers=num_workers, num_local=1, num_bytes=num_bytes, build=build
         )
-        exchange = build(functools.partial(_sum_in_turn, carrier, num_bytes // 4, num_calls))
+        exchange = build(functools.partial(_sum_in_turn, communicator, num_bytes // 4, num_calls))
         secs = []
         for _ in range(2 + NUM_TRIES):
             start = time.perf_counter()
@@ -152,10 +152,10 @@ def time_all_reduce() -> dict[str, float] | None:
     return found if run.is_chief else None
 
 
-def _sum_in_turn(carrier: Any, size: int, num_calls: int, outer: Any) -> Any:
+def _sum_in_turn(communicator: Any, size: int, num_calls: int, outer: Any) -> Any:
     total = tf.zeros([size])
     for _ in range(num_calls):
-        total = carrier.sum(total, outer, may_overwrite=True)
+        total = communicator.sum(total, outer, may_overwrite=True)
     return total[0]
 
 

@@ -7,7 +7,7 @@
 each column as Criteo's, up to `num_rows`. No download. `--data_dir` is a folder of Criteo's own `train.txt` or
 `day_0`, `day_1`, ….
 Two CPU cores: one epoch in half a minute as one process, in a minute as a cluster; a second one would only learn the
-examples by heart. Test AUC: at least 0.84, mostly 0.855, where who knows the law reaches 0.89; at least 0.75 with
+examples by heartbeat. Test AUC: at least 0.84, mostly 0.855, where who knows the law reaches 0.89; at least 0.75 with
 `--set num_examples=100000`.
 
 Clicks are rare: `--set imbalance=class_weight` lets clicks and the others count alike, `--set imbalance=resample` keeps
@@ -26,8 +26,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist.data import build_source
-from tfdist.data.clicks import make_clicks
-from tfdist.data.criteo import NUM_IDS, NUM_NUMBERS, read_criteo
+from tfdist.data.sources.clicks import make_clicks
+from tfdist.data.sources.criteo import NUM_IDS, NUM_NUMBERS, read_criteo
 from tfdist.errors import ConfigError
 from tfdist.layers import Embedding
 from tfdist.optimizers import LazyAdam

@@ -27,7 +27,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from tfdist.data.masked_images import find_masked_images, read_masked_images
+from tfdist.data.sources.masked_images import find_masked_images, read_masked_images
 from tfdist.errors import ConfigError
 from tfdist.recipe import Recipe
 

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from tfdist.data.clicks import make_clicks
+from tfdist.data.sources.clicks import make_clicks
 from tfdist.errors import ConfigError
 from tfdist.layers import Embedding
 from tfdist.optimizers import LazyAdam

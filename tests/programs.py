@@ -2,7 +2,8 @@
 
 A program is what `python -m MODULE ARGS` or `python SCRIPT ARGS` would be: a process of its own with its own
 environment, folder, output and exit code, that can be killed by its id; only the seconds of importing are paid once a
-test session. The launcher forks its tasks in the same way (`tfdist.launcher.fork`): a whole cluster is there at once.
+test session. The launcher forks its tasks in the same way (`tfdist.launcher.process.fork`): a whole cluster is there at
+once.
 """
 
 import contextlib
@@ -20,9 +21,9 @@ REPOSITORY = str(Path(__file__).parents[1])
 _MODULES = (
     "tensorflow",
     "keras",
-    "tfdist.execute",
-    "tfdist.server",
-    "tfdist.runtime",
+    "tfdist.commands.execute",
+    "tfdist.runtime.server",
+    "tfdist.api.initialize",
     "tensorflow_datasets",
     "sklearn.datasets",
 )
@@ -140,7 +141,7 @@ def _serve():
 
 def _main(number):
     """The process that forks: one more process for each program, which starts it and says when it has ended."""
-    from tfdist.launcher.fork import preload
+    from tfdist.launcher.process.fork import preload
 
     preload(_MODULES, os.environ)
     # Ctrl-C is pytest's to answer.
@@ -160,7 +161,7 @@ def _main(number):
 
 
 def _start(asker, status, *streams):
-    from tfdist.launcher.fork import become
+    from tfdist.launcher.process.fork import become
 
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with socket.socket(fileno=asker) as asking, asking.makefile("rb") as lines:

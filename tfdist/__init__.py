@@ -9,7 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tfdist.cluster import Cluster, Task, parse_tf_config, render_tf_config
+    from tfdist.api.initialize import initialize
+    from tfdist.api.run import Run
+    from tfdist.cluster.spec import Cluster, Task, parse_tf_config, render_tf_config
+    from tfdist.config.ps_options import PsOptions
+    from tfdist.config.sync_options import SyncOptions
     from tfdist.data import tfds_split
     from tfdist.errors import (
         ClusterError,
@@ -20,17 +24,15 @@ if TYPE_CHECKING:
         TfdistError,
     )
     from tfdist.recipe import Recipe
-    from tfdist.runtime import Run, initialize
-    from tfdist.sync_options import SyncOptions
-    from tfdist.training.checkpoint_dir import Checkpoints
+    from tfdist.training.checkpoint.store import Checkpoints
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Cluster": "cluster",
-    "Task": "cluster",
-    "parse_tf_config": "cluster",
-    "render_tf_config": "cluster",
+    "Cluster": "cluster.spec",
+    "Task": "cluster.spec",
+    "parse_tf_config": "cluster.spec",
+    "render_tf_config": "cluster.spec",
     "tfds_split": "data",
     "ClusterError": "errors",
     "ConfigError": "errors",
@@ -39,10 +41,11 @@ _HOMES = {
     "Preempted": "errors",
     "TfdistError": "errors",
     "Recipe": "recipe",
-    "Run": "runtime",
-    "Checkpoints": "training.checkpoint_dir",
-    "initialize": "runtime",
-    "SyncOptions": "sync_options",
+    "Run": "api.run",
+    "Checkpoints": "training.checkpoint.store",
+    "initialize": "api.initialize",
+    "SyncOptions": "config.sync_options",
+    "PsOptions": "config.ps_options",
 }
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "LaunchError",
     "NonFiniteError",
     "Preempted",
+    "PsOptions",
     "Recipe",
     "Run",
     "SyncOptions",

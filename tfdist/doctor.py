@@ -14,10 +14,10 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from tfdist.checkup.findings import Finding, render_finding
-from tfdist.checkup.flags import DoctorFlags, parse_flags
-from tfdist.checkup.logs import read_run
-from tfdist.checkup.survey import survey_here, survey_job
+from tfdist.diagnostics.findings import Finding, render_finding
+from tfdist.diagnostics.flags import DoctorFlags, parse_flags
+from tfdist.diagnostics.log_reader import read_run
+from tfdist.diagnostics.survey import survey_here, survey_job
 from tfdist.errors import TfdistError
 
 

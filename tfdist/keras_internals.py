@@ -19,6 +19,9 @@ from keras.src.backend import compute_output_spec
 from keras.src.losses import loss as keras_loss
 from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
 from keras.src.saving import saving_lib
+from keras.src.trainers import data_adapters
+from keras.src.trainers.data_adapters import data_adapter_utils
+from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 from keras.src.trainers.trainer import model_supports_jit
 from tensorflow.python.distribute import distribute_lib
 from tensorflow.python.distribute import values as distributed_values
@@ -31,6 +34,8 @@ DEFAULT_STRATEGY: tf.distribute.Strategy = distribute_lib._get_default_strategy(
 
 _reduce_weighted_values = keras_loss.reduce_weighted_values
 _ABSENT = object()
+# Of a generator or `PyDataset` Keras looks at so many batches, to see which axes vary.
+NUM_BATCHES_LOOKED_AT: int = data_adapter_utils.NUM_BATCHES_FOR_TENSOR_SPEC
 # Of `ExternalStatePolicy`: saving says no, rather than leave something out.
 _FAIL_ON_EXTERNAL_STATE = 2
 
@@ -830,3 +835,41 @@ def saving_in_blocks(blocks_of: Callable[[keras.Variable], Iterator[Any] | None]
             del optimizer_class.save_own_variables
         else:
             optimizer_class.save_own_variables = own
+
+
+def batch_spec(batches: Sequence[Any]) -> Any:
+    """Returns the nest of `tf.TypeSpec` that batches have in common, axes in which they differ left open.
+
+    Leans on `data_adapter_utils.get_tensor_spec`.
+    """
+    return data_adapter_utils.get_tensor_spec(batches)
+
+
+def batch_reader(data: keras.utils.PyDataset) -> Callable[[int], Any]:
+    """Returns what reads a batch by its number, as Keras would hand it to `train_step`.
+
+    Leans on `PyDatasetAdapter._standardize_batch`.
+    """
+    adapter = PyDatasetAdapter(data)
+    return lambda place: adapter._standardize_batch(data[place])
+
+
+def is_torch_loader(data: Any) -> bool:
+    """Tells whether data are a PyTorch `DataLoader`, without PyTorch. Leans on `data_adapters.is_torch_dataloader`."""
+    return bool(data_adapters.is_torch_dataloader(data))
+
+
+def is_grain_dataset(data: Any) -> bool:
+    """Tells whether data are grain's, without grain. Leans on `data_adapters.is_grain_dataset`."""
+    return bool(data_adapters.is_grain_dataset(data))
+
+
+def adapt_batches(data: Any) -> tuple[tf.data.Dataset, int | None]:
+    """Returns what Keras makes of data that yield batches, and how many they are. Leans on `get_data_adapter`."""
+    adapter = data_adapters.get_data_adapter(data)
+    return adapter.get_tf_dataset(), adapter.num_batches
+
+
+def flatten_logs(model: keras.Model, logs: dict[str, Any]) -> Any:
+    """Returns what `keras.Model.evaluate` does without `return_dict`. Leans on `Trainer._flatten_metrics_in_order`."""
+    return model._flatten_metrics_in_order(logs)

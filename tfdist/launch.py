@@ -20,9 +20,9 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         flags = parse_flags(sys.argv[1:] if args is None else args, os.environ)
         if flags.dry_run:
-            print(flags.world.render(flags.job, flags.place), end="")
+            print(flags.backend.render(flags.job, flags.place), end="")
             return 0
-        return flags.world.run(flags.job, flags.place)
+        return flags.backend.run(flags.job, flags.place)
     except TfdistError as error:
         print(f"tfdist.launch: {error}", file=sys.stderr)
         return 2

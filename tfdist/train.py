@@ -19,10 +19,11 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from tfdist.cluster import Cluster, check_strategy, render_tf_config
-from tfdist.environments import detect_cluster
+from tfdist.cluster.environments import detect_cluster
+from tfdist.cluster.spec import Cluster, check_strategy, render_tf_config
+from tfdist.commands.flags import build_config, parse_flags, resolve_run
+from tfdist.config.run_dir import RunDir
 from tfdist.errors import NonFiniteError, OutOfMemoryError, TfdistError
-from tfdist.flags import build_config, parse_flags, resolve_run
 from tfdist.launcher import (
     ONEDNN,
     Job,
@@ -31,13 +32,12 @@ from tfdist.launcher import (
     render_dry_run_local,
     run_local,
 )
-from tfdist.launcher.fork import quiet_imports
 from tfdist.launcher.hosts import read_hosts, read_ssh_options
+from tfdist.launcher.process.fork import quiet_imports
 from tfdist.recipe import check_recipe_exists, list_recipes, load_recipe
-from tfdist.training.run_dir import RunDir
 
 # What every task of a local cluster imports.
-_PRELOAD = ("tensorflow", "keras", "tfdist.execute", "tfdist.server")
+_PRELOAD = ("tensorflow", "keras", "tfdist.commands.execute", "tfdist.runtime.server")
 # How long the others wait for the chief to say what is wrong, and to be ended for it.
 _CHIEF_SPEAKS_FIRST_SECS = 20.0
 
@@ -143,7 +143,7 @@ def _execute(fields: Mapping[str, Any], cluster: Cluster | None) -> int:
         _serve(cluster)
     with quiet_imports():
         # Here: TensorFlow takes seconds to import, and a mistake above should not wait for it.
-        from tfdist.execute import execute
+        from tfdist.commands.execute import execute
     config = build_config(fields, load_recipe(fields["recipe"]))
     execute(config, cluster=cluster, say=lambda line: print(line, flush=True))
     return 0
@@ -157,7 +157,7 @@ def _serve(cluster: Cluster) -> NoReturn:
         os.environ["TF_USE_LEGACY_KERAS"] = "1"
     with quiet_imports():
         # Here, as the variable above must come first.
-        from tfdist.server import serve
+        from tfdist.runtime.server import serve
     serve(cluster)
 
 

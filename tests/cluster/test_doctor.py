@@ -11,9 +11,9 @@ from pathlib import Path
 import programs
 import pytest
 
-from tfdist.checkup.meeting import Meeting
-from tfdist.cluster import Cluster, Task, render_tf_config
-from tfdist.ports import PortReservation
+from tfdist.cluster.ports import PortReservation
+from tfdist.cluster.spec import Cluster, Task, render_tf_config
+from tfdist.diagnostics.rendezvous import Meeting
 
 pytestmark = pytest.mark.cluster
 REPOSITORY = str(Path(__file__).parents[2])

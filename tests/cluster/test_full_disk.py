@@ -12,8 +12,8 @@ pytestmark = pytest.mark.cluster
 REPOSITORY = str(Path(__file__).parents[2])
 PROGRAM = """
 import os, pathlib, keras, numpy as np, tfdist
-from tfdist.training.callbacks import MetricsFile, TensorBoardScalars
-from tfdist.training.run_dir import RunDir
+from tfdist.training.monitoring.callbacks import MetricsFile, TensorBoardScalars
+from tfdist.config.run_dir import RunDir
 
 folder = pathlib.Path("disk")
 class Fill(keras.callbacks.Callback):
@@ -36,7 +36,7 @@ run_dir = RunDir(folder)
 callbacks = [Fill(), MetricsFile(run_dir=run_dir), TensorBoardScalars(run_dir=run_dir)]
 checkpoints = tfdist.Checkpoints(directory=run_dir.checkpoints_dir)
 (folder / "checkpoints").mkdir()
-run.fit(model, (x, x[:, :1]), epochs=8, global_batch_size=8, verbose=0, callbacks=callbacks, checkpoints=checkpoints)
+run.fit(model, (x, x[:, :1]), epochs=8, batch_size=8, verbose=0, callbacks=callbacks, checkpoints=checkpoints)
 print("epochs", *[record["epoch"] for record in run_dir.read_metrics()])
 print("kept", *sorted(os.listdir("disk/checkpoints")))
 """

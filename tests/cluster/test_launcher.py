@@ -16,7 +16,8 @@ import pytest
 
 import tfdist
 from tfdist.errors import LaunchError
-from tfdist.launcher import Job, run_local, supervisor
+from tfdist.launcher import Job, run_local
+from tfdist.launcher.supervise import supervisor
 
 pytestmark = pytest.mark.cluster
 
@@ -402,7 +403,10 @@ def test_later_failure_to_start_ends_with_one_line(folder):
 
 
 def test_neither_launch_nor_its_help_loads_tensorflow():
-    code = "import sys, tfdist.launch, tfdist.environments; print({'tensorflow', 'keras', 'rich'} & set(sys.modules))"
+    code = (
+        "import sys, tfdist.launch, tfdist.cluster.environments;"
+        "print({'tensorflow', 'keras', 'rich'} & set(sys.modules))"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 

@@ -129,9 +129,9 @@ def test_elastic_ps_job_goes_on_without_a_worker(folder):  # noqa: F811
 def test_elastic_ps_job_takes_workers_in_again_while_it_works(folder):  # noqa: F811
     body = """
 if me == "chief-0":
-    from tfdist.heartbeat import Heart
-    heart = Heart.from_environment(os.environ)
-    while starts("worker-1") < 3: heart.beat(1); time.sleep(0.01)
+    from tfdist.cluster.heartbeat import Heartbeat
+    heartbeat = Heartbeat.from_environment(os.environ)
+    while starts("worker-1") < 3: heartbeat.beat(1); time.sleep(0.01)
     sys.exit(0)
 if me == "worker-1" and starts(me) < 3: wait_for(worker_0=1, ps_0=1); os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(60)
@@ -189,13 +189,13 @@ time.sleep(20 if times == 0 else 0)
 
 def test_task_that_hangs_leaves_its_stack_and_is_started_again(folder):  # noqa: F811
     body = """
-from tfdist.heartbeat import Heart
-heart = Heart.from_environment(os.environ)
+from tfdist.cluster.heartbeat import Heartbeat
+heartbeat = Heartbeat.from_environment(os.environ)
 def hang(): time.sleep(60)
 for step in range(20):
-    heart.beat(step)
+    heartbeat.beat(step)
     time.sleep(0.01)
-hang() if times == 0 else heart.rest()
+hang() if times == 0 else heartbeat.rest()
 """
     flags = ("--num_workers=1", "--max_restarts=1", "--hang_timeout_secs=1", "--run_dir=run")
     done = run(*flags, write(folder, body))

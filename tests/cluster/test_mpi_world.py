@@ -16,8 +16,8 @@ pytestmark = pytest.mark.cluster
 WORLD = """
 import os
 from mpi4py import MPI
-from tfdist.environments import detect_cluster
-from tfdist.environments.mpi import find_starter
+from tfdist.cluster.environments import detect_cluster
+from tfdist.cluster.environments.mpi import find_starter
 cluster = detect_cluster(os.environ)
 world = MPI.COMM_WORLD
 line = f"{find_starter(os.environ)} {cluster.tasks.index(cluster.task)}={world.rank}/{world.size}\\n"

@@ -57,7 +57,7 @@ y, y_test = x.sum(axis=1, keepdims=True), x_test.sum(axis=1, keepdims=True)
 """
 AFTER_PROGRAM = """
 print("flags", *sys.argv[1:])
-print("error", abs(run.predict(model, (x_test,)) - y_test).max())
+print("error", abs(outputs - y_test).max())
 """
 
 
@@ -120,10 +120,18 @@ def test_finished_run_is_evaluated(tmp_path):
     assert test_line in evaluated.stdout
 
 
-@pytest.mark.parametrize("command", ["python my_script.py --its --flags", LAUNCHES])
-def test_own_program_runs(tmp_path, command):
-    """Alone, and as a cluster: the same text."""
-    (program,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize(
+    ("sign", "command"),
+    [
+        ("-", "python my_script.py --its --flags"),
+        ("+", "python my_script.py --its --flags"),
+        ("+", LAUNCHES),
+    ],
+)
+def test_own_program_runs(tmp_path, sign, command):
+    """Before the change, and after it alone and as a cluster."""
+    (diff,) = re.findall(r"^```diff\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    program = "\n".join(line[1:] for line in diff.splitlines() if line[0] in (" ", sign))
     (tmp_path / "my_script.py").write_text(BEFORE_PROGRAM + program + AFTER_PROGRAM)
     done = run(command, tmp_path)
     assert done.returncode == 0, explain(done)
@@ -179,7 +187,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     source = wheel.parent / "tfdist"
     files = [path for package in ("tfdist", "recipes") for path in (source / package).rglob("*")]
     assert packed == {str(path.relative_to(source)) for path in files if path.is_file()}
-    assert "tfdist/data/digits.py" in packed
+    assert "tfdist/data/sources/digits.py" in packed
 
 
 def test_installed_wheel_runs_the_main_job(wheel, tmp_path):

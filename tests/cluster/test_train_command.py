@@ -13,7 +13,7 @@ import programs
 import pytest
 from everything import rarely
 
-from tfdist.ports import PortReservation, check_grpc_server
+from tfdist.cluster.ports import PortReservation, check_grpc_server
 
 REPOSITORY = str(Path(__file__).parents[2])
 pytestmark = pytest.mark.cluster

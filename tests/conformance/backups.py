@@ -92,17 +92,22 @@ def build(optimizer: Any, loss: Any = promises.slope) -> keras.Model:
     return model
 
 
+def with_backups(num_backup_workers: int) -> tfdist.PsOptions:
+    """Returns the options of synchronous steps that wait for fewer workers."""
+    return tfdist.PsOptions(ps_mode="sync", num_backup_workers=num_backup_workers)
+
+
 def main(path: str, strategy: str) -> None:
     """Trains, and keeps what there is."""
     run = tfdist.initialize(strategy=strategy, seed=1)
     data = {"x": np.ones((COUNT, 1), np.float32), "ids": np.full((COUNT, 1), 2, np.int32)}
     found: dict[str, Any] = {}
-    options = {"global_batch_size": BATCH, "epochs": EPOCHS, "verbose": 0, "ps_mode": "sync"}
+    options = {"batch_size": BATCH, "epochs": EPOCHS, "verbose": 0}
     for name, optimizer in (("sgd", keras.optimizers.SGD), ("lazy_adam", LazyAdam)):
         with run.strategy.scope():
             model = build(optimizer(RATE))
         slow = Slow()
-        history = run.fit(model, (data, data["x"]), num_backup_workers=1, callbacks=[slow], **options)
+        history = run.fit(model, (data, data["x"]), ps=with_backups(1), callbacks=[slow], **options)
         (normal,) = (layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization))
         found |= {
             f"{name}/count": history.history["count"],
@@ -114,17 +119,17 @@ def main(path: str, strategy: str) -> None:
             f"{name}/moving_mean": normal.moving_mean.numpy(),
         }
     try:
-        run.fit(model, (data, data["x"]), num_backup_workers=3, **options)
+        run.fit(model, (data, data["x"]), ps=with_backups(3), **options)
     except tfdist.ConfigError as error:
         found["refused"] = str(error)
     with run.strategy.scope():
         model = build(keras.optimizers.SGD(RATE), checked_slope)
     wrong = np.where(np.arange(COUNT) == COUNT // 2, -1, 1).astype(np.float32)[:, None]
     try:
-        run.fit(model, (data, wrong), num_backup_workers=1, **options)
+        run.fit(model, (data, wrong), ps=with_backups(1), **options)
     except tf.errors.InvalidArgumentError as error:
         found["failed"] = str(error)
-    history = run.fit(model, (data, data["x"]), num_backup_workers=1, **options | {"epochs": 1})
+    history = run.fit(model, (data, data["x"]), ps=with_backups(1), **options | {"epochs": 1})
     found["count_after_a_failure"] = history.history["count"]
     np.savez(path, **found)
 

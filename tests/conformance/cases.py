@@ -272,10 +272,10 @@ def run_tfdist(run: Any, case: Case) -> dict[str, Any]:
     with run.strategy.scope():
         model = case.build()
     history = run.fit(
-        model, case.data, global_batch_size=BATCH, epochs=EPOCHS, shuffle=False, verbose=0, **case.options
+        model, case.data, batch_size=BATCH, epochs=EPOCHS, shuffle=False, verbose=0, **case.options
     )
-    results = run.evaluate(model, case.data, global_batch_size=BATCH)
-    return collect(model, history, results, run.predict(model, case.data[:1], global_batch_size=BATCH))
+    results = run.evaluate(model, case.data, batch_size=BATCH, return_dict=True)
+    return collect(model, history, results, run.predict(model, case.data[:1], batch_size=BATCH))
 
 
 def collect(model: keras.Model, history: Any, results: dict[str, float], outputs: Any) -> dict[str, Any]:

@@ -486,15 +486,13 @@ def run_tfdist(run: Any, program: Program) -> dict[str, Any]:
         data = tf.data.Dataset.from_tensor_slices(data)
     elif program.weight is not None:
         data = (*data, program.weight)
-    history = run.fit(
-        model, data, global_batch_size=batch, shuffle=False, verbose=0, callbacks=callbacks, **options
-    )
+    history = run.fit(model, data, batch_size=batch, shuffle=False, verbose=0, callbacks=callbacks, **options)
     found: Any = None
     if program.asks == "evaluate":
         whole = (program.x, program.y) if program.weight is None else (program.x, program.y, program.weight)
-        found = run.evaluate(model, whole, global_batch_size=batch)
+        found = run.evaluate(model, whole, batch_size=batch, return_dict=True)
     elif program.asks == "predict":
-        found = {"outputs": run.predict(model, (program.x,), global_batch_size=batch)}
+        found = {"outputs": run.predict(model, (program.x,), batch_size=batch)}
     return collect(model, history, found)
 
 

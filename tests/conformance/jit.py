@@ -11,8 +11,8 @@ import tensorflow as tf
 from chosen import chosen
 
 import tfdist
-from tfdist.training.checkpoint_dir import CheckpointWriter
-from tfdist.training.profile import ProfileSteps
+from tfdist.training.checkpoint.store import CheckpointWriter
+from tfdist.training.monitoring.profile import ProfileSteps
 
 COUNT, BATCH = 90, 16  # five whole batches and a short one
 rng = np.random.default_rng(0)
@@ -87,7 +87,7 @@ def fit(run: tfdist.Run, case: dict[str, Any], jit_compile: str) -> dict[str, An
         history = run.fit(
             model,
             train() if callable(train) else train,
-            global_batch_size=BATCH,
+            batch_size=BATCH,
             epochs=2,
             verbose=0,
             checkpoints=checkpoints,
@@ -101,7 +101,7 @@ def fit(run: tfdist.Run, case: dict[str, Any], jit_compile: str) -> dict[str, An
         "weights": np.concatenate(weights),
         "logs": np.array(logs, np.float64),
         "iterations": int(model.optimizer.iterations.numpy()),
-        "predicted": run.predict(model, X[:20], global_batch_size=8),
+        "predicted": run.predict(model, X[:20], batch_size=8),
     }
 
 

@@ -50,7 +50,7 @@ def main(out: str, strategy: str, folder: str) -> None:
     run.fit(
         model,
         (x, x[:, :1]),
-        global_batch_size=8,
+        batch_size=8,
         epochs=1 if is_first else 2,
         verbose=0,
         checkpoints=tfdist.Checkpoints(directory=folder, keep=1),

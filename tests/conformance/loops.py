@@ -20,9 +20,9 @@ import tensorflow as tf
 from chosen import chosen
 
 import tfdist
-from tfdist.training import clock, step_times
-from tfdist.training.checkpoint_dir import CheckpointWriter
-from tfdist.training.sync import SyncLoop
+from tfdist.training.checkpoint.store import CheckpointWriter
+from tfdist.training.monitoring import clock, step_times
+from tfdist.training.sync.loop import SyncLoop
 
 COUNT, BATCH, EPOCHS = 90, 8, 2  # eleven whole batches and a short one
 rng = np.random.default_rng(0)
@@ -101,7 +101,7 @@ def fit(
             run.fit(
                 model,
                 data,
-                global_batch_size=BATCH,
+                batch_size=BATCH,
                 epochs=EPOCHS,
                 steps_per_loop=size,
                 verbose=0,

@@ -99,7 +99,7 @@ def train(run: Any, case: Case, data: Any, **options: Any) -> tuple[dict[str, An
         model = case.build()
     error = ""
     try:
-        run.fit(model, data, global_batch_size=BATCH, epochs=EPOCHS, shuffle=False, verbose=0, **options)
+        run.fit(model, data, batch_size=BATCH, epochs=EPOCHS, shuffle=False, verbose=0, **options)
     except tfdist.NonFiniteError as caught:
         error = str(caught)
     return cases.collect(model, model.history, {}, []), error

@@ -109,15 +109,15 @@ class Trainer:
     def fit(self, model: keras.Model, data: Any, batch: int, **options: Any) -> Any:
         """Fits, in the data's order."""
         if self.run is not None:
-            return self.run.fit(model, data, global_batch_size=batch, shuffle=False, verbose=0, **options)
+            return self.run.fit(model, data, batch_size=batch, shuffle=False, verbose=0, **options)
         return model.fit(*data, batch_size=batch, shuffle=False, verbose=0, **options)
 
     def evaluate_and_predict(self, model: keras.Model) -> dict[str, Any]:
         """Evaluates and predicts in batches that leave a rest."""
         x, y = cases.IDS, cases.BINARY
         if self.run is not None:
-            results = self.run.evaluate(model, (x, y), global_batch_size=4)
-            outputs = self.run.predict(model, x, global_batch_size=4)
+            results = self.run.evaluate(model, x, y, batch_size=4, return_dict=True)
+            outputs = self.run.predict(model, x, batch_size=4)
         else:
             results = model.evaluate(x, y, batch_size=4, verbose=0, return_dict=True)
             outputs = model.predict(x, batch_size=4, verbose=0)

@@ -24,7 +24,7 @@ import tensorflow as tf
 from chosen import chosen
 
 import tfdist
-from tfdist.training.checkpoint_dir import CheckpointWriter
+from tfdist.training.checkpoint.store import CheckpointWriter
 
 cases.BATCH = nan_steps.BATCH = BATCH = 5
 SKIPPED = slice(10, 15)  # the batch with nan_steps.BAD: the third, the first of its closure
@@ -119,16 +119,16 @@ def run_two(run: Any) -> dict[str, Any]:
     for name, options in {
         "free": {"steps_per_loop": 4},
         "own_choice": {},
-        "bound_0": {"max_staleness": 0},
-        "bound_2": {"max_staleness": 2},
-        "inverse": {"staleness_lr": "inverse"},
+        "bound_0": {"ps": tfdist.PsOptions(max_staleness=0)},
+        "bound_2": {"ps": tfdist.PsOptions(max_staleness=2)},
+        "inverse": {"ps": tfdist.PsOptions(staleness_lr="inverse")},
     }.items():
         keras.utils.set_random_seed(1)
         with run.strategy.scope():
             model = slow_linear()
         run.build(model, (ones, ones))
         start, seen = float(model.get_weights()[0][0, 0]), Measures()
-        more = {"global_batch_size": 2, "epochs": 2, "verbose": 0, "callbacks": [seen], **options}
+        more = {"batch_size": 2, "epochs": 2, "verbose": 0, "callbacks": [seen], **options}
         history = run.fit(model, (ones, ones), **more)
         found[name] = {
             "moved": start - float(model.get_weights()[0][0, 0]),
@@ -143,7 +143,7 @@ def run_together(run: Any) -> dict[str, Any]:
     """All workers step together."""
     found: dict[str, Any] = {}
     for name in chosen(TOGETHER, "sync/"):
-        found[f"sync/{name}"] = cases.run_tfdist(run, with_options(cases.CASES[name], ps_mode="sync"))
+        found[f"sync/{name}"] = cases.run_tfdist(run, with_options(cases.CASES[name], ps="sync"))
     stream = tf.data.Dataset.from_tensor_slices(cases.CASES["sgd"].data)
     keras.utils.set_random_seed(1)
     with run.strategy.scope():
@@ -152,21 +152,21 @@ def run_together(run: Any) -> dict[str, Any]:
     history = run.fit(
         model,
         stream,
-        global_batch_size=BATCH,
+        batch_size=BATCH,
         epochs=cases.EPOCHS,
         shuffle=False,
         verbose=0,
-        ps_mode="sync",
+        ps="sync",
         callbacks=[measures],
     )
     found["sync/stream"] = cases.collect(model, history, {}, [])
     found["sync_measures"] = measures.found
     for name in SKIPPING_TOGETHER:
         planted = nan_steps.PLANTED[name]
-        found[f"sync_skip/{name}"], _ = nan_steps.train(run, *planted, on_nan="skip", ps_mode="sync")
+        found[f"sync_skip/{name}"], _ = nan_steps.train(run, *planted, on_nan="skip", ps="sync")
     for name in ("two_players", "mask", "weights"):
         try:
-            cases.run_tfdist(run, with_options(cases.CASES[name], ps_mode="sync"))
+            cases.run_tfdist(run, with_options(cases.CASES[name], ps="sync"))
         except tfdist.ConfigError as error:
             found[f"refused/{name}"] = {"error": np.asarray(str(error))}
     return found

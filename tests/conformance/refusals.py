@@ -72,10 +72,12 @@ def by_hand() -> keras.Model:
 def attempts(run: Any) -> dict[str, Callable[[], Any]]:
     """Returns what is asked for, by name."""
 
-    def fit(build: Callable[[], keras.Model], data: Any = DATA, batch: int = 10, **options: Any) -> Any:
+    def fit(
+        build: Callable[[], keras.Model], data: Any = DATA, batch: int | None = 10, **options: Any
+    ) -> Any:
         with run.strategy.scope():
             model = build()
-        return run.fit(model, data, global_batch_size=batch, verbose=0, **options)
+        return run.fit(model, data, batch_size=batch, verbose=0, **options)
 
     def own(context: Any) -> tf.data.Dataset:
         return tf.data.Dataset.from_tensor_slices(DATA).batch(5)
@@ -83,7 +85,7 @@ def attempts(run: Any) -> dict[str, Callable[[], Any]]:
     examples = tf.data.Dataset.from_tensor_slices(DATA)
 
     def outside() -> Any:
-        return run.fit(sgd(), DATA, global_batch_size=10, verbose=0)
+        return run.fit(sgd(), DATA, batch_size=10, verbose=0)
 
     return {
         "uncompiled": lambda: fit(uncompiled),
@@ -103,6 +105,11 @@ def attempts(run: Any) -> dict[str, Callable[[], Any]]:
         "unequal": lambda: fit(sgd, (cases.X, cases.Y[:-1])),
         "empty": lambda: fit(sgd, (cases.X[:0], cases.Y[:0])),
         "no_xla": lambda: fit(no_xla, jit_compile="on"),
+        "batches_of_batches": lambda: fit(sgd, examples.batch(5)),
+        "sized_generator": lambda: fit(sgd, iter([DATA])),
+        "examples_for_batches": lambda: fit(sgd, examples, batch=None),
+        "y_beside_a_dataset": lambda: fit(sgd, examples, y=cases.Y),
+        "dropped_batch": lambda: fit(sgd, examples.batch(5), batch=None, drop_remainder=True),
         "four": lambda: fit(sgd, (cases.X, cases.Y, cases.W, cases.W)),
     }
 

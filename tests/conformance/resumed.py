@@ -61,7 +61,7 @@ def main(out: str, strategy: str, replicas: str | None = None) -> None:
     history = run.fit(
         model,
         build_data(stream),
-        global_batch_size=BATCH,
+        batch_size=BATCH,
         epochs=1 if stream else EPOCHS,
         validation_data=(X[:50], Y[:50]),
         verbose=2,

@@ -56,7 +56,7 @@ def main(out: str, strategy: str, replicas: str | None = None) -> None:
             model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
             model.compile(keras.optimizers.Adam(0.01), "mse", metrics=[sharded.Seen()])
         history = run.fit(
-            model, dataset, global_batch_size=batch, epochs=2, verbose=0, data_service=service, **options
+            model, dataset, batch_size=batch, epochs=2, verbose=0, data_service=service, **options
         )
         return model, history.history
 

@@ -56,15 +56,15 @@ def main(out: str, strategy: str) -> None:
         with run.strategy.scope():
             model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
             model.compile(keras.optimizers.Adam(0.01), "mse", metrics=[Seen()])
-        history = run.fit(model, read(names), global_batch_size=BATCH, epochs=2, verbose=0, **options)
+        history = run.fit(model, read(names), batch_size=BATCH, epochs=2, verbose=0, **options)
         found[f"{name}/seen"] = history.history["seen"]
         found[f"{name}/steps"] = model.optimizer.iterations.numpy()
         found[f"{name}/weights"] = [w.ravel()[0] for w in model.get_weights()]
-        results = run.evaluate(model, read(names), global_batch_size=BATCH, shard=options["shard"])
+        results = run.evaluate(model, read(names), batch_size=BATCH, return_dict=True, shard=options["shard"])
         found[f"{name}/evaluated"] = results["seen"]
     for name, data in (("one_file", read(names[:1])), ("no_file", tf.data.Dataset.range(9))):
         try:
-            run.fit(model, data, global_batch_size=BATCH, shard="file", verbose=0)
+            run.fit(model, data, batch_size=BATCH, shard="file", verbose=0)
         except tfdist.ConfigError as error:
             found[f"refused/{name}"] = str(error)
     np.savez(Path(out) / f"{str(run.task or 'alone').replace(':', '-')}.npz", **found)

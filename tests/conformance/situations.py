@@ -38,17 +38,19 @@ class Side:
         """Builds a model, in the strategy's scope."""
         return build_in_scope(self.run, build)
 
-    def fit(self, model: keras.Model, data: Any, **options: Any) -> dict[str, Any]:
-        """Fits in order; returns the history and the weights."""
+    def fit(
+        self, model: keras.Model, data: Any, *, batch: int | None = BATCH, **options: Any
+    ) -> dict[str, Any]:
+        """Fits in order, on batches as they are where `batch` is None; returns the history and the weights."""
         options = {"epochs": 2, "shuffle": False, "verbose": 0, **options}
         if self.run is not None:
-            history = self.run.fit(model, data, global_batch_size=BATCH, **options)
+            history = self.run.fit(model, data, batch_size=batch, **options)
         elif isinstance(data, tf.data.Dataset):
             options.pop("shuffle")
-            history = model.fit(data.batch(BATCH), **options)
+            history = model.fit(data if batch is None else data.batch(batch), **options)
         else:
             x, y = data if isinstance(data, tuple) else (data, None)
-            history = model.fit(x, y, batch_size=BATCH, **options)
+            history = model.fit(x, y, batch_size=batch, **options)
         found = {f"weight_{i}": np.asarray(v) for i, v in enumerate(model.get_weights())}
         return found | {name: np.asarray(values) for name, values in history.history.items()}
 
@@ -56,7 +58,7 @@ class Side:
         """Predicts."""
         if self.run is None:
             return model.predict(x, batch_size=BATCH, verbose=0)
-        return self.run.predict(model, x, global_batch_size=BATCH)
+        return self.run.predict(model, x, batch_size=BATCH)
 
 
 def classifier(**options: Any) -> keras.Model:
@@ -152,21 +154,67 @@ def strings(side: Side) -> dict[str, Any]:
 
 
 def batched(side: Side) -> dict[str, Any]:
-    """A dataset of batches, as Keras takes it."""
-    data = tf.data.Dataset.from_tensor_slices((X, Y))
-    return side.fit(side.build(classifier), data.batch(5) if side.run else data)
+    """A dataset of batches, the third of which is short, as the last one is."""
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).take(13).batch(5).repeat(2)
+    return side.fit(side.build(classifier), data, batch=None)
 
 
 def batched_for_anything(side: Side) -> dict[str, Any]:
-    """The same for a model that would take batches of batches."""
+    """The same without an end, for a model that would take batches of batches."""
 
     def build() -> keras.Model:
         model = keras.Sequential([layers.Dense(3)])
         model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         return model
 
-    data = tf.data.Dataset.from_tensor_slices((X, Y))
-    return side.fit(side.build(build), data.batch(5) if side.run else data)
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(5).repeat()
+    return side.fit(side.build(build), data, batch=None, steps_per_epoch=3, epochs=3)
+
+
+def generator(side: Side) -> dict[str, Any]:
+    """A Python generator of batches, which the epochs read on."""
+
+    def batches() -> Any:
+        while True:
+            for start in range(0, len(X), 5):
+                yield X[start : start + 5], Y[start : start + 5]
+
+    return side.fit(side.build(classifier), batches(), batch=None, steps_per_epoch=3, epochs=3)
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches by their number; the targets change with every epoch that has ended."""
+
+    def __init__(self) -> None:
+        super().__init__(workers=2)
+        self.num_epochs = 0
+
+    def __len__(self) -> int:
+        return -(-len(X) // 5)
+
+    def __getitem__(self, place: int) -> Any:
+        some = slice(5 * place, 5 * place + 5)
+        return X[some], (Y[some] + self.num_epochs) % 3
+
+    def on_epoch_end(self) -> None:
+        self.num_epochs += 1
+
+
+def py_dataset(side: Side) -> dict[str, Any]:
+    """A `keras.utils.PyDataset`."""
+    return side.fit(side.build(classifier), Batches(), batch=None)
+
+
+def tuple_of_inputs(side: Side) -> dict[str, Any]:
+    """Several inputs in a tuple, and in an own step no targets."""
+
+    def build() -> keras.Model:
+        a, b = keras.Input((1,)), keras.Input((1,))
+        model = keras.Model((a, b), layers.Dense(1)(layers.Concatenate()([a, b])))
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        return model
+
+    return side.fit(side.build(build), ((X[:, :1], X[:, 1:2]), X[:, :1]))
 
 
 def sparse(side: Side) -> dict[str, Any]:
@@ -357,8 +405,8 @@ def vectors(side: Side) -> dict[str, Any]:
     if side.run is None:
         return side.fit(model, data)
     import tfdist
-    from tfdist.training.callbacks import MetricsFile, TensorBoardScalars
-    from tfdist.training.run_dir import RunDir
+    from tfdist.config.run_dir import RunDir
+    from tfdist.training.monitoring.callbacks import MetricsFile, TensorBoardScalars
 
     with tempfile.TemporaryDirectory() as folder:
         run_dir = RunDir(Path(folder))
@@ -457,6 +505,9 @@ CASES: dict[str, Callable[[Side], dict[str, Any]]] = {
         cached,
         branch,
         branch_by_mpi,
+        generator,
+        py_dataset,
+        tuple_of_inputs,
         compiled_outside,
         callback,
         ragged,

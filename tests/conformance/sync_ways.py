@@ -19,9 +19,9 @@ import tensorflow as tf
 from chosen import chosen
 
 import tfdist
+from tfdist.collectives import MpiCommunicator
 from tfdist.data import part_slice
-from tfdist.exchange import MpiCarrier
-from tfdist.training.local_steps import neighbours
+from tfdist.training.sync.local_steps import neighbours
 
 BATCH, EPOCHS, COUNT, RATE = 12, 2, 44, 0.2
 OUTER_RATE, OUTER_MOMENTUM = 0.7, 0.9
@@ -184,7 +184,7 @@ def main(out: str, strategy: str) -> None:
         history = run.fit(
             model,
             (X, Y),
-            global_batch_size=BATCH,
+            batch_size=BATCH,
             epochs=EPOCHS,
             shuffle=False,
             verbose=0,
@@ -214,7 +214,7 @@ def fit_spoiled(run: tfdist.Run, name: str) -> str:
         model = build_model()
     options = tfdist.SyncOptions(exchange="collective", **LOCAL[name])
     try:
-        run.fit(model, (x, Y), global_batch_size=BATCH, shuffle=False, verbose=0, on_nan="stop", sync=options)
+        run.fit(model, (x, Y), batch_size=BATCH, shuffle=False, verbose=0, on_nan="stop", sync=options)
     except tfdist.NonFiniteError as error:
         assert all(np.isfinite(v.numpy()).all() for v in model.trainable_variables)
         return str(error)
@@ -225,9 +225,9 @@ def add_narrow() -> np.ndarray:
     """Returns the sum over MPI's ranks of 256 on the first and 1 on the others, in bfloat16."""
     from mpi4py import MPI  # here: it is started, or not to be
 
-    carrier = MpiCarrier(MPI.COMM_WORLD)
-    own = tf.fill([7], 256.0 if carrier.rank == 0 else 1.0)
-    total = tf.function(lambda: tf.cast(carrier.sum(tf.cast(own, tf.bfloat16)), tf.float32))()
+    communicator = MpiCommunicator(MPI.COMM_WORLD)
+    own = tf.fill([7], 256.0 if communicator.rank == 0 else 1.0)
+    total = tf.function(lambda: tf.cast(communicator.sum(tf.cast(own, tf.bfloat16)), tf.float32))()
     return total.numpy()
 
 
@@ -235,17 +235,17 @@ def add_large() -> dict[str, np.ndarray]:
     """Returns two steps' sums of a megabyte over MPI's ranks, the first read after the second was made, and memory."""
     from mpi4py import MPI  # as above
 
-    carrier = MpiCarrier(MPI.COMM_WORLD)
-    share = float(carrier.rank + 1)
+    communicator = MpiCommunicator(MPI.COMM_WORLD)
+    share = float(communicator.rank + 1)
     own = [tf.fill([300, 500], share), share * tf.range(100_001.0), tf.constant(share)]
-    add = tf.function(lambda factor: carrier.sum_each([factor * tensor for tensor in own]))
+    add = tf.function(lambda factor: communicator.sum_each([factor * tensor for tensor in own]))
     steps = [add(tf.constant(factor)) for factor in (1.0, 10.0)]
     found = {
         f"large_sum/{step}/{i}": total.numpy()
         for step, sums in enumerate(steps)
         for i, total in enumerate(sums)
     }
-    found["scalar_sum"] = tf.function(lambda: carrier.sum(tf.constant(share)))().numpy()
+    found["scalar_sum"] = tf.function(lambda: communicator.sum(tf.constant(share)))().numpy()
     return found | {"memory": np.array(Path("/proc/self/maps").read_text())}
 
 

@@ -22,7 +22,7 @@ from chosen import chosen
 import tfdist
 from tfdist.layers import Embedding
 from tfdist.optimizers import LazyAdam
-from tfdist.training.checkpoint import take_snapshot, write_checkpoint
+from tfdist.training.checkpoint.snapshot import take_snapshot, write_checkpoint
 
 NUM_ROWS, WIDTH = 21, 4
 TABLE = np.random.default_rng(3).normal(size=(NUM_ROWS, WIDTH)).astype(np.float32)
@@ -87,8 +87,8 @@ def measure(run: Any, name: str) -> dict[str, Any]:
     else:
         with run.strategy.scope():
             model = build(name, one_hot=False)
-        history = run.fit(model, (x, y), global_batch_size=cases.BATCH, **options)
-        outputs = run.predict(model, x, global_batch_size=cases.BATCH)
+        history = run.fit(model, (x, y), batch_size=cases.BATCH, **options)
+        outputs = run.predict(model, x, batch_size=cases.BATCH)
     layer = model.get_layer("table")
     found = {"loss": history.history["loss"], "predicted": outputs}
     found["table"] = layer.get_table() if isinstance(layer, Embedding) else layer.get_weights()[0]
@@ -113,7 +113,7 @@ def keep(run: Any, path: str) -> None:
     """Writes the state of a trained case as one that is too large to be copied, and leaves the file."""
     with run.strategy.scope():
         model = build("lazy_adam", one_hot=False)
-    run.fit(model, (cases.IDS, cases.BINARY), global_batch_size=cases.BATCH, shuffle=False, verbose=0)
+    run.fit(model, (cases.IDS, cases.BINARY), batch_size=cases.BATCH, shuffle=False, verbose=0)
     if run.is_chief:
         snapshot = take_snapshot(model, epoch=1, step=0, metrics=[], extra={}, copy_bytes=0)
         write_checkpoint(Path(f"{path}.state.npz"), snapshot)
@@ -140,7 +140,7 @@ def refused_id(run: Any) -> str:
         run.fit(
             model,
             (np.full_like(cases.IDS, NUM_ROWS), cases.BINARY),
-            global_batch_size=cases.BATCH,
+            batch_size=cases.BATCH,
             verbose=0,
         )
     except tf.errors.InvalidArgumentError as error:

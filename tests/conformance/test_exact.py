@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from worlds import marked, results_of
 
-WORLDS = ["one_device", "mirrored-2", "mirrored-4", "multiworker-2", "ps-1"]
+BACKENDS = ["one_device", "mirrored-2", "mirrored-4", "multiworker-2", "ps-1"]
 # What test_generated.py does not draw, and four replicas, of which some have no example; the rest with --everything.
 OWN = ("loss_scale", "embedding", "two_outputs", "two_players", "wide", "lars", "dice", "dropout")
 DEFAULT = {
@@ -16,7 +16,7 @@ DEFAULT = {
     "ps-1": OWN,
 }
 # Replicas draw their own masks by design, as test_promises.py holds; loss scaling is refused, as test_refusals.py does.
-NEVER = {("loss_scale", "ps-1"), *(("dropout", world) for world in WORLDS[1:-1])}
+NEVER = {("loss_scale", "ps-1"), *(("dropout", world) for world in BACKENDS[1:-1])}
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 
@@ -25,7 +25,7 @@ def results(tmp_path_factory, request):
     return results_of(cases.__file__, tmp_path_factory.mktemp("worlds"), request)
 
 
-@pytest.mark.parametrize(("case", "world"), marked(cases.CASES, WORLDS, DEFAULT, NEVER))
+@pytest.mark.parametrize(("case", "world"), marked(cases.CASES, BACKENDS, DEFAULT, NEVER))
 def test_case_equals_keras(results, world, case):
     """Weights, history, evaluation, predictions and iterations agree to float32 rounding."""
     wanted = {k: v for k, v in results("keras").items() if k.startswith(case + "/")}

@@ -6,8 +6,8 @@ import pytest
 from worlds import results_of
 
 # One device is the cheapest, and what it finds all worlds have; two processes share the step of two replicas.
-WORLDS = ["one_device", "mirrored-2", "one_device", "ps-1", "one_device", "mirrored-2"]
-WORLDS += ["one_device", "ps-1", "one_device", "multiworker-2"]
+BACKENDS = ["one_device", "mirrored-2", "one_device", "ps-1", "one_device", "mirrored-2"]
+BACKENDS += ["one_device", "ps-1", "one_device", "multiworker-2"]
 NUM_DEFAULT, NUM_ALL = 200, 2000
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(1500)]
 # What a strategy cannot do, and a part that a program must have to be refused for it.
@@ -31,7 +31,9 @@ def results(tmp_path_factory, request):
     ("case", "world"),
     [
         pytest.param(
-            str(seed), WORLDS[seed % len(WORLDS)], marks=() if seed < NUM_DEFAULT else pytest.mark.everything
+            str(seed),
+            BACKENDS[seed % len(BACKENDS)],
+            marks=() if seed < NUM_DEFAULT else pytest.mark.everything,
         )
         for seed in range(NUM_ALL)
     ],

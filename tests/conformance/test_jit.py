@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from worlds import marked, results_of
 
-WORLDS = ["one_device", "mirrored-2", "multiworker-2"]
+BACKENDS = ["one_device", "mirrored-2", "multiworker-2"]
 # Where replicas meet, test_sync_ways.py and test_loops.py compile by default.
 DEFAULT = {"mirrored-2": (), "multiworker-2": ()}
 # Half precision rounds at other places where operations are fused.
@@ -18,7 +18,7 @@ def results(tmp_path_factory, request):
     return results_of(jit.__file__, tmp_path_factory.mktemp("worlds"), request)
 
 
-@pytest.mark.parametrize(("case", "world"), marked(jit.CASES, WORLDS, DEFAULT))
+@pytest.mark.parametrize(("case", "world"), marked(jit.CASES, BACKENDS, DEFAULT))
 def test_option_means_the_same_under_xla(results, case, world):
     found = results(world)
     limit = TOLERANCE.get(case, 1e-4)

@@ -5,7 +5,7 @@ import numpy as np
 import programs
 import pytest
 
-from tfdist.launcher.memory import read_available_bytes
+from tfdist.launcher.process.memory import read_available_bytes
 
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.everything, pytest.mark.timeout(1500)]
 NEEDED_BYTES = 20e9

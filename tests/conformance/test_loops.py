@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from worlds import marked, results_of
 
-WORLDS = ["one_device", "mirrored-2", "multiworker-2"]
+BACKENDS = ["one_device", "mirrored-2", "multiworker-2"]
 DEFAULT = {"mirrored-2": ("plain", "ahead"), "multiworker-2": ()}
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
@@ -18,7 +18,7 @@ def results(tmp_path_factory, request):
 
 
 def for_case(case):
-    return pytest.mark.parametrize(("case", "world"), marked([case], WORLDS, DEFAULT))
+    return pytest.mark.parametrize(("case", "world"), marked([case], BACKENDS, DEFAULT))
 
 
 @for_case("plain")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from worlds import marked, results_of
 
-WORLDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1"]
+BACKENDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1"]
 # What undoes a step is one thing for all replicas: the cases differ in what it has to undo.
 SKIP = [f"skip/{case}" for case in nan_steps.PLANTED]
 SKIP_DEFAULT = {
@@ -15,7 +15,7 @@ SKIP_DEFAULT = {
 }
 # Loss scaling is refused under ps, as test_refusals.py holds; replicas draw their own masks, and under ps the step's
 # number says which.
-SKIP_NEVER = {("skip/loss_scale", "ps-1"), *(("skip/dropout", world) for world in WORLDS[1:])}
+SKIP_NEVER = {("skip/loss_scale", "ps-1"), *(("skip/dropout", world) for world in BACKENDS[1:])}
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 
@@ -28,7 +28,7 @@ def part(found, name):
     return {key.removeprefix(f"{name}/"): v for key, v in found.items() if key.startswith(f"{name}/")}
 
 
-@pytest.mark.parametrize(("case", "world"), marked(SKIP, WORLDS, SKIP_DEFAULT, SKIP_NEVER))
+@pytest.mark.parametrize(("case", "world"), marked(SKIP, BACKENDS, SKIP_DEFAULT, SKIP_NEVER))
 def test_skipped_batch_leaves_what_keras_makes_of_data_without_it(results, world, case):
     """Weights, history and iterations; statistics, averages, slots and random streams by their effect on them."""
     wanted, found = part(results("keras"), case), part(results(world), case)
@@ -55,7 +55,7 @@ SAID = {
     ("case", "world"),
     marked(
         SAID,
-        WORLDS,
+        BACKENDS,
         {
             "mirrored-2": ["stop/sgd", "stop/gradients_only"],
             "multiworker-2": [],
@@ -71,7 +71,7 @@ def test_stop_names_step_place_and_example(results, world, case):
     assert int(found["iterations"]) == 1 or (world == "ps-1" and int(found["iterations"]) <= 4)
 
 
-@pytest.mark.parametrize(("case", "world"), marked(["rollback"], WORLDS, {"multiworker-2": []}))
+@pytest.mark.parametrize(("case", "world"), marked(["rollback"], BACKENDS, {"multiworker-2": []}))
 def test_rollback_goes_on_behind_the_batch_with_the_weights_of_the_checkpoint(results, case, world):
     wanted, found = part(results("keras"), case), part(results(world), case)
     for name in [name for name in wanted if name.startswith(("weight", "iterations"))]:

@@ -5,7 +5,7 @@ import promises
 import pytest
 from worlds import asking, marked, run_world
 
-WORLDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1", "ps-2"]
+BACKENDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1", "ps-2"]
 SYNC = ["mirrored-2", "multiworker-2"]
 # What a world need not show by default: two of a process share their step with two processes, and workers theirs.
 LEFT_OUT = {
@@ -16,7 +16,7 @@ LEFT_OUT = {
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 
-def parted(part, worlds=WORLDS):
+def parted(part, worlds=BACKENDS):
     """Returns `(case, world)` parameters of a part of the program."""
     left_out = [world for world in worlds if part in LEFT_OUT.get(world, ())]
     return pytest.mark.parametrize(("case", "world"), marked([part], worlds, dict.fromkeys(left_out, ())))
@@ -79,7 +79,7 @@ def test_masks_differ_between_replicas_and_steps(seen, case, world):
         assert (process["masks"][0] != process["masks"][1]).any()
 
 
-@parted("repeated", [w for w in WORLDS if w != "ps-2"])
+@parted("repeated", [w for w in BACKENDS if w != "ps-2"])
 def test_a_seed_repeats_a_run(seen, case, world):
     """Bit for bit; several ps workers take turns as it happens."""
     for process in seen(world)[1]:
@@ -118,7 +118,7 @@ def test_only_the_chief_writes(seen, case, world):
 
 
 @pytest.mark.parametrize("form", ["stream", "unknown_length", "indexed", "own"])
-@parted("forms", [w for w in WORLDS if w != "ps-2"])
+@parted("forms", [w for w in BACKENDS if w != "ps-2"])
 def test_every_form_of_data_trains_alike(seen, case, world, form):
     """A dataset of examples, one that does not know its length, an indexed object, a pipeline that shards itself."""
     wanted = seen("keras")[1][0]["form_arrays"]

@@ -9,14 +9,14 @@ import pytest
 import refusals
 from worlds import run_world
 
-from tfdist.ports import PortReservation
+from tfdist.cluster.ports import PortReservation
 
 ALL = ("one_device", "mirrored-2", "multiworker-2", "ps-1")
 SYNC = ("mirrored-2", "multiworker-2")
 # Attempt → the worlds that refuse it, and what the line says.
 WANTED = {
     "uncompiled": (ALL, ["not compiled", "model.compile"]),
-    "small_batch": (SYNC, ["global_batch_size=1", "at least 2"]),
+    "small_batch": (SYNC, ["batch_size=1", "at least 2"]),
     "outside": ((*SYNC, "ps-1"), ["outside the strategy's scope", "with run.strategy.scope()"]),
     "two_accumulating": (("ps-1",), ["gradient_accumulation_steps=2", "2 optimizers", "global_batch_size"]),
     "loss_scale": (("ps-1",), ["mixed_float16", "mixed_bfloat16"]),
@@ -35,6 +35,11 @@ WANTED = {
     "unequal": (ALL, ["22, 21", "the same"]),
     "empty": (ALL, ["no examples"]),
     "no_xla": (ALL, ["jit_compile="]),
+    "batches_of_batches": (ALL, ["dataset.unbatch()", "leave batch_size out"]),
+    "sized_generator": (ALL, ["batch_size=10", "leave it out"]),
+    "examples_for_batches": (ALL, ["must be a batch", "pass batch_size=32"]),
+    "y_beside_a_dataset": (ALL, ["y beside x", "leave y out"]),
+    "dropped_batch": (ALL, ["drop_remainder", "dataset.batch("]),
     "four": (ALL, ["tuple of 4", "sample_weight"]),
 }
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]

@@ -10,7 +10,7 @@ import resumed
 from everything import rarely
 from worlds import run_world
 
-WORLDS = rarely(["one_device", "mirrored-2", "multiworker-2", "ps-1"], "mirrored-2")
+BACKENDS = rarely(["one_device", "mirrored-2", "multiworker-2", "ps-1"], "mirrored-2")
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 
@@ -48,7 +48,7 @@ def assert_same(found, wanted, *, rtol=0.0):
         )
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", BACKENDS)
 def test_killed_run_ends_bit_for_bit_as_the_uninterrupted(start, world):
     """Inside the third epoch, for one device inside the first too; dropout, slots, history and callbacks included."""
     wanted = start(world, name="whole")
@@ -74,7 +74,7 @@ def test_what_workers_keep_for_themselves_is_not_missed(start, sync):
     assert_same(start("multiworker-2", sync=sync), wanted)
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", BACKENDS)
 def test_stream_goes_on_without_reading_again(start, world):
     """What comes of a stream whose examples were spoiled meanwhile is what came before: none is read a second time."""
     wanted = start(world, name="whole", stream="good")

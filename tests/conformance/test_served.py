@@ -25,7 +25,7 @@ workers = [service.WorkerServer(service.WorkerConfig(dispatcher_address=address)
 print("dispatcher", address, flush=True)
 sys.stdin.read()
 """
-WORLDS = rarely(["one_device", "mirrored-2", "multiworker-2", "ps-1"], "one_device", "mirrored-2", "ps-1")
+BACKENDS = rarely(["one_device", "mirrored-2", "multiworker-2", "ps-1"], "one_device", "mirrored-2", "ps-1")
 
 
 def run_served(world, service, out, cases=None):
@@ -47,7 +47,7 @@ def assert_each_once(seen):
     np.testing.assert_array_equal(seen, np.ones([2, served.COUNT]))
 
 
-@pytest.fixture(scope="module", params=WORLDS)
+@pytest.fixture(scope="module", params=BACKENDS)
 def local(request, tmp_path_factory):
     """The world, and what each of its processes saw through the chief's own service."""
     return request.param, run_served(request.param, "local", tmp_path_factory.mktemp(request.param))

@@ -7,14 +7,20 @@ from worlds import marked, results_of
 
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
-WORLDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1"]
+BACKENDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1"]
 DEFAULT = {
     "one_device": [
-        *("pair", "stateful", "sparse", "never_fitted"),
+        *("pair", "stateful", "sparse", "never_fitted", "batched_for_anything"),
         *("stream_of_ragged", "stream_of_sparse", "ragged_arrays", "sparse_arrays"),
     ],
-    "multiworker-2": ["cached", "strings", "extremes", "branch", "branch_by_mpi"],
-    "ps-1": ["pair", "strings", "callback", "extremes", "spectral", "muon", "branch", "stream_of_ragged"],
+    "multiworker-2": [
+        *("cached", "strings", "extremes", "branch", "branch_by_mpi"),
+        *("batched", "generator", "py_dataset", "tuple_of_inputs"),
+    ],
+    "ps-1": [
+        *("pair", "strings", "callback", "extremes", "spectral", "muon", "branch", "stream_of_ragged"),
+        *("batched", "generator"),
+    ],
 }
 # The words of a refusal, by case and by world; "" for all.
 REFUSED = {
@@ -23,8 +29,6 @@ REFUSED = {
     ("stateful", "ps-1"): "leave its batch size open",
     ("branch", "ps-1"): "inside a tf.cond or a loop",
     ("branch_by_mpi", "ps-1"): "inside a tf.cond or a loop",
-    ("batched", ""): "dataset.unbatch()",
-    ("batched_for_anything", ""): "dataset.unbatch()",
     ("cached", "multiworker-2"): "a file of its own",
     ("branch", "mirrored-2"): "gradient_accumulation_steps",
     ("branch_by_mpi", "mirrored-2"): "gradient_accumulation_steps",
@@ -48,7 +52,7 @@ def results(tmp_path_factory, request):
     return results_of(situations.__file__, tmp_path_factory.mktemp("worlds"), request)
 
 
-@pytest.mark.parametrize(("case", "world"), marked(list(situations.CASES), WORLDS, DEFAULT))
+@pytest.mark.parametrize(("case", "world"), marked(list(situations.CASES), BACKENDS, DEFAULT))
 def test_situation_is_as_in_keras_or_refused(results, case, world):
     found = {k.partition("/")[2]: v for k, v in results(world).items() if k.startswith(f"{case}/")}
     words = REFUSED.get((case, world)) or REFUSED.get((case, ""))

@@ -5,14 +5,14 @@ import pytest
 import sync_ways
 from worlds import marked, results_of
 
-from tfdist.training.local_steps import neighbours
+from tfdist.training.sync.local_steps import neighbours
 
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 STEPS = sync_ways.EPOCHS * -(-sync_ways.COUNT // sync_ways.BATCH)
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
 
-WORLDS = ["multiworker-2", "multiworker-3"]  # by TensorFlow's collectives, and by MPI
+BACKENDS = ["multiworker-2", "multiworker-3"]  # by TensorFlow's collectives, and by MPI
 LOCAL_DEFAULT = {
     "multiworker-2": ("local_sgd", "diloco", "gossip_ring", "delayed"),
     "multiworker-3": (
@@ -42,7 +42,7 @@ def weights(found, way):
     return [found[f"{way}/{i}"] for i in range(4)]
 
 
-@pytest.mark.parametrize(("case", "world"), marked(sync_ways.LOCAL, WORLDS, LOCAL_DEFAULT))
+@pytest.mark.parametrize(("case", "world"), marked(sync_ways.LOCAL, BACKENDS, LOCAL_DEFAULT))
 def test_way_equals_its_simulation(results, case, world):
     found, simulated = results(world), weights(results("keras"), f"{world[-1]}/{case}")
     for value, wanted in zip(weights(found, case), simulated, strict=True):
@@ -50,7 +50,7 @@ def test_way_equals_its_simulation(results, case, world):
     assert found[f"{case}/iterations"] == STEPS
 
 
-@pytest.mark.parametrize(("case", "world"), marked(sync_ways.EXACT, WORLDS, EXACT_DEFAULT))
+@pytest.mark.parametrize(("case", "world"), marked(sync_ways.EXACT, BACKENDS, EXACT_DEFAULT))
 def test_way_equals_every_step(results, case, world):
     found = results(world)
     for value, wanted in zip(weights(found, case), weights(found, "every_step"), strict=True):
@@ -58,7 +58,7 @@ def test_way_equals_every_step(results, case, world):
     assert found[f"{case}/iterations"] == STEPS
 
 
-@pytest.mark.parametrize(("case", "world"), marked(ABOUT, WORLDS, ABOUT_DEFAULT))
+@pytest.mark.parametrize(("case", "world"), marked(ABOUT, BACKENDS, ABOUT_DEFAULT))
 def test_narrow_exchange_is_about_every_step(results, case, world):
     """A number loses half a unit of its last place at each of 8 steps: 2^-9 of itself in bfloat16, 2^-12 in float16."""
     found = results(world)
@@ -69,7 +69,7 @@ def test_narrow_exchange_is_about_every_step(results, case, world):
     assert 0 < max(gaps) < ABOUT[case]
 
 
-@pytest.mark.parametrize(("case", "world"), marked(["bfloat16_feedback"], WORLDS, {"multiworker-3": ()}))
+@pytest.mark.parametrize(("case", "world"), marked(["bfloat16_feedback"], BACKENDS, {"multiworker-3": ()}))
 def test_feedback_brings_bfloat16_closer(results, case, world):
     found, norms = results(world), {}
     for way in ("bfloat16", case):
@@ -78,7 +78,7 @@ def test_feedback_brings_bfloat16_closer(results, case, world):
     assert norms[case] < norms["bfloat16"]
 
 
-@pytest.mark.parametrize(("case", "world"), marked(["powersgd"], WORLDS, {"multiworker-2": ()}))
+@pytest.mark.parametrize(("case", "world"), marked(["powersgd"], BACKENDS, {"multiworker-2": ()}))
 def test_powersgd_learns(results, case, world):
     found = results(world)
     assert found["powersgd/loss"][-1] < found["every_step/loss"][-1] + 0.05
@@ -91,7 +91,7 @@ def test_powersgd_learns(results, case, world):
 SAID = {"nan/local_sgd": "in steps 1 to 3", "nan/delayed": "in steps 2 to 3"}
 
 
-@pytest.mark.parametrize(("case", "world"), marked(SAID, WORLDS, {"multiworker-3": ()}))
+@pytest.mark.parametrize(("case", "world"), marked(SAID, BACKENDS, {"multiworker-3": ()}))
 def test_nan_that_one_worker_sees_ends_all_where_they_next_meet(results, case, world):
     assert f"the loss is not finite in epoch 1 {SAID[case]}" in str(results(world)[case])
 

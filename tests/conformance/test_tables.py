@@ -9,11 +9,11 @@ import tables
 from everything import rarely
 from worlds import marked, results_of
 
-from tfdist.training import checkpoint
-from tfdist.training.checkpoint import apply_snapshot, read_checkpoint
+from tfdist.training.checkpoint import snapshot
+from tfdist.training.checkpoint.snapshot import apply_snapshot, read_checkpoint
 
 ALL_WORLDS = ["one_device", "mirrored-2", "multiworker-2", "ps-1-2"]
-WORLDS = rarely(ALL_WORLDS, "multiworker-2")
+BACKENDS = rarely(ALL_WORLDS, "multiworker-2")
 DEFAULT = {
     "mirrored-2": ("sgd", "adagrad", "bags", "accumulate", "lazy_adam"),
     "multiworker-2": (),
@@ -49,7 +49,7 @@ def test_shards_and_slots_lie_on_every_ps(results, world):
     assert sorted(found["lazy_adam:slot_tasks"]) == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", BACKENDS)
 def test_fit_makes_keras_classes_row_sparse(results, world):
     """Where the result is the same, and where asked for."""
     found = results(world)
@@ -66,7 +66,7 @@ def test_two_workers_on_two_ps_learn(results, case, world):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", BACKENDS)
 def test_id_beyond_the_table_is_named(results, world):
     """In graphs, on workers, and across processes."""
     said = str(results(world)["refused"])
@@ -75,11 +75,11 @@ def test_id_beyond_the_table_is_named(results, world):
     assert f"there is] [{tables.NUM_ROWS}" in said.replace("'", "").replace('"', "")
 
 
-@pytest.mark.parametrize("world", [*WORLDS, "ps-2-2"])
+@pytest.mark.parametrize("world", [*BACKENDS, "ps-2-2"])
 def test_state_that_is_never_copied_is_whole_and_fits_one_process(results, world, monkeypatch):
     """Written in blocks from the shards, by the logical rows; read in blocks here."""
     file = str(results(world)["written"])
-    monkeypatch.setattr(checkpoint, "COPY_BYTES", 0)
+    monkeypatch.setattr(snapshot, "COPY_BYTES", 0)
     model = tables.build("lazy_adam", one_hot=False)
     run_one(model)
     table = np.load(f"{file}.table.npy")

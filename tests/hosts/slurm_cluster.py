@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tfdist.ports import PortReservation
+from tfdist.cluster.ports import PortReservation
 
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 _CONFIG = """\

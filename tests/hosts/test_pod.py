@@ -34,7 +34,7 @@ LEFT_OUT = {
 
 PROGRAM = """
 import json, os, pathlib, sys, tempfile
-from tfdist.environments import detect_cluster
+from tfdist.cluster.environments import detect_cluster
 
 def may_write(folder):
     try:

@@ -152,7 +152,7 @@ def test_task_does_not_outlive_its_agent(lab, folder):
     (agent,) = (
         pid
         for pid, command in victim.processes()
-        if re.match(r"\S*python\S* -m tfdist.launcher.far", command)
+        if re.match(r"\S*python\S* -m tfdist.launcher.ssh.agent", command)
     )
     os.kill(agent, signal.SIGKILL)
     _, err = process.communicate(timeout=60)

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from tfdist.exchange import reduce_all
+from tfdist.collectives import reduce_all
 
 
 class Doubling:

@@ -8,10 +8,10 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tfdist.config import RunConfig
-from tfdist.training.callbacks import ConfigFile, MetricsFile, TensorBoardScalars, split_callbacks
-from tfdist.training.progress import ProgressBar
-from tfdist.training.run_dir import RunDir
+from tfdist.config.run_config import RunConfig
+from tfdist.config.run_dir import RunDir
+from tfdist.training.monitoring.callbacks import ConfigFile, MetricsFile, TensorBoardScalars, split_callbacks
+from tfdist.training.monitoring.progress import ProgressBar
 
 
 class Clock:
@@ -274,7 +274,7 @@ def fit_with_patience(folder, *, die_in=None):
     history = run.fit(
         model,
         (x, x[:, :1]),
-        global_batch_size=8,
+        batch_size=8,
         epochs=8,
         verbose=0,
         callbacks=[Scores(die_in), stopping],

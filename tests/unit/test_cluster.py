@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from tfdist.cluster import (
+from tfdist.cluster.spec import (
     Cluster,
     Task,
     canonical_strategy,

@@ -4,7 +4,7 @@ from datetime import datetime
 
 import pytest
 
-from tfdist.config import RunConfig, default_num_tasks, default_run_dir
+from tfdist.config.run_config import RunConfig, default_num_tasks, default_run_dir
 from tfdist.errors import ConfigError
 
 MINIMAL = {"recipe": "digits_cnn", "global_batch_size": 64, "epochs": 5, "run_dir": "runs/a b"}

@@ -20,7 +20,7 @@ from tfdist.data import (
     tfds_split,
 )
 from tfdist.data.segment import build_budget
-from tfdist.data.source import class_weights
+from tfdist.data.sources.source import class_weights
 from tfdist.errors import ConfigError
 from tfdist.training.loop import plan_steps
 

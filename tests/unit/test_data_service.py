@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfdist.cluster import Cluster, Task
+from tfdist.cluster.spec import Cluster, Task
 from tfdist.data import ServedSource, build_source
+from tfdist.data.service import DataService
 from tfdist.errors import ConfigError
-from tfdist.training.data_service import DataService
 
 
 class TwoReaders:

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from tfdist.data import ShardedSource, StreamSource, build_source, shard_source, tfds_split
-from tfdist.data.digits import Digits
+from tfdist.data.sources.digits import Digits
 from tfdist.errors import ConfigError
 
 
@@ -20,7 +20,7 @@ def test_tfds_split_of_enough_files_is_shared_by_files(tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
-    monkeypatch.setattr("tfdist.data.tfds.IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("tfdist.data.sources.tfds.IN_MEMORY_BYTES", 0)
     builder = Digits(data_dir=tmp_path)
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=4))
     for split, num_files in (("train", 4), ("train[:40%]", 2)):

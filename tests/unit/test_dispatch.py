@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from tfdist.training.dispatch import Dispatch
+from tfdist.training.ps.dispatch import Dispatch
 
 
 class Clock:

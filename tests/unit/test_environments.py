@@ -7,11 +7,11 @@ import threading
 
 import pytest
 
-from tfdist.cluster import Cluster, Task
-from tfdist.environments import detect_cluster
-from tfdist.environments.meeting import meet_ranks
-from tfdist.environments.mpi import find_coordinator
-from tfdist.environments.slurm import deal_tasks, expand_nodes, parse_tasks_per_node
+from tfdist.cluster.environments import detect_cluster
+from tfdist.cluster.environments.mpi import find_coordinator
+from tfdist.cluster.environments.slurm import deal_tasks, expand_nodes, parse_tasks_per_node
+from tfdist.cluster.rendezvous import meet_ranks
+from tfdist.cluster.spec import Cluster, Task
 from tfdist.errors import ClusterError
 
 # What srun of Slurm 22.05 sets, `srun -N2 -n4`: three tasks on the first node.

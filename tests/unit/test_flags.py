@@ -2,9 +2,9 @@
 
 import pytest
 
-from tfdist.cluster import Cluster, Task
-from tfdist.flags import parse_flags, resolve_run
-from tfdist.training.run_dir import RunDir
+from tfdist.cluster.spec import Cluster, Task
+from tfdist.commands.flags import parse_flags, resolve_run
+from tfdist.config.run_dir import RunDir
 
 WORKERS = Cluster(addresses={"worker": ("h:1", "h:2")}, task=Task("worker", 0))
 CHIEF = Cluster(addresses={"chief": ("h:1",)}, task=Task("chief", 0))

@@ -13,7 +13,7 @@ import programs
 import pytest
 
 from tfdist.launcher import job
-from tfdist.launcher.fork import can_fork
+from tfdist.launcher.process.fork import can_fork
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tasks are forked on Linux alone")
 

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from tfdist.cluster import Cluster, Task
+from tfdist.cluster.gpus import deal_gpus, list_gpus
+from tfdist.cluster.spec import Cluster, Task
 from tfdist.errors import ConfigError
-from tfdist.gpus import deal_gpus, list_gpus
 
 LAUNCHED = {"TFDIST_LAUNCHED": "1"}
 

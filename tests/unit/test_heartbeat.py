@@ -5,7 +5,15 @@ import sys
 
 import pytest
 
-from tfdist.heartbeat import DUMP_SIGNAL, VARIABLE, Beat, Heart, parse_beat, read_beat, render_beat
+from tfdist.cluster.heartbeat import (
+    DUMP_SIGNAL,
+    VARIABLE,
+    Beat,
+    Heartbeat,
+    parse_beat,
+    read_beat,
+    render_beat,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,32 +33,32 @@ def test_anything_else_is_no_record(content):
 def test_each_beat_changes_the_record_and_steps_stay(tmp_path):
     path = str(tmp_path / "beat")
     assert read_beat(path) is None
-    heart = Heart(path)
+    heartbeat = Heartbeat(path)
     begun = read_beat(path).begun
     assert read_beat(path) == Beat(state="started", num_beats=1, begun=begun)
-    heart.beat(7)
-    heart.beat()
+    heartbeat.beat(7)
+    heartbeat.beat()
     assert read_beat(path) == Beat(state="working", step=7, num_beats=3, begun=begun)
-    heart.rest()
+    heartbeat.rest()
     assert read_beat(path) == Beat(state="resting", step=7, num_beats=4, begun=begun)
-    heart.tell()
+    heartbeat.tell()
     assert read_beat(path).state == "told"
 
 
 def test_nobody_asked_and_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    heart = Heart.from_environment({})
-    heart.beat(1)
+    heartbeat = Heartbeat.from_environment({})
+    heartbeat.beat(1)
     assert not list(tmp_path.iterdir())
 
 
 def test_folder_that_is_gone_is_no_error(tmp_path):
-    Heart(str(tmp_path / "gone" / "beat")).beat(1)
+    Heartbeat(str(tmp_path / "gone" / "beat")).beat(1)
 
 
 def test_signal_brings_the_stacks_and_the_task_goes_on(tmp_path):
     code = (
-        "import os, signal; from tfdist.heartbeat import *; h = Heart.from_environment(os.environ)\n"
+        "import os, signal; from tfdist.cluster.heartbeat import *; h = Heartbeat.from_environment(os.environ)\n"
         "def stuck(): os.kill(os.getpid(), DUMP_SIGNAL); print('goes on')\nstuck()"
     )
     env = {VARIABLE: str(tmp_path / "beat"), "PYTHONPATH": ":".join(sys.path)}

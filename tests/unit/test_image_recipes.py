@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from tfdist.data import build_source
-from tfdist.data.masked_images import find_masked_images, read_masked_images
+from tfdist.data.sources.masked_images import find_masked_images, read_masked_images
 from tfdist.errors import ConfigError
 from tfdist.recipe import load_recipe
 

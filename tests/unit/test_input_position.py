@@ -10,7 +10,7 @@ import tensorflow as tf
 import tfdist
 from tfdist.data import Segment, build_source, local_batches
 from tfdist.errors import ConfigError
-from tfdist.training.input_position import InputPosition, KeptIterators, check_order
+from tfdist.training.checkpoint.input_position import InputPosition, KeptIterators, check_order
 from tfdist.training.plan import BatchPlan, Place
 
 COUNT, BATCH = 103, 10
@@ -52,7 +52,7 @@ def fit(folder, data, *, steps=None, shuffle=True, die_after=-1, seed=3, **chang
     model.compile(keras.optimizers.SGD(0.01), "mse")
     checkpoints = tfdist.Checkpoints(directory=folder, every_steps=1)
     options = {
-        "global_batch_size": BATCH,
+        "batch_size": BATCH,
         "epochs": 1,
         "steps_per_epoch": steps,
         "verbose": 0,
@@ -87,7 +87,7 @@ def test_resumed_run_ends_as_the_uninterrupted(tmp_path, build, is_saved, steps,
         (
             3,
             COUNT,
-            {"global_batch_size": 20},
+            {"batch_size": 20},
             r"\d steps inside a pass over the data with global_batch_size=10, and .*=20: ",
         ),
         (3, COUNT, {"seed": 4}, "resume with seed=3, or start anew"),
@@ -126,7 +126,7 @@ def test_another_epoch_may_have_another_order(tmp_path):
     """Larger batches, and examples that have come in since."""
     fit(tmp_path, (X[:, None], X[:, None] / COUNT))
     x = np.arange(2 * COUNT, dtype=np.float32)[:, None]
-    fit(tmp_path, (x, x / COUNT), epochs=2, global_batch_size=20, seed=4)
+    fit(tmp_path, (x, x / COUNT), epochs=2, batch_size=20, seed=4)
     assert max(path.name for path in tmp_path.iterdir()) == "epoch-00002-step-00000000.npz"
 
 
@@ -143,7 +143,7 @@ def test_end_of_a_stream_is_no_step():
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile("adam", "mse")
     data = slices(False).filter(lambda x, y: True)
-    run.fit(model, data, global_batch_size=BATCH, epochs=2, verbose=0)
+    run.fit(model, data, batch_size=BATCH, epochs=2, verbose=0)
     assert int(model.optimizer.iterations.numpy()) == 2 * -(-COUNT // BATCH)
 
 
@@ -187,7 +187,7 @@ def test_large_state_is_not_kept(monkeypatch):
     small = build_source(tf.data.Dataset.range(60))
     for source, limit, is_kept in ((big, None, False), (small, None, True), (small, 1000, False)):
         if limit:
-            monkeypatch.setattr("tfdist.training.input_position._MAX_BYTES", limit)
+            monkeypatch.setattr("tfdist.training.checkpoint.input_position._MAX_BYTES", limit)
         plan = BatchPlan(global_batch_size=1, shuffle=True)
         options = {"lap": 0, "seed": 0, "shuffle": True, "global_batch_size": 1}
         (segment,) = local_batches(source, num_replicas=1, replica_ids=[0], **options)

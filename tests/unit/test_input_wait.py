@@ -12,10 +12,10 @@ import tensorflow as tf
 from test_progress import Clock
 
 import tfdist
-from tfdist.training.callbacks import MetricsFile
-from tfdist.training.input_wait import InputWait, timed_next
-from tfdist.training.progress import ProgressBar
-from tfdist.training.run_dir import RunDir
+from tfdist.config.run_dir import RunDir
+from tfdist.training.monitoring.callbacks import MetricsFile
+from tfdist.training.monitoring.input_wait import InputWait, timed_next
+from tfdist.training.monitoring.progress import ProgressBar
 
 
 class Slow:
@@ -95,7 +95,7 @@ def test_fit_tells_of_slow_input(tmp_path, secs, eagerly):
     history = run.fit(
         model,
         Slow(secs),
-        global_batch_size=10,
+        batch_size=10,
         epochs=2,
         callbacks=[bar, MetricsFile(run_dir=RunDir(tmp_path)), pause],
     )
@@ -120,6 +120,6 @@ def test_jit_compiles_the_step_without_the_reading():
     keras_model = keras.models.clone_model(model)
     keras_model.set_weights(model.get_weights())
     keras_model.compile("sgd", "mse")
-    ours = run.fit(model, (x, x), global_batch_size=10, shuffle=False, verbose=0)
+    ours = run.fit(model, (x, x), batch_size=10, shuffle=False, verbose=0)
     plain = keras_model.fit(x, x, batch_size=10, shuffle=False, verbose=0)
     np.testing.assert_allclose(ours.history["loss"], plain.history["loss"], rtol=1e-5)

@@ -35,7 +35,7 @@ from tfdist.keras_internals import (
     updating_with,
     watching_outputs,
 )
-from tfdist.strategies import build_strategy
+from tfdist.runtime.strategies import build_strategy
 
 X = np.linspace(-1, 1, 24, dtype="float32").reshape(8, 3)
 Y = X[:, :1] ** 2

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfdist.commands.flags import build_config, parse_flags, resolve_run
 from tfdist.errors import ConfigError
-from tfdist.flags import build_config, parse_flags, resolve_run
 from tfdist.optimizers import LARS, build_optimizer, rate_factor
 from tfdist.recipe import load_recipe
 

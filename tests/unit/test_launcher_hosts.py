@@ -5,12 +5,12 @@ import re
 
 import pytest
 
-from tfdist.cluster import Task
+from tfdist.cluster.spec import Task
 from tfdist.errors import ConfigError
 from tfdist.launch import main
-from tfdist.launcher import frames
 from tfdist.launcher.hosts import Host, SshOptions, parse_host_file, parse_hosts, place_tasks, read_hosts
-from tfdist.launcher.ssh import carried, render_ssh
+from tfdist.launcher.ssh import frames
+from tfdist.launcher.ssh.executors import carried, render_ssh
 
 
 def pairs(hosts):
@@ -91,7 +91,7 @@ def test_command_holds_what_was_chosen_and_leaves_the_rest_to_ssh():
     chosen = SshOptions(port=2222, identity_file="key", config_file="config", python="/opt/py")
     words = render_ssh(Host(name="h1"), chosen, folder="/", python_path="/src")
     assert [words[words.index(flag) + 1] for flag in ("-p", "-i", "-F")] == ["2222", "key", "config"]
-    assert words[-1] == "cd / && exec env PYTHONPATH=/src /opt/py -m tfdist.launcher.far"
+    assert words[-1] == "cd / && exec env PYTHONPATH=/src /opt/py -m tfdist.launcher.ssh.agent"
 
 
 def test_environment_is_carried_but_for_what_belongs_to_a_session():

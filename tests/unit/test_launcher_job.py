@@ -3,7 +3,7 @@ import shlex
 
 import pytest
 
-from tfdist.cluster import Task
+from tfdist.cluster.spec import Task
 from tfdist.errors import ClusterError, ConfigError
 from tfdist.launcher import Job, build_cluster, job, render_dry_run, render_env
 

@@ -8,12 +8,12 @@ import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 from kubernetes_validate.utils import all_versions
 
-from tfdist.cluster import Task, parse_tf_config
+from tfdist.cluster.spec import Task, parse_tf_config
 from tfdist.errors import ConfigError, LaunchError
 from tfdist.launcher.job import Job
-from tfdist.launcher.kubernetes import build_documents, render_kubernetes
-from tfdist.launcher.pod_status import find_cause, parse_listing, render_end
-from tfdist.launcher.pods import Pods, complete_job
+from tfdist.launcher.kubernetes.manifest import build_documents, render_kubernetes
+from tfdist.launcher.kubernetes.pod_status import find_cause, parse_listing, render_end
+from tfdist.launcher.kubernetes.pods import Pods, complete_job
 
 PLAIN = Pods(image="registry.example.com/train:1")
 FULL = Pods(

@@ -3,9 +3,9 @@ import sys
 
 import pytest
 
-from tfdist.cluster import Task
+from tfdist.cluster.spec import Task
 from tfdist.errors import ConfigError
-from tfdist.launcher.logs import MAX_LINE_BYTES, Display, LineSplitter, TaskOutput, log_path, open_log
+from tfdist.launcher.process.logs import MAX_LINE_BYTES, Display, LineSplitter, TaskOutput, log_path, open_log
 
 
 def split(*chunks, now=0.0):

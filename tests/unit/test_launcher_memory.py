@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from tfdist.cluster import Task
-from tfdist.launcher.children import Child
-from tfdist.launcher.logs import TaskOutput
-from tfdist.launcher.memory import MemoryWatch
+from tfdist.cluster.spec import Task
+from tfdist.launcher.process.children import Child
+from tfdist.launcher.process.logs import TaskOutput
+from tfdist.launcher.process.memory import MemoryWatch
 
 V1 = {"proc/self/cgroup": "4:memory:/job\n0::/\n", "limit": "memory/job/memory.limit_in_bytes"}
 V1 |= {"count": "memory/job/memory.oom_control", "words": "oom_kill_disable 0\nunder_oom 0\noom_kill {}\n"}

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tfdist.cluster import Cluster
+from tfdist.cluster.spec import Cluster
 from tfdist.errors import ConfigError
 from tfdist.launcher.job import Job, build_cluster, render_env
-from tfdist.launcher.pmi import PmiServer, PmiWorld, render_mapping
+from tfdist.launcher.mpi.pmi import PmiServer, PmiWorld, render_mapping
 
 
 def say(world, rank, *lines):

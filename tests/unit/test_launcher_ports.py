@@ -3,15 +3,15 @@ import threading
 
 import pytest
 
-from tfdist.cluster import Cluster, Task
-from tfdist.errors import ClusterError
-from tfdist.ports import (
+from tfdist.cluster.ports import (
     PortReservation,
     check_grpc_server,
     check_port_free,
     check_reachable,
     open_listener,
 )
+from tfdist.cluster.spec import Cluster, Task
+from tfdist.errors import ClusterError
 
 
 def cluster_on(*ports, me=0):

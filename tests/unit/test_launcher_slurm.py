@@ -5,7 +5,7 @@ import pytest
 
 from tfdist.errors import ConfigError
 from tfdist.launcher.job import Job
-from tfdist.launcher.slurm import Allocation, render_sbatch
+from tfdist.launcher.slurm.script import Allocation, render_sbatch
 
 
 def render(allocation=None, **changes):

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tfdist.cluster import Task
+from tfdist.cluster.heartbeat import Beat, Heartbeat, render_beat
+from tfdist.cluster.spec import Task
 from tfdist.errors import ConfigError
-from tfdist.heartbeat import Beat, Heart, render_beat
 from tfdist.launcher import Job, build_cluster, parse_num_workers
-from tfdist.launcher.chaos import Chaos, Failure, parse_chaos
-from tfdist.launcher.children import read_stop_mark
-from tfdist.launcher.memory import is_memory_short
-from tfdist.launcher.processes import killed_by
-from tfdist.launcher.regroup import Regrouping
-from tfdist.launcher.restarts import Restarts
-from tfdist.launcher.watch import FIRST_STEP_SECS, FROZEN_SECS, Watch
+from tfdist.launcher.process.children import read_stop_mark
+from tfdist.launcher.process.memory import is_memory_short
+from tfdist.launcher.supervise.chaos import Chaos, Failure, parse_chaos
+from tfdist.launcher.supervise.elastic import ElasticCluster
+from tfdist.launcher.supervise.processes import killed_by
+from tfdist.launcher.supervise.restarts import Restarts
+from tfdist.launcher.supervise.watch import FIRST_STEP_SECS, FROZEN_SECS, Watch
 
 PS_CLUSTER = build_cluster(Job(command=["true"], num_workers=2, num_ps=1), range(1, 5))
 
@@ -171,10 +171,10 @@ def test_task_that_makes_no_step_hangs_and_of_several_the_last_is_named(tmp_path
 def test_task_that_evaluates_does_not_hang(tmp_path):
     """It makes no step, but beats."""
     watch, child = Watch(str(tmp_path), hang_timeout_secs=10), FakeChild(Task("worker", 0))
-    heart = Heart(watch.path(child.task))
-    heart.beat(7)
+    heartbeat = Heartbeat(watch.path(child.task))
+    heartbeat.beat(7)
     for now in (0.0, 9.0, 18.0):
-        heart.beat()
+        heartbeat.beat()
         assert watch.find_hung([child], now) is None
     assert watch.find_hung([child], 28.0) is child
 
@@ -183,10 +183,10 @@ def test_nobody_hangs_while_one_is_busy_between_two_steps(tmp_path):
     """A checkpoint or a callback of one, for which the others wait, takes as long as it takes."""
     watch = Watch(str(tmp_path), hang_timeout_secs=10)
     children = [FakeChild(Task("worker", i)) for i in range(2)]
-    hearts = [Heart(watch.path(child.task)) for child in children]
-    for heart in hearts:
-        heart.beat(5)
-    with hearts[0].busy():
+    heartbeats = [Heartbeat(watch.path(child.task)) for child in children]
+    for heartbeat in heartbeats:
+        heartbeat.beat(5)
+    with heartbeats[0].busy():
         assert [watch.find_hung(children, now) for now in (0.0, 11.0, 500.0)] == [None] * 3
     assert watch.find_hung(children, 505.0) is None
     assert watch.find_hung(children, 520.0) is not None
@@ -196,13 +196,13 @@ def test_members_of_a_new_cluster_are_at_work_however_far_they_are(tmp_path):
     """When the launcher looks they may have made more steps than before they lost a peer."""
     watch, child = Watch(str(tmp_path), hang_timeout_secs=10), FakeChild(Task("worker", 0))
     path = str(tmp_path / "members")
-    regrouping = Regrouping(watch, path=path, reserve=lambda count: range(1, 1 + count), min_members=1)
-    before = Heart(watch.path(child.task))
+    regrouping = ElasticCluster(watch, path=path, reserve=lambda count: range(1, 1 + count), min_members=1)
+    before = Heartbeat(watch.path(child.task))
     before.beat(5)
     regrouping.lose([child])
     before.beat(6)
     assert not regrouping.is_at_work([child])
-    after = Heart(watch.path(child.task))
+    after = Heartbeat(watch.path(child.task))
     assert not regrouping.is_at_work([child])
     for step in range(6, 100):
         after.beat(step)
@@ -211,17 +211,17 @@ def test_members_of_a_new_cluster_are_at_work_however_far_they_are(tmp_path):
 
 def test_those_left_may_be_busy_when_one_dies(tmp_path):
     watch, child = Watch(str(tmp_path), hang_timeout_secs=10), FakeChild(Task("worker", 0))
-    regrouping = Regrouping(watch, path=str(tmp_path / "members"), reserve=range, min_members=1)
-    heart = Heart(watch.path(child.task))
+    regrouping = ElasticCluster(watch, path=str(tmp_path / "members"), reserve=range, min_members=1)
+    heartbeat = Heartbeat(watch.path(child.task))
     assert not regrouping.can_lose_one([child])
-    with heart.busy():
+    with heartbeat.busy():
         assert regrouping.can_lose_one([child])
 
 
 def test_hang_before_the_first_step_is_seen(tmp_path):
     """Late, since TensorFlow may compile it for long."""
     watch, child = Watch(str(tmp_path), hang_timeout_secs=10), FakeChild(Task("worker", 0))
-    Heart(watch.path(child.task)).prepare()
+    Heartbeat(watch.path(child.task)).prepare()
     assert watch.find_hung([child], 0.0) is None
     assert watch.find_hung([child], FIRST_STEP_SECS - 1) is None
     assert watch.find_hung([child], FIRST_STEP_SECS) is child

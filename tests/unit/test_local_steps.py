@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfdist.exchange.carrier import join, split
-from tfdist.sync_options import SyncOptions
-from tfdist.training.local_steps import LocalSteps, neighbours
+from tfdist.collectives.communicator import join, split
+from tfdist.config.sync_options import SyncOptions
+from tfdist.training.sync.local_steps import LocalSteps, neighbours
 
 
 class Memory:
-    """Carries between threads what `MpiCarrier` carries between processes."""
+    """Carries between threads what `MpiCommunicator` carries between processes."""
 
     name = "memory"
 
@@ -59,7 +59,7 @@ def in_threads(num_workers, options, work):
         steps = LocalSteps(
             options=options,
             model=models[rank],
-            carrier=Memory(rank, parts, barrier),
+            communicator=Memory(rank, parts, barrier),
             build=lambda function: lambda: function(None),
             local=lambda variable: variable.value,
             num_seen=tf.Variable(0, dtype=tf.int64),

@@ -6,7 +6,7 @@ import platform
 
 import pytest
 
-from tfdist import memory
+from tfdist.runtime import memory
 
 pytestmark = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="the GNU C library alone keeps such pages"

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfdist.training.message import OneMessage, pack_batches, unpack_batch
+from tfdist.training.ps.message import PackedFunction, pack_batches, unpack_batch
 
 
 def test_results_are_one_tensor_and_the_same_bits():
@@ -15,7 +15,7 @@ def test_results_are_one_tensor_and_the_same_bits():
         "counts": (np.array([2**63 - 1], np.int64), np.int32(-7)),
         "flags": [np.array([True, False]), np.zeros((0, 3), np.uint8)],
     }
-    message = OneMessage(lambda: tf.nest.map_structure(tf.constant, wanted))
+    message = PackedFunction(lambda: tf.nest.map_structure(tf.constant, wanted))
     sent = message.function()
     assert sent.dtype == tf.uint8
     found = message.unpack(sent.numpy())
@@ -27,7 +27,7 @@ def test_results_are_one_tensor_and_the_same_bits():
 
 @pytest.mark.parametrize("result", ["text", "open"])
 def test_what_has_no_fixed_bytes_is_sent_as_it_is(result):
-    message = OneMessage(lambda x: {"y": tf.constant("text") if result == "text" else x})
+    message = PackedFunction(lambda x: {"y": tf.constant("text") if result == "text" else x})
     function = message.function.get_concrete_function(tf.TensorSpec([None], tf.float32))
     assert function.structured_outputs["y"].dtype == (tf.string if result == "text" else tf.float32)
     assert message.unpack({"y": 1}) == {"y": 1}

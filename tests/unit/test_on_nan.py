@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import tfdist
 from tfdist.keras_internals import all_variables, build_model
-from tfdist.training.diagnosis import find_place
+from tfdist.training.nan_diagnosis import find_place
 from tfdist.training.on_nan import OnNan
 from tfdist.training.plan import BatchPlan, FinishedStep
 
@@ -37,7 +37,7 @@ def build(model_class=keras.Model, optimizer="sgd"):
 
 
 def fit(run, model, data, **options):
-    options = {"global_batch_size": 10, "shuffle": False, "verbose": 0, **options}
+    options = {"batch_size": 10, "shuffle": False, "verbose": 0, **options}
     return run.fit(model, data, **options)
 
 
@@ -232,7 +232,7 @@ def test_shuffled_examples_are_named_as_they_lie_in_the_data(run):
     bad = X.copy()
     bad[[7, 25]] = np.inf
     with pytest.raises(tfdist.NonFiniteError) as caught:
-        fit(run, build(), (bad, Y), on_nan="stop", shuffle=True, global_batch_size=40)
+        fit(run, build(), (bad, Y), on_nan="stop", shuffle=True, batch_size=40)
     assert "examples 7, 25 of" in str(caught.value) or "examples 25, 7 of" in str(caught.value)
 
 

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from tfdist.training.profile import ProfileSteps
+from tfdist.training.monitoring.profile import ProfileSteps
 
 
 def fit(callback, epochs=2):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tfdist.errors import ConfigError
-from tfdist.training.epoch_clock import EpochClock
-from tfdist.training.progress import ProgressBar, render_metrics, render_secs
+from tfdist.training.monitoring.epoch_clock import EpochClock
+from tfdist.training.monitoring.progress import ProgressBar, render_metrics, render_secs
 
 
 class Clock:

@@ -1,19 +1,19 @@
 import pytest
 
+from tfdist.config.ps_options import PsOptions
 from tfdist.errors import ConfigError
-from tfdist.training.ps_options import PsOptions
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "both"}, "ps_mode='both': choose one of async, sync"),
-        ({"mode": "sync", "steps_per_loop": 4}, "steps_per_loop=4 with ps_mode='sync'"),
+        ({"ps_mode": "both"}, "ps_mode='both': choose one of async, sync"),
+        ({"ps_mode": "sync", "steps_per_loop": 4}, "steps_per_loop=4 with ps_mode='sync'"),
         ({"steps_per_loop": 0}, "steps_per_loop=0: it must be 1 or more"),
         ({"max_staleness": -1}, "max_staleness=-1: it must be 0 or more"),
         ({"num_backup_workers": 1}, "num_backup_workers=1 with ps_mode='async'"),
-        ({"mode": "sync", "num_backup_workers": -1}, "num_backup_workers=-1: it must be 0 or more"),
-        ({"staleness_lr": "half"}, "staleness_lr='half': choose inverse or None"),
+        ({"ps_mode": "sync", "num_backup_workers": -1}, "num_backup_workers=-1: it must be 0 or more"),
+        ({"staleness_lr": "half"}, "staleness_lr='half': choose one of inverse"),
     ],
 )
 def test_values_that_break_their_rule_are_refused(options, message):

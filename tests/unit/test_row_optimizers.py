@@ -313,7 +313,7 @@ def test_fit_says_that_an_optimizer_touches_a_large_table(num_rows, optimizer, s
     )
     model.compile(optimizer, "mse")
     for _ in range(2):
-        run.fit(model, (ids, np.ones((2, 1), "float32")), global_batch_size=2, verbose=0)
+        run.fit(model, (ids, np.ones((2, 1), "float32")), batch_size=2, verbose=0)
     lines = [r.getMessage() for r in caplog.records if "every row" in r.getMessage()]
     assert len(lines) == said
     assert not said or lines[0].startswith("'clicks' has 100000 rows, and Adam reads and writes every row")

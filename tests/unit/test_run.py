@@ -1,5 +1,6 @@
 """`fit`, `evaluate` and `predict` take Keras's arguments with Keras's meaning: each is held against Keras itself."""
 
+import inspect
 import warnings
 
 import keras
@@ -8,9 +9,10 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tfdist import execute, train
-from tfdist.cluster import Cluster, Task
-from tfdist.training.checkpoint_dir import CheckpointWriter
+from tfdist import train
+from tfdist.cluster.spec import Cluster, Task
+from tfdist.commands import execute
+from tfdist.training.checkpoint.store import CheckpointWriter
 
 rng = np.random.default_rng(0)
 X, W = rng.normal(size=(22, 3)).astype("float32"), rng.uniform(size=22).astype("float32")
@@ -46,13 +48,75 @@ def test_fit_is_kerass(run, options):
     y = np.zeros((22, 1), "int64") if "class_weight" in options else Y
     wanted_model, model = build(), build()
     wanted = wanted_model.fit(X, y, batch_size=5, epochs=4, shuffle=False, verbose=0, **options)
-    found = run.fit(model, (X, y), global_batch_size=5, epochs=4, shuffle=False, verbose=0, **options)
+    found = run.fit(model, X, y, batch_size=5, epochs=4, shuffle=False, verbose=0, **options)
     assert found.epoch == wanted.epoch
     assert sorted(found.history) == sorted(wanted.history)
     for name, values in wanted.history.items():
         np.testing.assert_allclose(found.history[name], values, rtol=1e-5, err_msg=name)
     for weight, right in zip(model.get_weights(), wanted_model.get_weights(), strict=True):
         np.testing.assert_allclose(weight, right, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fit", "evaluate", "predict"])
+def test_arguments_are_kerass(name):
+    """Their names, order and defaults; ours come behind, and are few."""
+    wanted = list(inspect.signature(getattr(keras.Model, name)).parameters.values())
+    found = list(inspect.signature(getattr(tfdist.Run, name)).parameters.values())
+    assert found[1].name == "model"
+    keras_own = [p for p in wanted[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert [(p.name, p.default) for p in found[2:]][: len(keras_own)] == [
+        (p.name, p.default) for p in keras_own
+    ]
+    ours = found[2 + len(keras_own) :]
+    assert len(ours) <= 12 and all(p.kind is p.KEYWORD_ONLY for p in ours)
+
+
+class Told(keras.callbacks.Callback):
+    """Keeps what it hears."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = []
+
+    def on_test_begin(self, logs=None):
+        self.words.append("test begins")
+
+    def on_test_end(self, logs=None):
+        self.words.append(("test ends", sorted(logs)))
+
+    def on_predict_begin(self, logs=None):
+        self.words.append("prediction begins")
+
+    def on_predict_end(self, logs=None):
+        self.words.append("prediction ends")
+
+
+def test_evaluate_and_predict_tell_callbacks_as_keras_does(run, capsys):
+    model, alone, ours = build(), Told(), Told()
+    model.evaluate(X, Y, verbose=0, callbacks=[alone])
+    model.predict(X, verbose=0, callbacks=[alone])
+    run.evaluate(model, X, Y, callbacks=[ours])
+    run.predict(model, X, callbacks=[ours])
+    assert ours.words == alone.words
+    assert capsys.readouterr().out.startswith("evaluation: ")
+
+
+def test_model_with_a_loss_alone_evaluates_to_a_number(run):
+    model = build()
+    model.compile("sgd", "mse")
+    assert run.evaluate(model, X, Y, verbose=0) == pytest.approx(model.evaluate(X, Y, verbose=0), rel=1e-5)
+
+
+def test_steps_per_execution_of_compile_is_honoured(run):
+    """Callbacks hear of the steps of one call together."""
+    model, now = build(), []
+    model.compile(keras.optimizers.SGD(0.05), "mse", steps_per_execution=2)
+    counter = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda step, logs: now.append(int(model.optimizer.iterations))
+    )
+    counter.writes = True  # looks at no logs
+    run.fit(model, X, Y, batch_size=5, verbose=0, callbacks=[counter])
+    assert now[:4] == [2, 2, 4, 4]
 
 
 class Sums(keras.Model):
@@ -89,7 +153,7 @@ def test_epochs_of_few_steps_go_on_as_kerass(run, kind, steps):
     results = []
     for fit in (
         lambda model: model.fit(batches, batch_size=5 if kind == "arrays" else None, **options),
-        lambda model: run.fit(model, data, global_batch_size=5, **options),
+        lambda model: run.fit(model, data, batch_size=5, **options),
     ):
         model = Sums()
         model.compile("sgd")
@@ -104,7 +168,7 @@ def test_fit_that_stopped_early_does_not_stop_the_next_one(run):
     lengths = []
     for fit in (
         lambda model, **more: model.fit(X, Y, batch_size=5, verbose=0, **more),
-        lambda model, **more: run.fit(model, (X, Y), global_batch_size=5, verbose=0, **more),
+        lambda model, **more: run.fit(model, (X, Y), batch_size=5, verbose=0, **more),
     ):
         model = build()
         stop = keras.callbacks.LambdaCallback(
@@ -120,10 +184,10 @@ def test_fit_that_stopped_early_does_not_stop_the_next_one(run):
 def test_evaluate_is_kerass(run, options):
     model = build()
     wanted = model.evaluate(X, Y, batch_size=5, verbose=0, return_dict=True, **options)
-    found = run.evaluate(build(), (X, Y), global_batch_size=5, **options)
+    found = run.evaluate(build(), X, Y, batch_size=5, return_dict=True, **options)
     assert found == pytest.approx(wanted, rel=1e-5)
-    as_list = run.evaluate(build(), (X, Y), global_batch_size=5, return_dict=False, **options)
-    assert as_list == pytest.approx(list(found.values()), rel=1e-5)
+    wanted = model.evaluate(X, Y, batch_size=5, verbose=0, **options)
+    assert run.evaluate(build(), X, Y, batch_size=5, **options) == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("steps", [None, 2])
@@ -131,7 +195,7 @@ def test_predict_is_kerass(run, steps):
     model = build()
     wanted = model.predict(X, batch_size=5, steps=steps, verbose=0)
     run.evaluate(model, (X, Y))
-    np.testing.assert_allclose(run.predict(model, X, global_batch_size=5, steps=steps), wanted, rtol=1e-5)
+    np.testing.assert_allclose(run.predict(model, X, batch_size=5, steps=steps), wanted, rtol=1e-5)
 
 
 def test_schedule_of_the_command_ends_with_its_last_step(tmp_path, monkeypatch):
@@ -161,7 +225,7 @@ def test_deterministic_is_refused_where_workers_step_in_any_order():
 
 def test_a_checkpoint_that_is_left_out_is_told_of_once(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(CheckpointWriter, "is_busy", True)
-    options = {"global_batch_size": 5, "epochs": 2, "shuffle": False}
+    options = {"batch_size": 5, "epochs": 2, "shuffle": False}
     run.fit(build(), (X, Y), checkpoints=tfdist.Checkpoints(directory=tmp_path, every_steps=2), **options)
     said = capsys.readouterr().out
     assert said.count("no checkpoint after epoch 0 and 2 steps") == said.count("no checkpoint") == 1

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfdist.config import RunConfig
+from tfdist.config.run_config import RunConfig
+from tfdist.config.run_dir import RunDir, write_atomically
 from tfdist.errors import ConfigError
-from tfdist.training.run_dir import RunDir, write_atomically
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_the_module_loads_no_tensorflow():
     code = (
-        "import sys, tfdist.training.run_dir; sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
+        "import sys, tfdist.config.run_dir; sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
     )
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60).returncode == 0

@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
-from tfdist import server
-from tfdist.cluster import Cluster, Task
+from tfdist.cluster.spec import Cluster, Task
 from tfdist.errors import PEER_LOST_CODE, ClusterError
+from tfdist.runtime import server
 
 
 @pytest.fixture

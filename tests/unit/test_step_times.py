@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from tfdist.training.step_times import StepTimes
+from tfdist.training.monitoring.step_times import StepTimes
 
 
 class Waits:
@@ -15,7 +15,7 @@ def two_workers(slow_secs):
     """Each worker's summary, when the second computes for so long; steps take 1 s."""
     found, votes = [], []
 
-    def run(rank, vote):
+    def run(rank, all_reduce_sum):
         clock = itertools.count()
         times = StepTimes(num_workers=2, rank=rank, now=lambda: float(next(clock)))
         times.begin_epoch()
@@ -23,7 +23,7 @@ def two_workers(slow_secs):
         for _ in range(4):
             compute = 0.2 if rank == 0 else slow_secs
             times.end_step(compute, 0.8 - compute, counts=True)
-        times.end_epoch(Waits(), vote)
+        times.end_epoch(Waits(), all_reduce_sum)
         return times.summary()
 
     for rank in (0, 1):

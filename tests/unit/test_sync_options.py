@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from tfdist.config import RunConfig, parse_profile
+from tfdist.commands.flags import build_config, parse_flags, resolve_run
+from tfdist.config.run_config import RunConfig, parse_profile
+from tfdist.config.sync_options import DEFAULT_PERIODS, SyncOptions
 from tfdist.errors import ConfigError
-from tfdist.flags import build_config, parse_flags, resolve_run
-from tfdist.sync_options import DEFAULT_PERIODS, SyncOptions
 
 RUN = {"recipe": "r", "global_batch_size": 8, "epochs": 1, "run_dir": "x"}
 

@@ -2,12 +2,13 @@
 
 from tfdist.data.addressed import forget_readers
 from tfdist.data.batches import local_batches
-from tfdist.data.indexed import IndexedSource
 from tfdist.data.iterators import open_iterator, untuned
 from tfdist.data.order import epoch_indices, num_steps, part_slice, step_size, step_start
 from tfdist.data.segment import Segment
 from tfdist.data.shard import shard_source
-from tfdist.data.source import (
+from tfdist.data.sources.batched import BatchedSource
+from tfdist.data.sources.indexed import IndexedSource
+from tfdist.data.sources.source import (
     ArraySource,
     SelfShardedSource,
     ServedSource,
@@ -19,7 +20,7 @@ from tfdist.data.source import (
     hold_out,
     take,
 )
-from tfdist.data.tfds import TfdsSplit, tfds_split
+from tfdist.data.sources.tfds import TfdsSplit, tfds_split
 
 __all__ = [
     "ArraySource",
@@ -30,6 +31,7 @@ __all__ = [
     "ShardedSource",
     "Source",
     "StreamSource",
+    "BatchedSource",
     "TfdsSplit",
     "build_source",
     "epoch_indices",

@@ -8,12 +8,12 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfdist.data.indexed import IndexedSource
 from tfdist.data.iterators import untuned
 from tfdist.data.operations import apply_operation
 from tfdist.data.order import examples_at, num_steps, part_slice
 from tfdist.data.segment import Segment, Share
-from tfdist.data.source import ArraySource, take
+from tfdist.data.sources.indexed import IndexedSource
+from tfdist.data.sources.source import ArraySource, take
 
 _BYTES_AT_ONCE, _MAX_STEPS_AT_ONCE = 2**20, 32
 # Fewer where an example may take its time: the first step waits for all of them.

@@ -6,8 +6,15 @@ from collections.abc import Sequence
 
 from tfdist.data.addressed import addressed_batches
 from tfdist.data.segment import Segment, Share
-from tfdist.data.source import SelfShardedSource, ServedSource, ShardedSource, Source, StreamSource
-from tfdist.data.streams import self_sharded_batches, served_batches, sharded_batches, streamed_batches
+from tfdist.data.sources.batched import BatchedSource
+from tfdist.data.sources.source import SelfShardedSource, ServedSource, ShardedSource, Source, StreamSource
+from tfdist.data.streams import (
+    made_batches,
+    self_sharded_batches,
+    served_batches,
+    sharded_batches,
+    streamed_batches,
+)
 
 
 def local_batches(
@@ -67,6 +74,8 @@ def local_batches(
         return [sharded_batches(source, share)]
     if isinstance(source, ServedSource):
         return [served_batches(source, share)]
+    if isinstance(source, BatchedSource):
+        return [made_batches(source, share)]
     if isinstance(source, StreamSource):
         return [streamed_batches(source, share)]
     return addressed_batches(source, share)

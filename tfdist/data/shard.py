@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from tfdist.config import SHARDS
+from tfdist.config.run_config import SHARDS
 from tfdist.data.operations import apply_operation
-from tfdist.data.source import ShardedSource, Source, StreamSource
+from tfdist.data.sources.source import ShardedSource, Source, StreamSource
 from tfdist.errors import ConfigError
 
 _FILE_POLICY = int(tf.data.experimental.AutoShardPolicy.FILE.value)

@@ -7,7 +7,8 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist.data.segment import Segment, Share
-from tfdist.data.source import SelfShardedSource, ServedSource, ShardedSource, StreamSource
+from tfdist.data.sources.batched import BatchedSource
+from tfdist.data.sources.source import SelfShardedSource, ServedSource, ShardedSource, StreamSource
 from tfdist.errors import ConfigError
 
 _SHUFFLE_BUFFER = 10_000
@@ -16,17 +17,13 @@ _SHUFFLE_BUFFER = 10_000
 def streamed_batches(source: StreamSource, share: Share) -> Segment:
     """Returns batches of the whole stream, of which each process takes its parts."""
     buffer = max(min(source.num_examples or _SHUFFLE_BUFFER, _SHUFFLE_BUFFER), 1) if share.shuffle else 0
-    options = tf.data.Options()
-    # Each worker reads the whole stream and must see the same one.
-    options.deterministic = True
-    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
 
     def build() -> tf.data.Dataset:
         dataset = source.dataset
         if buffer:
             dataset = dataset.shuffle(buffer, seed=share.shuffle_seed())
         dataset = dataset.batch(share.global_batch_size, drop_remainder=share.drop_remainder)
-        return _as_far_as_asked(dataset, share).with_options(options).prefetch(tf.data.AUTOTUNE)
+        return _alike_everywhere(_as_far_as_asked(dataset, share)).prefetch(tf.data.AUTOTUNE)
 
     # Split in the step, not here: where the pipeline stands is then the same for all workers.
     return Segment(
@@ -35,6 +32,24 @@ def streamed_batches(source: StreamSource, share: Share) -> Segment:
         split=share.split,
         num_skipped=share.first_step,
         num_buffered=buffer,
+        **_run(source, share),
+    )
+
+
+def made_batches(source: BatchedSource, share: Share) -> Segment:
+    """Returns batches as they come, of which each process takes its parts."""
+
+    def build() -> tf.data.Dataset:
+        dataset = source.dataset
+        if share.shuffle and source.reorder is not None:
+            dataset = source.reorder(share.shuffle_seed())
+        return _alike_everywhere(_as_far_as_asked(dataset, share)).prefetch(tf.data.AUTOTUNE)
+
+    return Segment(
+        build=build,
+        num_steps=share.num_left,
+        split=share.split,
+        num_skipped=share.first_step,
         **_run(source, share),
     )
 
@@ -128,6 +143,14 @@ def _as_far_as_asked(dataset: tf.data.Dataset, share: Share) -> tf.data.Dataset:
     if share.num_steps is None:
         return dataset
     return dataset.take(share.num_steps * (1 + share.num_epochs_after))
+
+
+def _alike_everywhere(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Each worker reads the whole stream and must see the same one."""
+    options = tf.data.Options()
+    options.deterministic = True
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    return dataset.with_options(options)
 
 
 def _with_has_more(dataset: tf.data.Dataset) -> tf.data.Dataset:

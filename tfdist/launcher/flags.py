@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tfdist.cluster import find_nearest
+from tfdist.cluster.spec import find_nearest
 from tfdist.errors import ConfigError
+from tfdist.launcher.backends import BACKENDS, Backend, choose_backend, count_workers
 from tfdist.launcher.hosts import SSH_FLAGS, read_hosts, read_ssh_options
 from tfdist.launcher.job import Job, build_python_command, parse_num_workers
-from tfdist.launcher.places import WORLDS, World, build_place, count_workers
 
 _EXAMPLES = """\
 usage: python -m tfdist.launch [flags] script.py [its flags]
@@ -43,13 +43,13 @@ class LaunchFlags:
     Args:
         job: What to run.
         dry_run: Whether only to show it.
-        world: In what kind of place.
+        backend: In what kind of place.
         place: Where in it.
     """
 
     job: Job
     dry_run: bool
-    world: World
+    backend: Backend
     place: Any
 
 
@@ -78,12 +78,12 @@ def parse_flags(args: Sequence[str], env: Mapping[str, str]) -> LaunchFlags:
     own, mode, words = _split_command(args)
     flags = _PARSER.parse_args(own)
     defaults = {name: _PARSER.get_default(name) for name in vars(flags)}
-    world, place = build_place(vars(flags), defaults)
+    backend, place = choose_backend(vars(flags), defaults)
     hosts = read_hosts(flags.hosts, flags.hostfile)
     num_slots = sum(host.num_slots for host in hosts)
     default = str(num_slots) if hosts else count_workers(vars(flags), place)
     min_workers, num_workers = parse_num_workers(flags.num_workers or default)
-    command = (_build_command if world.holds_program else _build_command_for_elsewhere)(mode, words)
+    command = (_build_command if backend.holds_program else _build_command_for_elsewhere)(mode, words)
     if hosts and flags.python and command[0] == sys.executable:
         command[0] = flags.python
     job = Job(
@@ -108,7 +108,7 @@ def parse_flags(args: Sequence[str], env: Mapping[str, str]) -> LaunchFlags:
         gpus_per_worker=flags.gpus_per_worker,
         preload=_PRELOAD if flags.preload else (),
     )
-    return LaunchFlags(job=job, dry_run=flags.dry_run, world=world, place=place)
+    return LaunchFlags(job=job, dry_run=flags.dry_run, backend=backend, place=place)
 
 
 def _build_parser() -> _Parser:
@@ -159,18 +159,18 @@ def _build_parser() -> _Parser:
     add("--dry_run", action="store_true", help="show every TF_CONFIG and command, and start nothing")
     add("-m", "--module", metavar="MODULE", help="run a module, as python -m does")
     add("-h", "--help", action="help", help="show this text")
-    for name, world in WORLDS.items():
+    for name, backend in BACKENDS.items():
         group = parser.add_argument_group(f"with --{name}")
-        group.add_argument(f"--{name}", action="store_true", help=world.help)
-        for flag, keywords in world.flags.items():
+        group.add_argument(f"--{name}", action="store_true", help=backend.help)
+        for flag, keywords in backend.flags.items():
             group.add_argument(flag, **keywords)
     return parser
 
 
 # What a program that calls `tfdist.initialize` imports.
-_PRELOAD = ("tensorflow", "keras", "tfdist.runtime")
+_PRELOAD = ("tensorflow", "keras", "tfdist.api.initialize")
 _PARSER = _build_parser()
-_SWITCHES = ("--dry_run", "--preload", "--help", "-h", *(f"--{name}" for name in WORLDS))
+_SWITCHES = ("--dry_run", "--preload", "--help", "-h", *(f"--{name}" for name in BACKENDS))
 _MODULE = ("-m", "--module")
 _NOTHING_TO_RUN = "nothing to run: name script.py, -m module, or -- program, after the flags (see --help)"
 _VALUED = (
@@ -178,7 +178,7 @@ _VALUED = (
     "--grace_secs", "--num_threads", "--max_restarts", "--restart_window_secs", "--hang_timeout_secs",
     "--rescale_every_secs", "--chaos", "--hosts", "-H", "--hostfile", *SSH_FLAGS, "-i",
     "--listen_interface", "--exchange", "--gpus_per_worker",
-    *(flag for world in WORLDS.values() for flag in world.flags),
+    *(flag for backend in BACKENDS.values() for flag in backend.flags),
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tfdist.cluster import Task
+from tfdist.cluster.spec import Task
 from tfdist.errors import ConfigError
 
 

@@ -7,7 +7,11 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
-from tfdist.cluster import (
+from tfdist.cluster.cores import count_cores
+from tfdist.cluster.environments.mpi import drop_rank
+from tfdist.cluster.gpus import PER_WORKER_VARIABLE
+from tfdist.cluster.peer_allowlist import LISTEN_VARIABLE
+from tfdist.cluster.spec import (
     Cluster,
     Task,
     canonical_strategy,
@@ -15,12 +19,9 @@ from tfdist.cluster import (
     render_tf_config,
     split_address,
 )
-from tfdist.environments.mpi import drop_rank
+from tfdist.config.sync_options import EXCHANGES
 from tfdist.errors import ConfigError
-from tfdist.gpus import PER_WORKER_VARIABLE
-from tfdist.guests import LISTEN_VARIABLE
 from tfdist.launcher.hosts import Host, SshOptions
-from tfdist.sync_options import EXCHANGES
 
 RESTART_VARIABLE = "TFDIST_RESTART"  # How often the job was started before.
 ELASTIC = ("restart", "in_process")
@@ -68,7 +69,7 @@ class Job:
             not before the next failure.
         elastic: `restart` starts all tasks again; `in_process` lets the living workers of a sync job form a new cluster
             at once, which the one that is started again joins later.
-        chaos: Failures to make, as `tfdist.launcher.chaos` reads them.
+        chaos: Failures to make, as `tfdist.launcher.supervise.chaos` reads them.
         hosts: Machines to run on, by ssh; none: this one.
         ssh: How they are reached.
         listen_interface: Network interface on which alone their servers listen, such as `eth0`; None: all.
@@ -306,17 +307,6 @@ def render_dry_run(job: Job, cluster: Cluster) -> str:
         variables = [f"{name}={shlex.quote(value)}" for name, value in render_env(job, cluster, task).items()]
         lines += [f"# {task}", " ".join(["env", *variables, shlex.join(job.command)]), ""]
     return "\n".join(lines).rstrip("\n") + "\n"
-
-
-def count_cores() -> int:
-    """Counts the cores that this process may use.
-
-    Returns:
-        At least 1.
-    """
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
 
 
 def _render_mpi(job: Job, cluster: Cluster, *, is_crowded: bool) -> dict[str, str]:

@@ -7,17 +7,17 @@ import secrets
 import tempfile
 import time
 
-from tfdist.heartbeat import VARIABLE as HEARTBEAT_VARIABLE
-from tfdist.launcher.chaos import Chaos, parse_chaos
-from tfdist.launcher.guard import MARK_VARIABLE
+from tfdist.cluster.heartbeat import VARIABLE as HEARTBEAT_VARIABLE
+from tfdist.cluster.ports import PortReservation
+from tfdist.launcher.executors import LocalExecutor
 from tfdist.launcher.job import RESTART_VARIABLE, Job, build_cluster, render_dry_run
-from tfdist.launcher.machines import ThisMachine
-from tfdist.launcher.regroup import Regrouping
-from tfdist.launcher.restarts import Restarts
-from tfdist.launcher.ssh import FarMachines, Machines, render_dry_run_far
-from tfdist.launcher.supervisor import Supervisor
-from tfdist.launcher.watch import Watch
-from tfdist.ports import PortReservation
+from tfdist.launcher.process.reaper import MARK_VARIABLE
+from tfdist.launcher.ssh.executors import Executor, RemoteExecutor, render_dry_run_remote
+from tfdist.launcher.supervise.chaos import Chaos, parse_chaos
+from tfdist.launcher.supervise.elastic import ElasticCluster
+from tfdist.launcher.supervise.restarts import Restarts
+from tfdist.launcher.supervise.supervisor import Supervisor
+from tfdist.launcher.supervise.watch import Watch
 
 
 def run_local(job: Job) -> int:
@@ -40,17 +40,17 @@ def run_local(job: Job) -> int:
     restarts = Restarts(job)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tfdist-"))
-        machines: Machines = FarMachines(job) if job.hosts else ThisMachine(job)
-        stack.enter_context(machines)
+        executor: Executor = RemoteExecutor(job) if job.hosts else LocalExecutor(job)
+        stack.enter_context(executor)
         watch = Watch(folder, hang_timeout_secs=job.hang_timeout_secs)
         placeholders = build_cluster(job, range(1, job.num_tasks + 1))
         failures = parse_chaos(job.chaos, placeholders, has_hosts=bool(job.hosts))
         chaos = Chaos(failures, run_dir=job.run_dir, started_at=time.monotonic())
         while True:
             # Of an elastic job no more than there is room for on the hosts that are left.
-            num_workers = max(restarts.min_workers, int(min(restarts.num_workers, machines.num_slots)))
+            num_workers = max(restarts.min_workers, int(min(restarts.num_workers, executor.num_slots)))
             sized = dataclasses.replace(job, num_workers=num_workers, min_workers=None)
-            supervisor, code = _run_once(sized, machines, restarts, watch, chaos)
+            supervisor, code = _run_once(sized, executor, restarts, watch, chaos)
             if supervisor.is_rescaling:
                 restarts.rescale()
             elif supervisor.is_worth_a_restart:
@@ -61,21 +61,21 @@ def run_local(job: Job) -> int:
 
 
 def _run_once(
-    job: Job, machines: Machines, restarts: Restarts, watch: Watch, chaos: Chaos
+    job: Job, executor: Executor, restarts: Restarts, watch: Watch, chaos: Chaos
 ) -> tuple[Supervisor, int]:
     mark = f"{os.getpid()}-{secrets.token_hex(8)}"
-    cluster = machines.reserve(job)
+    cluster = executor.reserve(job)
     own = {MARK_VARIABLE: mark, RESTART_VARIABLE: str(restarts.num_tries)}
     envs = {
-        task: {**machines.build_env(job, cluster, task), **own, HEARTBEAT_VARIABLE: watch.path(task)}
+        task: {**executor.build_env(job, cluster, task), **own, HEARTBEAT_VARIABLE: watch.path(task)}
         for task in cluster.tasks
     }
     regrouping = None
-    if job.elastic == "in_process" and not job.has_chief and isinstance(machines, ThisMachine):
-        regrouping = Regrouping(
+    if job.elastic == "in_process" and not job.has_chief and isinstance(executor, LocalExecutor):
+        regrouping = ElasticCluster(
             watch,
             path=watch.fresh_path("members"),
-            reserve=machines.hold_ports,
+            reserve=executor.hold_ports,
             min_members=restarts.min_workers,
         )
         envs = {task: env | regrouping.render_env(task) for task, env in envs.items()}
@@ -83,7 +83,7 @@ def _run_once(
         job,
         cluster,
         mark,
-        machines=machines,
+        executor=executor,
         restarts=restarts,
         watch=watch,
         chaos=chaos,
@@ -105,6 +105,6 @@ def render_dry_run_local(job: Job) -> str:
         LaunchError: If there are no free ports.
     """
     if job.hosts:
-        return render_dry_run_far(job)
+        return render_dry_run_remote(job)
     with PortReservation(job.num_tasks) as reservation:
         return render_dry_run(job, build_cluster(job, reservation.ports))

@@ -8,8 +8,8 @@ import keras
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.data import Source, StreamSource
-from tfdist.data.faults import readable_faults
+from tfdist.data import BatchedSource, Source, StreamSource
+from tfdist.data.read_errors import readable_faults
 from tfdist.errors import ConfigError
 
 
@@ -44,7 +44,7 @@ _NO_ROWS = (
 
 
 def check_elements(model: keras.Model, source: Source, *, shares: bool) -> None:
-    """Makes sure that a stream's elements are examples, as far as their shapes tell.
+    """Makes sure that a dataset's elements are the examples, or batches, that they are taken for, as their shapes tell.
 
     Args:
         model: Built or not.
@@ -52,9 +52,9 @@ def check_elements(model: keras.Model, source: Source, *, shares: bool) -> None:
         shares: Whether replicas share a batch.
 
     Raises:
-        ConfigError: If they are batches, or cannot be shared.
+        ConfigError: If they are not, or cannot be shared.
     """
-    if not isinstance(source, StreamSource):
+    if not isinstance(source, (StreamSource, BatchedSource)):
         return
     element = source.dataset.element_spec
     for kind, name, dense in _NO_ROWS:
@@ -69,6 +69,17 @@ def check_elements(model: keras.Model, source: Source, *, shares: bool) -> None:
     x = [spec.shape for spec in tf.nest.flatten(parts[0]) if isinstance(spec, tf.TensorSpec)]
     if any(shape.rank is None for shape in found):
         return
+    if isinstance(source, BatchedSource):
+        are_examples = any(shape.rank == 0 for shape in found) or (
+            len(x) == len(shapes) > 0
+            and all(tuple(own) == asked and None not in asked for own, asked in zip(x, shapes, strict=True))
+        )
+        if are_examples:
+            raise ConfigError(
+                f"an element of the dataset is one example (x has shape {tuple(x[0])}), and must be a batch where no "
+                "batch_size is given, as in Keras: pass batch_size=32, or dataset.batch(32)."
+            )
+        return
     if len(x) == len(shapes):
         are_batches = any(own.rank > len(asked) for own, asked in zip(x, shapes, strict=True))
     else:
@@ -78,5 +89,5 @@ def check_elements(model: keras.Model, source: Source, *, shares: bool) -> None:
         taken = f", and the model takes {shapes[0]}" if len(x) == len(shapes) else ""
         raise ConfigError(
             f"an element of the dataset is a batch (x has shape {tuple(x[0])}{taken}), and must be one example: pass "
-            "dataset.unbatch(); global_batch_size says how many examples a step takes."
+            "dataset.unbatch(), or leave batch_size out: each of its batches is one step's then."
         )

@@ -12,15 +12,15 @@ from typing import Any, Protocol
 
 import keras
 
-from tfdist import memory
-from tfdist.data import Source, num_steps
+from tfdist.cluster.heartbeat import Heartbeat
+from tfdist.data import BatchedSource, Source, num_steps
 from tfdist.errors import ConfigError
-from tfdist.heartbeat import Heart
-from tfdist.training.input_wait import InputWait
+from tfdist.runtime import memory
+from tfdist.training.checkpoint.saver import Loop as SavedLoop
+from tfdist.training.checkpoint.saver import Saver
+from tfdist.training.monitoring.input_wait import InputWait
 from tfdist.training.on_nan import OnNan
 from tfdist.training.plan import BatchPlan, FinishedStep, Place
-from tfdist.training.saver import Loop as SavedLoop
-from tfdist.training.saver import Saver
 
 # Numbers that change faster cannot be read.
 _SHOW_SECS = 0.2
@@ -42,7 +42,7 @@ class Loop(SavedLoop, Protocol):
     def step_secs(self) -> float | None:
         """How long a step took lately, alike on all workers; None where nobody knows."""
 
-    def own_part(self, source: Source, shard: str) -> Source:
+    def shard_source_of(self, source: Source, shard: str) -> Source:
         """Returns what of a source this process reads."""
 
     def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
@@ -91,7 +91,7 @@ def run_fit(
     options: FitOptions,
     callbacks: keras.callbacks.CallbackList,
     saver: Saver,
-    heart: Heart,
+    heartbeat: Heartbeat,
     on_nan: OnNan,
 ) -> None:
     """Trains; the history is in the callback list's own `History`.
@@ -104,13 +104,13 @@ def run_fit(
         options: How long and in what order.
         callbacks: Those that run on this task.
         saver: Says where to go on, and keeps the state.
-        heart: Is told of each step.
+        heartbeat: Is told of each step.
         on_nan: Says what to do with a step whose numbers are wrong.
     """
     model.stop_training = False
     callbacks.on_train_begin()
     resumed = saver.restore()
-    heart.prepare()
+    heartbeat.prepare()
     loop.start()
     if resumed is None and on_nan.goes_back:
         saver.save(epoch=options.initial_epoch, step=0, at_epoch_end=True)
@@ -147,11 +147,11 @@ def run_fit(
             loss_limit=on_nan.loss_limit,
         )
         resumed = None  # the epochs after this one begin at their start
-        num_done = _train(loop, model, source, plan, callbacks, saver, heart, on_nan)
+        num_done = _train(loop, model, source, plan, callbacks, saver, heartbeat, on_nan)
         if num_done == 0 and plan.place.step:
             # The epoch before had ended with the data, of which nobody knew how many they are.
             plan = dataclasses.replace(plan, place=Place(plan.place.lap + 1))
-            num_done = _train(loop, model, source, plan, callbacks, saver, heart, on_nan)
+            num_done = _train(loop, model, source, plan, callbacks, saver, heartbeat, on_nan)
         saver.place = _next_place(plan, num_done, per_pass)
         if (
             options.steps_per_epoch is not None
@@ -166,7 +166,7 @@ def run_fit(
             )
             logs |= {f"val_{k}": v for k, v in _validate(loop, validation, test_plan, callbacks).items()}
             num_validated += 1
-        with heart.busy():
+        with heartbeat.busy():
             callbacks.on_epoch_end(epoch, logs)
             saver.save(epoch=epoch + 1, step=0, at_epoch_end=True)
             memory.give_back()
@@ -187,12 +187,14 @@ def plan_steps(
     Raises:
         ConfigError: If `drop_remainder` would leave nothing.
     """
+    if isinstance(source, BatchedSource) and source.num_batches is not None:
+        return source.num_batches if steps is None else min(steps, source.num_batches)
     if source.num_examples is None:
         return steps
     if drop_remainder and source.num_examples < global_batch_size:
         raise ConfigError(
             f"drop_remainder leaves out all of the {source.num_examples} examples, fewer than "
-            f"global_batch_size={global_batch_size}; take a smaller batch, or keep the remainder."
+            f"batch_size={global_batch_size}; take a smaller batch, or keep the remainder."
         )
     per_pass = num_steps(
         num_examples=source.num_examples, global_batch_size=global_batch_size, drop_remainder=drop_remainder
@@ -229,7 +231,7 @@ def _train(
     plan: BatchPlan,
     callbacks: keras.callbacks.CallbackList,
     saver: Saver,
-    heart: Heart,
+    heartbeat: Heartbeat,
     on_nan: OnNan,
 ) -> int:
     """Returns the steps that the epoch has had."""
@@ -245,14 +247,14 @@ def _train(
             on_nan.check_logs(step - 1, plan, loop.epoch_logs)
             return step
         instead = on_nan.after_step(finished, plan)
-        heart.beat(plan.total_steps(step + 1))
-        with heart.busy() if plan.log_every_steps == 1 else contextlib.nullcontext():
+        heartbeat.beat(plan.total_steps(step + 1))
+        with heartbeat.busy() if plan.log_every_steps == 1 else contextlib.nullcontext():
             callbacks.on_train_batch_end(step, finished.logs)
         step += 1
         if instead is not None:
             plan, steps = instead, loop.train_epoch(source, instead)
         elif finished.is_boundary:
-            with heart.busy():
+            with heartbeat.busy():
                 saver.save(epoch=plan.epoch, step=step)
 
 
@@ -263,7 +265,7 @@ def _plan_validation(
         global_batch_size=options.validation_batch_size,
         num_steps=plan_steps(validation, options.validation_batch_size, options.validation_steps),
     )
-    if validation.num_examples is None or options.validation_steps is not None:
+    if plan.num_steps is None or options.validation_steps is not None:
         return plan
     # One pass after the other, all alike: to open the data anew would take longer than to read them.
     return dataclasses.replace(plan, place=Place(lap), num_epochs_after=num_epochs_after)

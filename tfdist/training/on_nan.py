@@ -11,13 +11,13 @@ from typing import Any
 
 import keras
 
-from tfdist.config import ON_NAN
+from tfdist.config.run_config import ON_NAN
 from tfdist.data import Source
 from tfdist.errors import ConfigError, NonFiniteError
-from tfdist.training.diagnosis import describe_step
+from tfdist.training.checkpoint.saver import Loop, Saver
+from tfdist.training.nan_diagnosis import describe_step
 from tfdist.training.plan import BatchPlan, FinishedStep
-from tfdist.training.saver import Loop, Saver
-from tfdist.training.step_check import GRADIENTS, LOSS, SOUND, SPIKE
+from tfdist.training.step.finite_check import GRADIENTS, LOSS, SOUND, SPIKE
 
 _log = logging.getLogger("tfdist")
 _FAULTS = {
@@ -40,7 +40,7 @@ class OnNan:
     """Decides after each step, the same on every process; the step itself has changed nothing if it was wrong.
 
     Args:
-        policy: One of `tfdist.config.ON_NAN`.
+        policy: One of `tfdist.config.run_config.ON_NAN`.
         max_loss_spike: A loss more than this many times its running mean counts too; None: none does.
         loop: The strategy's loop.
         model: Built.

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from tfdist.training.step_check import SOUND
+from tfdist.training.step.finite_check import SOUND
 
 
 def _never(step: int) -> bool:

@@ -1,0 +1,139 @@
+"""The loops of a run, one for each model: made when the model is first seen, and again when it is compiled anew."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfdist import keras_internals
+from tfdist.cluster.heartbeat import Heartbeat
+from tfdist.data import Source
+from tfdist.errors import ConfigError
+from tfdist.layers import Embedding
+from tfdist.optimizers import describe_dense_rows, with_sparse_rows
+from tfdist.training.first_batch import check_elements, read_first_batch
+from tfdist.training.loop import Loop
+from tfdist.training.ps.loop import CoordinatorLoop
+from tfdist.training.sync.loop import SyncLoop
+
+_log = logging.getLogger("tfdist")
+# A smaller table costs no time to speak of, whatever the optimizer does to it.
+_MANY_ROWS = 100_000
+# Models whose functions are kept: those of a run that takes turns.
+_MAX_LOOPS = 8
+
+
+class Loops:
+    """Finds a model's loop.
+
+    Args:
+        strategy: The run's.
+        strategy_name: Its canonical name.
+        num_workers: Of the cluster.
+        is_chief: Whether this process is to warn.
+        heartbeat: For the loops.
+    """
+
+    def __init__(
+        self,
+        *,
+        strategy: tf.distribute.Strategy,
+        strategy_name: str,
+        num_workers: int,
+        is_chief: bool,
+        heartbeat: Heartbeat,
+    ) -> None:
+        self._strategy = strategy
+        self._strategy_name = strategy_name
+        self._num_workers = num_workers
+        self._is_chief = is_chief
+        self._heartbeat = heartbeat
+        self._kept: dict[int, tuple[Any, Loop]] = {}
+        self._coordinator: tf.distribute.coordinator.ClusterCoordinator | None = None
+
+    def find(self, model: keras.Model, source: Source, *, is_trained: bool = True) -> Loop:
+        """Returns the loop of a model, whose variables exist from then on.
+
+        Args:
+            model: Made inside the strategy's scope.
+            source: Data for it; two examples are read where the model is new.
+            is_trained: Whether it must be compiled.
+
+        Raises:
+            ConfigError: If the model is not compiled, was made elsewhere, or does not take such data.
+        """
+        if is_trained and not keras_internals.is_compiled(model):
+            raise ConfigError(
+                f"the model {model.name!r} is not compiled; call model.compile(optimizer=…, loss=…) inside "
+                "run.strategy.scope() first."
+            )
+        self.check_elements(model, source)
+        known = self._kept.pop(id(model), None)
+        # compile() makes new state that an old loop would not see.
+        parts = (*keras_internals.compiled_parts(model), is_trained or (known is not None and known[0][-1]))
+        if known is not None and all(a is b for a, b in zip(known[0], parts, strict=True)):
+            self._kept[id(model)] = known
+            return known[1]
+        batch = read_first_batch(
+            model, source, strategy=self._strategy_name, num_replicas=self._strategy.num_replicas_in_sync
+        )
+        self._check_scope(model)
+        with self._strategy.scope():
+            keras_internals.build_model(model, batch, is_trained=is_trained)
+        _use_sparse_rows(model, warn=_log.warning if self._is_chief else _log.debug)
+        loop = self._build(model, batch)
+        # A loop holds its model, so that an id stands for one model only. The latest last.
+        self._kept[id(model)] = ((*keras_internals.compiled_parts(model), is_trained), loop)
+        while len(self._kept) > _MAX_LOOPS:
+            self._kept.pop(next(iter(self._kept)))
+        return loop
+
+    def check_elements(self, model: keras.Model, source: Source) -> None:
+        """Makes sure that a stream's elements are what the model takes, as far as their shapes tell."""
+        check_elements(model, source, shares=self._strategy_name in ("mirrored", "multiworker"))
+
+    def _build(self, model: keras.Model, batch: Any) -> Loop:
+        if self._strategy_name != "ps":
+            return SyncLoop(strategy=self._strategy, model=model, heartbeat=self._heartbeat, batch=batch)
+        if self._coordinator is None:
+            self._coordinator = tf.distribute.coordinator.ClusterCoordinator(self._strategy)
+        return CoordinatorLoop(
+            coordinator=self._coordinator,
+            model=model,
+            num_workers=self._num_workers,
+            heartbeat=self._heartbeat,
+            batch=batch,
+        )
+
+    def _check_scope(self, model: keras.Model) -> None:
+        if self._strategy_name == "one_device":
+            return
+        if keras_internals.creating_strategy(model) is not self._strategy:
+            raise ConfigError(
+                f"the model {model.name!r} was made outside the strategy's scope; "
+                "build and compile it inside 'with run.strategy.scope():'."
+            )
+        if not keras_internals.is_compiled_within(model, self._strategy):
+            raise ConfigError(
+                f"the model {model.name!r} was compiled outside the strategy's scope, where its optimizer and metrics "
+                "have no copy for each replica; call model.compile(…) inside 'with run.strategy.scope():'."
+            )
+
+
+def _use_sparse_rows(model: keras.Model, *, warn: Callable[..., None]) -> None:
+    """Spares a model's large tables what Keras's optimizers do to all of their rows, where the result is the same.
+
+    Other models keep Keras's classes: their Adagrad counts a row that occurs twice in a batch twice, and so shall we.
+    """
+    if tables := keras_internals.find_layers(model, Embedding):
+        largest = max(tables, key=lambda table: table.input_dim)
+        for optimizer in keras_internals.find_optimizers(model):
+            what = describe_dense_rows(with_sparse_rows(optimizer))
+            if what is not None and largest.input_dim >= _MANY_ROWS:
+                warn("%r has %d rows, and %s", largest.name, largest.input_dim, what)
+        if model.optimizer is not None:
+            keras_internals.set_optimizer(model, model.optimizer)

@@ -1,0 +1,548 @@
+"""A program's handle on its cluster: Keras's `fit`, `evaluate` and `predict` over all of its tasks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfdist import keras_internals
+from tfdist.api.arguments import epoch_ends, read_data, read_fit_data
+from tfdist.api.loops import Loops
+from tfdist.cluster.heartbeat import Heartbeat
+from tfdist.cluster.membership import Membership
+from tfdist.cluster.spec import Cluster, Task
+from tfdist.config.ps_options import PsOptions
+from tfdist.config.run_config import check_jit
+from tfdist.config.sync_options import SyncOptions
+from tfdist.data import BatchedSource, ShardedSource, Source
+from tfdist.data.read_errors import readable_faults
+from tfdist.data.service import DataService
+from tfdist.errors import ConfigError, PeerLost, Regroup
+from tfdist.runtime.strategies import is_peer_loss
+from tfdist.training.checkpoint.saver import Saver
+from tfdist.training.checkpoint.snapshot import Snapshot
+from tfdist.training.checkpoint.state import blocks_of_large
+from tfdist.training.checkpoint.store import Checkpoints
+from tfdist.training.loop import FitOptions, Loop, plan_steps, run_fit
+from tfdist.training.monitoring.callbacks import split_callbacks
+from tfdist.training.on_nan import OnNan
+from tfdist.training.plan import BatchPlan
+from tfdist.training.ps.loop import CoordinatorLoop
+from tfdist.training.sync.loop import SyncLoop
+
+_log = logging.getLogger("tfdist")
+
+
+class Run:
+    """A program's handle on its cluster.
+
+    Attributes:
+        strategy: Build and compile the model inside `strategy.scope()`.
+        strategy_name: Canonical name.
+        cluster: All tasks.
+        seed: Of order, initial weights and random layers.
+    """
+
+    def __init__(
+        self,
+        *,
+        strategy: tf.distribute.Strategy,
+        strategy_name: str,
+        cluster: Cluster,
+        seed: int,
+        heartbeat: Heartbeat,
+    ) -> None:
+        self._heartbeat = heartbeat
+        self._members: Membership | None = None
+        self._carried: Snapshot | None = None
+        self.strategy = strategy
+        self.strategy_name = strategy_name
+        self.cluster = cluster
+        self.seed = seed
+        self._loops = Loops(
+            strategy=strategy,
+            strategy_name=strategy_name,
+            num_workers=cluster.num_workers,
+            is_chief=cluster.is_chief,
+            heartbeat=heartbeat,
+        )
+
+    def join(self, members: Membership, carried: Snapshot | None) -> None:
+        """Lets `fit` watch for changes of the cluster, and go on from what this process has brought along.
+
+        Args:
+            members: Of this run's cluster.
+            carried: The state that `Regroup` carried; None for a process that is new.
+        """
+        self._members, self._carried = members, carried
+
+    @property
+    def task(self) -> Task | None:
+        """Which task this process is; None where it is alone."""
+        return self.cluster.task
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.cluster.is_chief
+
+    def fit(
+        self,
+        model: keras.Model,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: int | str = "auto",
+        callbacks: Any = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool = True,
+        class_weight: dict[int, float] | None = None,
+        sample_weight: Any = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: int | Sequence[int] = 1,
+        *,
+        checkpoints: Checkpoints | None = None,
+        on_nan: str = "ignore",
+        max_loss_spike: float | None = None,
+        drop_remainder: bool = False,
+        shard: str = "auto",
+        data_service: str | None = None,
+        steps_per_loop: int | None = None,
+        jit_compile: str | None = None,
+        sync: str | SyncOptions = "every_step",
+        ps: str | PsOptions = "async",
+    ) -> keras.callbacks.History:
+        """Trains as `keras.Model.fit` does, over the whole cluster, with its arguments in its order.
+
+        Args:
+            model: Compiled, made inside `strategy.scope()`.
+            x: All that `keras.Model.fit` takes: arrays, lists, dicts, data frames, a generator, a
+                `keras.utils.PyDataset`, a PyTorch `DataLoader` or a batched `tf.data.Dataset`, whose batches are the
+                global ones. Besides these a `tf.data.Dataset` of examples with a `batch_size`, a TFDS split, an object
+                whose `__getitem__` returns one example, as a `tfds.data_source` or a PyTorch dataset does, a
+                callable `InputContext → Dataset` of per-replica batches, and arrays `(x, y)` or `(x, y, sample_weight)`
+                in one tuple. A generator or `DataLoader` runs on each worker, and must yield the same everywhere.
+            y: Targets, of arrays.
+            batch_size: Examples of an optimizer step over all replicas. None: 32, or as many as the data's batches
+                have; a `tf.data.Dataset` is one of batches then, and of examples otherwise.
+            epochs: Epoch to stop at.
+            verbose: 0, 1, 2 or "auto".
+            callbacks: Keras callbacks; those that write run on the chief alone.
+            validation_split: Share of the arrays, from their end, to validate on.
+            validation_data: `(x, y)`, `(x, y, sample_weight)`, or all else that `x` may be.
+            shuffle: False keeps the data's own order; that of a batched `tf.data.Dataset` is always kept.
+            class_weight: Class → weight.
+            sample_weight: One weight per example, of arrays.
+            initial_epoch: Epoch to start at.
+            steps_per_epoch: None: until each example was seen once. An epoch of fewer steps than the data leaves the
+                rest to the next, as in Keras; with the data the epoch ends, with Keras's warning if it has fewer steps.
+            validation_steps: Batches to validate on; None: all.
+            validation_batch_size: Default: `batch_size`.
+            validation_freq: Validate every so many epochs, or at the 1-based epochs of a sequence.
+            checkpoints: Where to keep the state. If a checkpoint lies there already, training goes on from it,
+                inside an epoch too, as if it had never stopped; `epochs` is the total.
+            on_nan: What to do with a step whose loss or gradients are NaN or infinite. "ignore" applies it, as Keras
+                does. Otherwise it changes nothing, as if its batch were not in the data: no weights, metrics,
+                iterations or random streams. "stop" ends the run; "skip" warns and goes on; "rollback" goes on with
+                the weights of the last checkpoint, behind the batches since, at most three times from the same one.
+                Of several optimizers in a step of the model's own, those before the one with the fault have stepped.
+                Under `ps` a batch that is left out of accumulated gradients counts as zeros in their mean.
+            max_loss_spike: A loss more than this many times its mean over about 20 steps counts as such a step.
+            drop_remainder: Leave out a pass's last batch if it is short.
+            shard: How workers share a stream of examples. "off": each reads all of it and takes its part of every
+                batch. "file" or "data": each reads its own files, or examples, so that batches differ from those of one
+                process; every example still comes once an epoch. "auto": "file" for TFDS splits with a file for each
+                worker.
+            data_service: A tf.data service prepares the stream of examples, and hands each batch to whichever
+                worker asks next; `shard` then holds for `validation_data` alone. "local": the chief serves, to this
+                machine. "HOST:PORT": the dispatcher of a service that was started elsewhere, which must see the
+                same files, and cannot run Python functions of a pipeline; with several of its workers a pipeline
+                must not `zip` data sets. Each example comes once an epoch, in an order that no seed repeats, and in
+                batches that differ from those of one process. A resumed epoch leaves out as many batches as were
+                trained on, not the same ones: some examples come twice and some not at all. If a worker or a server
+                fails, what it held is lost to the epoch.
+            steps_per_loop: Steps in one call of a graph: worth it where a step takes a few milliseconds, of which
+                Python is about one. The weights are the same, bit for bit; callbacks hear of a loop's steps after its
+                last one. Logs and checkpoints come at their steps all the same: steps before them are made one by one,
+                as are those of data of unknown length. None: `compile(steps_per_execution=…)` if it is more than 1;
+                else four from the second epoch on, if by the first one's times that pays for compiling them. Under
+                `ps`, steps that a worker makes between two words with the chief; None: as many as keep the time lost to
+                dispatch small, at most 16.
+            jit_compile: "on" lets XLA compile forward and backward pass, "off" does not. "auto" compiles on GPUs if the
+                model can be; on CPUs it times both ways at first and takes the faster (so that two runs may differ by
+                rounding). None: as `compile` says under `one_device`; else "auto" on GPUs, "off" on CPUs. A pass's last
+                batch, if it is short, is computed without. Not under `ps`.
+            sync: Under `multiworker`, how workers share what they learn: one of `tfdist.config.sync_options.SYNCS`, or
+                `tfdist.SyncOptions(…)` for all there is to choose. Only "every_step", and without a narrower type or
+                compression, has the answer of one device.
+            ps: Under `ps`, whether workers step each for itself ("async") or all together ("sync"), or
+                `tfdist.PsOptions(…)` for all there is to choose.
+
+        Returns:
+            The history, equal on every task that runs the program.
+
+        Raises:
+            ConfigError: If something asked for cannot be honoured.
+            NonFiniteError: If `on_nan` says "stop", or the numbers stay wrong all the same; it names the step, the
+                layer and the examples.
+            Preempted: A `SystemExit` with code 143: a process was told to end by SIGTERM, and `checkpoints` hold
+                the state.
+        """
+        data = read_fit_data(
+            model,
+            (x, y, sample_weight),
+            batch_size=batch_size,
+            class_weight=class_weight,
+            validation_split=validation_split,
+            validation_data=validation_data,
+            validation_batch_size=validation_batch_size,
+        )
+        source, size = data.source, data.batch_size
+        loop = self._loops.find(model, source)
+        if data.validation is not None:
+            self._loops.check_elements(model, data.validation)
+        if steps_per_loop is None and model.steps_per_execution > 1:
+            steps_per_loop = model.steps_per_execution
+        lines = [self._configure(loop, sync, ps, steps_per_loop)]
+        if self.strategy_name != "ps":
+            steps_per_loop = self._choose_loop(steps_per_loop, on_nan, max_loss_spike)
+        check_jit(self.strategy_name, jit_compile)
+        if isinstance(loop, SyncLoop):
+            lines.append(loop.choose_compiler(jit_compile, source, size))
+        if self.is_chief and verbose != 0:
+            print("".join(f"tfdist: {line}\n" for line in lines if line), end="", flush=True)
+        self._check_batches(loop, source, size, drop_remainder)
+        self._check_callbacks(callbacks)
+        service: DataService | None = None
+        if data_service is None:
+            source = loop.shard_source_of(source, shard)
+        else:
+            service = DataService(data_service, loop=loop, cluster=self.cluster)
+            source = service.share(source)
+        validation = None if data.validation is None else loop.shard_source_of(data.validation, shard)
+        steps = plan_steps(source, size, steps_per_epoch, drop_remainder=drop_remainder)
+        given = [*split_callbacks(callbacks, is_chief=self.is_chief)[0], *epoch_ends(x)]
+        callback_list = keras.callbacks.CallbackList(
+            [*given, *self._progress(given, verbose)], add_history=True, model=model
+        )
+        callback_list.set_params(
+            {
+                "epochs": epochs,
+                "steps": steps,
+                "verbose": verbose,
+                "global_batch_size": size,
+                "input_wait": lambda: loop.input_wait.share,
+                "measures": loop.measures,
+            }
+        )
+        options = FitOptions(
+            global_batch_size=size,
+            epochs=epochs,
+            initial_epoch=initial_epoch,
+            steps_per_epoch=steps_per_epoch or steps,
+            shuffle=shuffle,
+            seed=self.seed,
+            validation_batch_size=data.validation_batch_size,
+            validation_steps=validation_steps,
+            validation_freq=validation_freq,
+            shown=verbose not in (0, 2),
+            drop_remainder=drop_remainder,
+            steps_per_loop=steps_per_loop,
+        )
+        saver = Saver(
+            checkpoints=checkpoints,
+            loop=loop,
+            model=model,
+            callbacks=callback_list,
+            is_chief=self.is_chief,
+            say=_log.info if verbose == 0 else functools.partial(print, flush=True),
+            num_steps=steps,
+            order={
+                "num_examples": source.num_examples,
+                "global_batch_size": size,
+                "seed": self.seed,
+                "shuffle": shuffle,
+                "drop_remainder": drop_remainder,
+                "num_parts": loop.num_readers if isinstance(source, ShardedSource) else 1,
+            },
+            members=self._members,
+            carried=self._carried,
+        )
+        on_nan_step = OnNan(
+            policy=on_nan,
+            max_loss_spike=max_loss_spike,
+            loop=loop,
+            model=model,
+            source=source,
+            saver=saver,
+            is_chief=self.is_chief,
+        )
+        answering: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self.strategy_name != "one_device":
+            answering = keras_internals.answering_alone(model, self.strategy)
+        with self._working(), service or contextlib.nullcontext(), answering, saver:
+            run_fit(
+                loop=loop,
+                model=model,
+                source=source,
+                validation=validation,
+                options=options,
+                callbacks=callback_list,
+                saver=saver,
+                heartbeat=self._heartbeat,
+                on_nan=on_nan_step,
+            )
+        return model.history
+
+    def evaluate(
+        self,
+        model: keras.Model,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+        sample_weight: Any = None,
+        steps: int | None = None,
+        callbacks: Any = None,
+        return_dict: bool = False,
+        *,
+        shard: str = "auto",
+    ) -> Any:
+        """Evaluates on each example once, as `keras.Model.evaluate` does.
+
+        Args:
+            model: Compiled, made inside `strategy.scope()`.
+            x: As for `fit`.
+            y: Targets, of arrays.
+            batch_size: As for `fit`.
+            verbose: 0 prints nothing, all else a line on the chief.
+            sample_weight: One weight per example, of arrays.
+            steps: None: all the data.
+            callbacks: Hear of the beginning and the end, not of each batch.
+            return_dict: False returns a list in Keras's order, or one number.
+            shard: As for `fit`.
+
+        Returns:
+            Metric name → value, or the values, on every task that runs the program.
+        """
+        source, size = read_data(model, x, y, sample_weight, batch_size=batch_size)
+        loop = self._loops.find(model, source)
+        source = loop.shard_source_of(source, shard)
+        plan = BatchPlan(global_batch_size=size, num_steps=plan_steps(source, size, steps))
+        given, _ = split_callbacks(callbacks, is_chief=self.is_chief)
+        callback_list = keras.callbacks.CallbackList(given, model=model)
+        with self._working():
+            callback_list.on_test_begin()
+            logs = loop.evaluate(source, plan)
+            callback_list.on_test_end(logs)
+        if verbose != 0 and self.is_chief:
+            print("evaluation:", *(f"{name} {value}" for name, value in logs.items()), flush=True)
+        return logs if return_dict else keras_internals.flatten_logs(model, logs)
+
+    def predict(
+        self,
+        model: keras.Model,
+        x: Any,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+    ) -> Any:
+        """Returns the model's outputs, `[examples, …]`, in the data's order, on every task that runs the program.
+
+        Args:
+            model: Made inside `strategy.scope()`.
+            x: As for `fit`; targets are ignored.
+            batch_size: As for `fit`.
+            verbose: As in `keras.Model.predict`; nothing is printed.
+            steps: None: all the data.
+            callbacks: Hear of the beginning and the end, not of each batch.
+        """
+        del verbose
+        source, size = read_data(model, x, batch_size=batch_size)
+        loop = self._loops.find(model, source, is_trained=False)
+        plan = BatchPlan(global_batch_size=size, num_steps=plan_steps(source, size, steps))
+        given, _ = split_callbacks(callbacks, is_chief=self.is_chief)
+        callback_list = keras.callbacks.CallbackList(given, model=model)
+        with self._working():
+            callback_list.on_predict_begin()
+            outputs = loop.predict(source, plan)
+            callback_list.on_predict_end()
+        return outputs
+
+    def build(self, model: keras.Model, data: Any, batch_size: int | None = None) -> None:
+        """Creates the model's variables, its optimizer's too, before the first step (to restore them, say).
+
+        Args:
+            model: Compiled, made inside `strategy.scope()`.
+            data: As `fit`'s `x`; two examples are read.
+            batch_size: As for `fit`.
+        """
+        self._loops.find(model, read_data(model, data, batch_size=batch_size)[0])
+
+    def save(self, model: keras.Model, path: str | Path) -> None:
+        """Writes the model on the chief, as `model.save` does, in blocks; other tasks return at once.
+
+        Args:
+            model: A built model.
+            path: A `.keras` file for plain Keras; it is whole, or what it was before.
+        """
+        if not self.is_chief:
+            return
+        path = Path(path)
+        # Keras tells the format by the name's end.
+        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        try:
+            with keras_internals.saving_in_blocks(blocks_of_large):
+                model.save(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def wait_for_others(self) -> None:
+        """Returns once every process that runs the program has called it, so that none leaves while another writes."""
+        if self.strategy_name != "multiworker":
+            return
+
+        def meet() -> Any:
+            context = tf.distribute.get_replica_context()
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.ones([]))
+
+        with self._working():
+            met = tf.function(lambda: self.strategy.run(meet), autograph=False)()
+            for count in self.strategy.experimental_local_results(met):
+                count.numpy()
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """Steps follow each other inside; a step that fails because other tasks are gone ends this one too."""
+        goes_on = False
+        try:
+            with readable_faults():
+                yield
+        except Regroup:
+            # In another cluster. The launcher, which may see a peer's death later than we, must not find us resting.
+            goes_on = True
+            raise
+        except tf.errors.OpError as error:
+            if not is_peer_loss(error) or self.cluster.is_single:
+                raise
+            print("tfdist: other tasks are gone in the middle of a step", file=sys.stderr, flush=True)
+            raise PeerLost from error
+        finally:
+            if not goes_on:
+                self._heartbeat.rest()
+
+    def _configure(
+        self, loop: Loop, sync: str | SyncOptions, ps: str | PsOptions, steps_per_loop: int | None
+    ) -> str:
+        """Tells the loop how steps are shared out; returns a line on it, or ""."""
+        ps_options = PsOptions(ps_mode=ps) if isinstance(ps, str) else ps
+        if steps_per_loop is not None:
+            ps_options = dataclasses.replace(ps_options, steps_per_loop=steps_per_loop)
+        ps_options.check_strategy(self.strategy_name)
+        sync_options = SyncOptions(sync=sync) if isinstance(sync, str) else sync
+        self._check_sync(sync_options)
+        if isinstance(loop, CoordinatorLoop):
+            loop.configure(ps_options)
+            return ""
+        assert isinstance(loop, SyncLoop)
+        return loop.configure(sync_options)
+
+    def _check_sync(self, options: SyncOptions) -> None:
+        asked = dataclasses.replace(options, exchange="auto", bucket_mb=SyncOptions.bucket_mb)
+        if asked != SyncOptions() and self.strategy_name != "multiworker":
+            raise ConfigError(
+                f"sync={options.sync!r} or its settings with strategy={self.strategy_name!r}: only 'multiworker' has "
+                "them; leave them out."
+            )
+        if asked != SyncOptions() and self._members is not None:
+            raise ConfigError(
+                f"sync={options.sync!r} with elastic='in_process': what workers keep for themselves would be lost with "
+                "one of them; choose elastic='restart'."
+            )
+
+    def _choose_loop(
+        self, steps_per_loop: int | None, on_nan: str, max_loss_spike: float | None
+    ) -> int | None:
+        if on_nan == "skip":
+            obstacle = "on_nan='skip'"
+        elif max_loss_spike is not None:
+            obstacle = f"max_loss_spike={max_loss_spike}"
+        elif self._members is not None:
+            obstacle = "elastic='in_process'"
+        else:
+            return steps_per_loop
+        if steps_per_loop not in (None, 1):
+            raise ConfigError(
+                f"steps_per_loop={steps_per_loop} with {obstacle}, which must know of each step before the next one "
+                "begins: leave one of the two out."
+            )
+        return 1
+
+    def _check_batches(self, loop: Loop, source: Source, size: int, drop_remainder: bool) -> None:
+        if size < loop.num_replicas:
+            raise ConfigError(
+                f"batch_size={size} is smaller than the {loop.num_replicas} replicas that share it; "
+                f"take at least {loop.num_replicas}."
+            )
+        if not isinstance(source, BatchedSource):
+            return
+        if drop_remainder:
+            raise ConfigError(
+                "drop_remainder with data that yield batches: leave out their last one where they are made, as "
+                "dataset.batch(…, drop_remainder=True) does."
+            )
+        self._check_same(loop, source)
+
+    def _check_same(self, loop: Loop, source: BatchedSource) -> None:
+        """Makes sure that workers which read the same batches see the same: each takes its part of them."""
+        if self.strategy_name != "multiworker":
+            return
+        flat = tf.nest.flatten(source.first_batch)
+        own = float(zlib.crc32(b"".join(np.asarray(t).tobytes() for t in flat if isinstance(t, tf.Tensor))))
+        total, count = loop.all_reduce_sum([own, 1.0])
+        if total != own * count:
+            raise ConfigError(
+                "the workers' first batches differ, and each would take its part of another one: let the data come in "
+                "the same order everywhere (a seed for each shuffle), or pass examples and a batch_size."
+            )
+
+    def _check_callbacks(self, callbacks: Any) -> None:
+        everyone, _ = split_callbacks(callbacks, is_chief=True)
+        if self.strategy_name == "multiworker" and any(
+            isinstance(c, keras.callbacks.BackupAndRestore) for c in everyone
+        ):
+            raise ConfigError(
+                "BackupAndRestore would restore the chief's weights alone, and only whole epochs; leave it out, and "
+                "pass checkpoints=tfdist.Checkpoints(directory=…) to fit (--resume on the command line)."
+            )
+
+    def _progress(self, given: Sequence[Any], verbose: int | str) -> list[keras.callbacks.Callback]:
+        if (
+            not self.is_chief
+            or verbose == 0
+            or any(isinstance(c, keras.callbacks.ProgbarLogger) for c in given)
+        ):
+            return []
+        # Here, since drawing brings rich, which a silent run need not load.
+        from tfdist.training.monitoring.progress import ProgressBar
+
+        return [] if any(isinstance(c, ProgressBar) for c in given) else [ProgressBar()]

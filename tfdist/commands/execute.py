@@ -1,0 +1,321 @@
+"""Carries out one `RunConfig` on this task: build, train, evaluate, save. What the commands call."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfdist import keras_internals
+from tfdist.api.initialize import initialize
+from tfdist.api.run import Run
+from tfdist.cluster.heartbeat import Heartbeat
+from tfdist.cluster.membership import Membership
+from tfdist.cluster.spec import Cluster
+from tfdist.config.run_config import RunConfig, parse_profile
+from tfdist.config.run_dir import RunDir
+from tfdist.data import TfdsSplit, build_source, forget_readers
+from tfdist.errors import ConfigError, OutOfMemoryError, Regroup, TfdistError
+from tfdist.launcher.job import RESTART_VARIABLE
+from tfdist.optimizers import build_optimizer, rate_factor
+from tfdist.recipe import Recipe, load_recipe, parse_overrides
+from tfdist.training.checkpoint.store import Checkpoints
+from tfdist.training.loop import plan_steps
+from tfdist.training.metrics import single_numbers
+from tfdist.training.monitoring.callbacks import ConfigFile, MetricsFile, TensorBoardScalars
+from tfdist.training.monitoring.profile import ProfileSteps
+from tfdist.training.monitoring.progress import ProgressBar
+
+# How long a task waits for the launcher to say who goes on: as long as another takes to start.
+_REGROUP_SECS = 300.0
+
+
+def execute(
+    config: RunConfig, *, cluster: Cluster | None = None, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Carries out a run's mode on this task.
+
+    Args:
+        config: What to do.
+        cluster: With this process's task; None reads it from the environment.
+        say: Takes the few lines meant for a person; called on the chief alone.
+
+    Returns:
+        The final test metrics, empty for `predict` and `export`.
+
+    Raises:
+        ConfigError: If a setting cannot be honoured.
+        OutOfMemoryError: If a tensor finds no memory.
+    """
+    recipe = load_recipe(config.recipe)
+    overrides = parse_overrides(recipe, config.overrides, data_dir=config.data_dir)
+    members = Membership.from_environment(os.environ) if config.mode == "train" else None
+    carried: Any = None
+    if members is not None and members.is_joining:
+        Heartbeat.from_environment(os.environ).wait()
+        cluster = members.wait_for_cluster(timeout_secs=_REGROUP_SECS)
+    while True:
+        try:
+            return _carry_out_in(cluster, recipe, overrides, config, say, members, carried)
+        except Regroup as regroup:
+            carried = regroup.snapshot
+        # Outside: nothing that was made in the old cluster, and the exception leads to all of it, may be left.
+        assert members is not None
+        keras_internals.forget_cluster()
+        forget_readers()
+        cluster = members.wait_for_cluster(timeout_secs=_REGROUP_SECS)
+
+
+def _carry_out_in(
+    cluster: Cluster | None,
+    recipe: Recipe,
+    overrides: tuple[dict[str, Any], dict[str, Any]],
+    config: RunConfig,
+    say: Callable[[str], None],
+    members: Membership | None,
+    carried: Any,
+) -> dict[str, Any]:
+    run = initialize(
+        strategy=config.strategy,
+        num_replicas=config.num_replicas,
+        seed=config.seed,
+        mixed_precision=config.mixed_precision,
+        cluster=cluster,
+        gpu_memory_gb=config.gpu_memory_gb,
+        deterministic=config.deterministic,
+    )
+    if members is not None:
+        run.join(members, carried)
+        config = dataclasses.replace(config, resume=config.resume or members.generation > 0)
+    try:
+        results = _carry_out(run, recipe, overrides, config, say if run.is_chief else _say_nothing)
+    except tf.errors.ResourceExhaustedError as error:
+        # TensorFlow says it in many lines, and where in the graph; the tensor's shape is in the first.
+        found = re.search(r"OOM when allocating.*", error.message) or re.match(r".*", error.message)
+        raise OutOfMemoryError(
+            f"{run.task or 'this process'} is out of memory: {found[0] if found else ''}; give a smaller "
+            "--global_batch_size, a smaller model, --mixed_precision=bfloat16, or more workers."
+        ) from error
+    except tf.errors.InvalidArgumentError as error:
+        # What a layer or a reader of data asserts is said in one line, without the graph around it.
+        found = re.search(r"assertion failed: (.*)", error.message)
+        if found is None:
+            raise
+        raise ConfigError(found[1].strip().replace("] [", " ").strip("[]")) from error
+    run.wait_for_others()
+    return results
+
+
+def _carry_out(
+    run: Run,
+    recipe: Recipe,
+    overrides: tuple[dict[str, Any], dict[str, Any]],
+    config: RunConfig,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    model_kwargs, data_kwargs = overrides
+    run_dir = RunDir(Path(config.run_dir))
+    if run.is_chief:
+        run_dir.create(config)
+    test = _with_data_dir(recipe.build_data("test", **data_kwargs), config)
+    with run.strategy.scope():
+        model = recipe.build_model(**model_kwargs)
+    if config.mode == "train":
+        train = _with_data_dir(recipe.build_data("train", **data_kwargs), config)
+        return _train(run, run_dir, model, train, test, config, say)
+    if not run_dir.model_file.exists():
+        raise ConfigError(
+            f"run_dir={config.run_dir!r} holds no finished model (model.keras); train there first, "
+            "or go on with --mode=train --resume."
+        )
+    run.build(model, test, config.global_batch_size)
+    with warnings.catch_warnings():
+        # Its slots lie in other shards, as the tables may; nothing is trained here.
+        warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
+        model.load_weights(run_dir.model_file)
+    if config.mode == "predict":
+        return _predict(run, run_dir, model, test, config, say)
+    if config.mode == "export":
+        _export(run, run_dir, test, say)
+        return {}
+    return _report(
+        run.evaluate(
+            model, test, batch_size=config.global_batch_size, verbose=0, return_dict=True, shard=config.shard
+        ),
+        say,
+    )
+
+
+def _train(
+    run: Run,
+    run_dir: RunDir,
+    model: keras.Model,
+    train: Any,
+    test: Any,
+    config: RunConfig,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    source = build_source(train)
+    if config.optimizer is not None:
+        steps = plan_steps(
+            source, config.global_batch_size, config.steps_per_epoch, drop_remainder=config.drop_remainder
+        )
+        with run.strategy.scope():
+            optimizer = build_optimizer(
+                config.optimizer,
+                learning_rate=config.learning_rate,
+                rate_factor=_rate_factor(config),
+                schedule=config.schedule or "constant",
+                warmup_steps=config.warmup_steps,
+                weight_decay=config.weight_decay,
+                total_steps=None if steps is None else steps * config.epochs,
+            )
+            keras_internals.set_optimizer(model, optimizer)
+    run.build(model, source, config.global_batch_size)
+    checkpoints = Checkpoints(
+        directory=run_dir.checkpoints_dir,
+        every_steps=config.checkpoint_every_steps,
+        every_secs=config.checkpoint_every_secs,
+        keep=config.keep_checkpoints,
+        why=_explain_resume(os.environ),
+        config=config.to_dict(),
+    )
+    if config.resume and run.is_chief and not checkpoints.files():
+        say(f"nothing to resume: {run_dir.path} holds no checkpoint yet; starting at the first epoch")
+    say(
+        f"training {config.recipe} under {run.strategy_name}: {source.num_examples or 'streamed'} examples, "
+        f"global batch {config.global_batch_size}, {config.epochs} epochs, {model.count_params():,} parameters"
+    )
+    if run.strategy_name == "mirrored" and not tf.config.list_logical_devices("GPU"):
+        say(
+            "mirrored without GPUs is for trying things out: its replicas share the cores, and one_device is as fast"
+        )
+    start = time.monotonic()
+    run.fit(
+        model,
+        source,
+        batch_size=config.global_batch_size,
+        epochs=config.epochs,
+        steps_per_epoch=config.steps_per_epoch,
+        validation_data=test,
+        callbacks=[
+            ProgressBar(),
+            ConfigFile(run_dir=run_dir, config=config),
+            MetricsFile(run_dir=run_dir),
+            TensorBoardScalars(run_dir=run_dir),
+            *_profile(run_dir, config),
+        ],
+        verbose=config.verbose,
+        checkpoints=checkpoints,
+        on_nan=config.on_nan,
+        max_loss_spike=config.max_loss_spike,
+        drop_remainder=config.drop_remainder,
+        shard=config.shard,
+        data_service=config.data_service,
+        # A profile begins and ends between two steps.
+        steps_per_loop=1 if config.profile and config.strategy != "ps" else config.steps_per_loop,
+        ps=config.ps_options,
+        sync=config.sync_options,
+        jit_compile=config.jit_compile,
+    )
+    results = _report(
+        run.evaluate(
+            model, test, batch_size=config.global_batch_size, verbose=0, return_dict=True, shard=config.shard
+        ),
+        say,
+    )
+    try:
+        run.save(model, run_dir.model_file)
+    except OSError as error:
+        raise TfdistError(
+            f"{run_dir.model_file} could not be written ({error.strerror or error}): make room, and run the same "
+            "command with --resume."
+        ) from error
+    if config.export:
+        _export(run, run_dir, test, say)
+    say(f"trained in {time.monotonic() - start:.1f} s; the run is in {run_dir.path}")
+    return results
+
+
+def _rate_factor(config: RunConfig) -> float:
+    if config.lr_scaling is None or config.base_batch_size is None:
+        return 1.0
+    return rate_factor(
+        config.lr_scaling,
+        global_batch_size=config.global_batch_size,
+        base_batch_size=config.base_batch_size,
+    )
+
+
+def _explain_resume(environ: Mapping[str, str]) -> str:
+    if int(environ.get(RESTART_VARIABLE) or 0):
+        return "the newest that is whole, since the launcher has started this task again"
+    if int(environ.get("SLURM_RESTART_COUNT") or 0):
+        return "the newest that is whole, since Slurm has started this job again"
+    return "the newest that is whole, as --resume asks for"
+
+
+def _profile(run_dir: RunDir, config: RunConfig) -> list[ProfileSteps]:
+    if config.profile is None:
+        return []
+    first, last = parse_profile(config.profile)
+    return [ProfileSteps(log_dir=run_dir.tensorboard_dir, first=first, last=last)]
+
+
+def _predict(
+    run: Run, run_dir: RunDir, model: keras.Model, test: Any, config: RunConfig, say: Callable[[str], None]
+) -> dict[str, Any]:
+    # Here: only this mode handles arrays itself.
+    import numpy as np
+
+    outputs = run.predict(model, test, batch_size=config.global_batch_size)
+    if run.is_chief:
+        path = run_dir.path / "predictions.npz"
+        named = outputs if isinstance(outputs, dict) else {"predictions": outputs}
+        np.savez(path, **named)
+        say(f"predictions are in {path}")
+    return {}
+
+
+def _export(run: Run, run_dir: RunDir, test: Any, say: Callable[[str], None]) -> None:
+    if not run.is_chief:
+        return
+    # Through the file: the copy is made of plain variables, so the SavedModel serves without a cluster.
+    with keras.device("cpu:0"):
+        plain = keras.models.load_model(run_dir.model_file)
+    signature = None
+    if not hasattr(plain, "inputs"):
+        # A subclassed model knows what it takes only once it was called, and Keras exports all of it as float32.
+        inputs, _, _ = keras.utils.unpack_x_y_sample_weight(build_source(test).sample_batch(2))
+        plain(inputs)
+        signature = [tf.nest.map_structure(_input_spec, inputs)]
+    plain.export(str(run_dir.export_dir), verbose=False, input_signature=signature)
+    say(f"the SavedModel is in {run_dir.export_dir}")
+
+
+def _input_spec(batch: tf.Tensor) -> keras.InputSpec:
+    return keras.InputSpec(shape=(None, *batch.shape[1:]), dtype=batch.dtype.name)
+
+
+def _report(results: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    numbers = {name: number for log in results.items() for name, number in single_numbers(*log).items()}
+    say("test  " + "  ".join(f"{name} {number:.4f}" for name, number in numbers.items()))
+    return results
+
+
+def _with_data_dir(data: Any, config: RunConfig) -> Any:
+    if config.data_dir and isinstance(data, TfdsSplit):
+        return dataclasses.replace(data, data_dir=config.data_dir)
+    return data
+
+
+def _say_nothing(line: str) -> None:
+    del line

@@ -1,0 +1,1 @@
+"""What `fit` takes as data, and where it comes from."""

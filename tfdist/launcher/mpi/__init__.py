@@ -1,0 +1,1 @@
+"""What MPI's processes ask of whoever started them."""

@@ -1,0 +1,1 @@
+"""Tasks on other machines, by ssh."""

@@ -1,0 +1,1 @@
+"""What keeps a job alive: who has died, frozen or hung, and what follows."""

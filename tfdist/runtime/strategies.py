@@ -1,0 +1,94 @@
+"""Strategy name → `tf.distribute.Strategy`."""
+
+from __future__ import annotations
+
+import logging
+
+import tensorflow as tf
+
+from tfdist import keras_internals
+from tfdist.cluster.spec import Cluster
+from tfdist.errors import ConfigError
+from tfdist.runtime.devices import has_own_gpus
+
+
+def build_strategy(
+    *, strategy: str, cluster: Cluster | None, num_replicas: int | None
+) -> tf.distribute.Strategy:
+    """Builds the strategy; under `multiworker` this waits for every peer.
+
+    Args:
+        strategy: Canonical strategy name.
+        cluster: The cluster with this process's own task; needed by `multiworker` and `ps`.
+        num_replicas: Replicas of `mirrored`; None means every GPU, or two CPU replicas.
+
+    Returns:
+        The strategy; for `one_device` TensorFlow's default one.
+
+    Raises:
+        ConfigError: If more replicas are asked for than there are devices.
+    """
+    if strategy == "one_device":
+        return tf.distribute.get_strategy()
+    keras_internals.allow_bare_values()
+    if strategy == "mirrored":
+        mirrored = tf.distribute.MirroredStrategy(_mirrored_devices(num_replicas))
+        keras_internals.reuse_instance_keys(mirrored)
+        return mirrored
+    resolver = _build_resolver(cluster)
+    if strategy == "multiworker":
+        return _build_multiworker(resolver)
+    logging.getLogger("tensorflow").addFilter(_is_not_advice_on_datasets)
+    ps_strategy = tf.distribute.ParameterServerStrategy(resolver)
+    keras_internals.place_by_bytes(ps_strategy)
+    return ps_strategy
+
+
+def _build_resolver(cluster: Cluster | None) -> tf.distribute.cluster_resolver.SimpleClusterResolver:
+    """Returns TensorFlow's form of a cluster with its own task."""
+    assert cluster is not None and cluster.task is not None
+    spec = tf.train.ClusterSpec({role: list(addresses) for role, addresses in cluster.addresses.items()})
+    return tf.distribute.cluster_resolver.SimpleClusterResolver(
+        spec, task_type=cluster.task.type, task_id=cluster.task.index, rpc_layer="grpc"
+    )
+
+
+def _is_not_advice_on_datasets(record: logging.LogRecord) -> bool:
+    """Tells whether TensorFlow says something else than which of its dataset classes a worker with GPUs should use."""
+    return "GPUs are allocated per worker" not in record.getMessage()
+
+
+def is_peer_loss(error: tf.errors.OpError) -> bool:
+    """Says whether an operation failed because another task is gone, and not by a fault of its own."""
+    return isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError))
+
+
+def _build_multiworker(resolver: tf.distribute.cluster_resolver.ClusterResolver) -> tf.distribute.Strategy:
+    options = None
+    if tf.config.list_physical_devices("GPU"):
+        kinds = tf.distribute.experimental.CommunicationImplementation
+        # Left to itself TensorFlow takes its ring for GPUs too. NCCL refuses workers that share one.
+        implementation = kinds.NCCL if has_own_gpus() else kinds.RING
+        options = tf.distribute.experimental.CommunicationOptions(implementation=implementation)
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy(
+            cluster_resolver=resolver, communication_options=options
+        )
+    except RuntimeError as error:
+        if "program startup" not in str(error):
+            raise
+        raise ConfigError(
+            "TensorFlow has already started, and multiworker must be set up before that; call tfdist.initialize "
+            "first, before any dataset, tensor or model is made."
+        ) from None
+
+
+def _mirrored_devices(num_replicas: int | None) -> list[str]:
+    kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
+    devices = [f"{kind}:{i}" for i in range(len(tf.config.list_logical_devices(kind)))]
+    wanted = num_replicas or (len(devices) if kind == "GPU" else 2)
+    if wanted > len(devices):
+        raise ConfigError(
+            f"num_replicas={wanted}, but there are {len(devices)} {kind} devices; ask for at most that many."
+        )
+    return devices[:wanted]

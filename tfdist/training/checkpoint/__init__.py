@@ -1,0 +1,1 @@
+"""A run's state: taken between two steps, written whole, brought back under any strategy."""

@@ -1,0 +1,540 @@
+"""The loop of `ps`: the chief hands numbered batches to whichever worker is free; variables live on the ps tasks."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfdist import keras_internals
+from tfdist.cluster.heartbeat import Heartbeat
+from tfdist.config.ps_options import PsOptions
+from tfdist.data import ArraySource, SelfShardedSource, Source
+from tfdist.errors import ConfigError
+from tfdist.training.checkpoint.input_position import InputPosition
+from tfdist.training.metric_parts import aggregation_of, find_whole
+from tfdist.training.metrics import add_states, metric_results, select_logs
+from tfdist.training.monitoring.input_wait import InputWait
+from tfdist.training.plan import BatchPlan, FinishedStep
+from tfdist.training.ps.dispatch import Dispatch, timed
+from tfdist.training.ps.in_flight import PartsInFlight
+from tfdist.training.ps.message import PackedFunction, Scheduled
+from tfdist.training.ps.staleness import StalenessRecord
+from tfdist.training.ps.sync_step import SyncPsStep
+from tfdist.training.ps.worker_input import OwnInput, Part, ResidentInput, SentInput, WorkerInput
+from tfdist.training.step.finite_check import SOUND
+
+# For each worker so many steps in flight, or so many closures: enough that a slow one does not hold up the others.
+_STEPS_PER_WORKER = 16
+_CLOSURES_PER_WORKER = 6
+_RETRY_SECS = 0.1
+# Data sets that the workers keep at once: training, validation, and one or two more.
+_MAX_FEEDS = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Run:
+    """Batches that one worker must take together: one, or those whose gradients are accumulated.
+
+    Attributes:
+        parts: Of each batch.
+        phase: How many batches of the accumulation came before.
+        is_boundary: Whether nothing may be in flight behind it.
+    """
+
+    parts: list[Part]
+    phase: int
+    is_boundary: bool
+
+    @property
+    def shape(self) -> Any:
+        """What must be equal in runs that share a closure."""
+        return [part.size for part in self.parts], self.phase
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Call:
+    """A closure to schedule."""
+
+    closure: PackedFunction
+    args: tuple[Any, ...]
+    num_steps: int = 1
+    is_boundary: bool = False
+    is_new: bool = False
+
+
+class CoordinatorLoop:
+    """Runs epochs, evaluation and prediction of a built model through a `ClusterCoordinator`.
+
+    Attributes:
+        num_replicas: Among how many workers a batch is divided.
+        metric_origins: What the steps' parts of the metrics' state are counted from: what these start from.
+    """
+
+    num_readers = 1
+
+    def __init__(
+        self,
+        *,
+        coordinator: tf.distribute.coordinator.ClusterCoordinator,
+        model: keras.Model,
+        num_workers: int,
+        heartbeat: Heartbeat,
+        batch: Any,
+    ) -> None:
+        _check_metrics(model, batch)
+        self._heartbeat = heartbeat
+        self._coordinator = coordinator
+        self._model = model
+        self._num_workers = num_workers
+        self._step = SyncPsStep(model=model, num_parts=num_workers)
+        self.metric_origins = self._step.metric_origins
+        self._apply_functions: dict[Any, Any] = {}
+        self._feeds: collections.OrderedDict[int, WorkerInput] = collections.OrderedDict()
+        self._num_scheduled = 0
+        self._options = PsOptions()
+        self.num_replicas = 1
+        self.input_wait = InputWait()
+        self._dispatch = Dispatch(num_workers=num_workers)
+        self._staleness = StalenessRecord()
+        self._parts = PartsInFlight(num_places=num_workers, fetch=self._fetch, end_late=self._end_late)
+        self._num_dropped = 0
+        self._num_repeated = 0
+        self._position = InputPosition()
+
+    def start(self) -> None:
+        """Goes on counting where the model stands: random streams and accumulation follow the step's number."""
+        self.release()
+        if self._model.optimizer is not None:
+            self._num_scheduled = int(keras_internals.batch_counter(self._model.optimizer).numpy())
+
+    def release(self) -> None:
+        """Lets go of the stream; what the workers hold may be asked for again, as by an evaluation at the end."""
+        self._position.forget()
+
+    def configure(self, options: PsOptions) -> None:
+        """Says how the next epochs' steps are shared out.
+
+        Raises:
+            ConfigError: If the model's cannot be.
+        """
+        if options.ps_mode == "sync":
+            self._step.check()
+        if options.num_backup_workers >= self._num_workers:
+            raise ConfigError(
+                f"num_backup_workers={options.num_backup_workers} with num_workers={self._num_workers}: somebody's "
+                f"part must count; give at most {self._num_workers - 1}, or more workers."
+            )
+        self._options = options
+        self.num_replicas = self._num_workers if options.ps_mode == "sync" else 1
+
+    def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
+        """Trains over the plan's steps, yielding once a finished step, with the logs where `plan.wants_logs`."""
+        self.input_wait.begin_epoch()
+        self._dispatch.begin_epoch()
+        self._staleness.begin_epoch()
+        self._num_dropped = 0
+        self._state = plan.metrics or self.metric_origins
+        if self._options.ps_mode == "sync":
+            yield from self._train_together(source, plan)
+            return
+        extra: dict[str, Any] = {}
+        step = plan.first_step
+        self._num_repeated, before, num_made = 0, self._count_applied(), 0
+        for ((states, extras, report), secs), call, is_boundary in self._results(
+            "train", self._train_calls(source, plan)
+        ):
+            self._dispatch.end_closure(float(secs), num_steps=call.num_steps)
+            for i, (fault, loss, staleness) in enumerate(report):
+                if i < (len(states[0]) if states else 0):
+                    self._state = add_states(self._state, [rows[i] for rows in states])
+                self._staleness.add(float(staleness))
+                num_made += fault == SOUND or self._step.accumulation_steps > 1
+                if fault == SOUND:
+                    extra = {name: values[i] for name, values in extras.items()}
+                logs = self._logs("train", self._state, extra) if plan.wants_logs(step) else None
+                yield FinishedStep(
+                    step=step,
+                    logs=logs,
+                    is_boundary=is_boundary and i == call.num_steps - 1,
+                    fault=int(fault),
+                    loss=float(loss),
+                )
+                step += 1
+        if before is not None and (after := self._count_applied()) is not None:
+            self._num_repeated = after - before - num_made
+        self.epoch_logs = self._logs("train", self._state, extra)
+
+    def _count_applied(self) -> int | None:
+        """Returns the steps that are in the weights; None where a step of the model's own may count otherwise."""
+        if keras_internals.has_own_step(self._model) or self._model.optimizer is None:
+            return None
+        return int(keras_internals.batch_counter(self._model.optimizer).numpy())
+
+    def _train_together(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
+        self._parts.wait_for_late()  # of an epoch that was given up
+        feed = self._feed(source)
+        batches = feed.batches(plan, self._num_workers)
+        if isinstance(feed, SentInput):
+            batches = self._timed(batches)
+        extra: dict[str, Any] = {}
+        for step, parts in enumerate(batches, start=plan.first_step):
+            is_boundary = plan.is_boundary(step)
+            results, shares = self._compute_parts(feed, parts, plan, step)
+            states, extras, losses = zip(*results, strict=True)
+            total = sum(shares)
+            fault, loss = self._apply_parts(shares, np.sum(losses, dtype=np.float32) / total, plan)
+            self._num_scheduled += 1
+            if fault == SOUND:
+                for state in states:
+                    self._state = add_states(self._state, state)
+                extra = {name: sum(own[name] for own in extras) / total for name in extras[0]}
+                self._staleness.add(0.0)
+            logs = self._logs("train", self._state, extra) if plan.wants_logs(step) else None
+            yield FinishedStep(
+                step=step, logs=logs, is_boundary=is_boundary, fault=int(fault), loss=float(loss)
+            )
+            if plan.is_stopped():
+                break
+        self._parts.wait_for_late()
+        self.epoch_logs = self._logs("train", self._state, extra)
+
+    def _compute_parts(
+        self, feed: WorkerInput, parts: Sequence[Part], plan: BatchPlan, step: int
+    ) -> tuple[list[Any], list[float]]:
+        """Returns the results of the parts that count, and of each worker's place the share of its part, or 0."""
+        num_examples = sum(part.size or 0 for part in parts)
+        num_spare = self._options.num_backup_workers
+        calls: dict[int, tuple[Part, _Call, float]] = {}
+
+        def start(part: Part, place: int) -> Scheduled:
+            call = self._part_call(feed, part, plan, place=place, num_examples=num_examples)
+            scheduled, trace_secs = self._schedule(call, "train")
+            calls[place] = part, call, trace_secs
+            return scheduled
+
+        # Those that nobody has time for are not always the last ones.
+        first = step % len(parts) if num_spare else 0
+        starts = [functools.partial(start, part) for part in [*parts[first:], *parts[:first]]]
+        ended = self._parts.run(starts, num_wanted=min(len(parts), self._num_workers - num_spare))
+        for _, call, trace_secs in calls.values():
+            if call.is_new:
+                self._dispatch.end_compile(trace_secs, num_steps=1)
+        shares = [0.0] * (self._num_workers if num_spare else len(parts))
+        for place, (_, secs) in ended.items():
+            self._dispatch.end_closure(float(secs), num_steps=1)
+            shares[place] = (calls[place][0].size or 0) / num_examples
+        self._num_dropped += num_examples - sum(calls[place][0].size or 0 for place in ended)
+        return [result for result, _ in ended.values()], shares
+
+    def _part_call(
+        self, feed: WorkerInput, part: Part, plan: BatchPlan, *, place: int, num_examples: int
+    ) -> _Call:
+        key = ("part", part.size, plan.shuffle, plan.seed)
+        is_new = key not in feed.closures
+        if is_new:
+            feed.closures[key] = self._build_part(feed.read(part.size, plan))
+        numbers = [self._num_scheduled, place, (part.size or 0) / num_examples]
+        args = feed.pack([part]), tf.constant(numbers, tf.float64)
+        return _Call(closure=feed.closures[key], args=args, is_new=is_new)
+
+    def _end_late(self, result: Any) -> None:
+        self._dispatch.end_closure(float(result[1]), num_steps=1)
+
+    def _apply_parts(self, shares: list[float], loss: Any, plan: BatchPlan) -> Any:
+        limits = [] if plan.loss_limit is None else [tf.constant(plan.loss_limit(), tf.float32)]
+        num_parts, all_count = len(shares), not self._options.num_backup_workers
+        key = (num_parts, len(limits), all_count)
+        if key not in self._apply_functions:
+            self._apply_functions[key] = tf.function(
+                lambda shares, loss, *limit: self._step.apply_parts(
+                    num_parts, loss, *limit, shares=None if all_count else shares
+                ),
+                autograph=False,
+            )
+        # Not on a worker, where it might be run again if that dies; nor on the chief, past which all weights would go.
+        with tf.device(keras_internals.native(self._model.trainable_variables[0]).device):
+            args = tf.constant(shares, tf.float32), tf.constant(loss, tf.float32)
+            return self._apply_functions[key](*args, *limits).numpy()
+
+    @property
+    def step_secs(self) -> float | None:
+        """How long a step took lately; None where nobody knows."""
+        return self._dispatch.step_secs
+
+    def measures(self) -> dict[str, Any]:
+        """Returns of the epoch so far `dispatch_share` (see `Dispatch`), and `StalenessRecord.summary`.
+
+        With backup workers also `num_dropped`, the examples whose parts were late; and where workers have died
+        `num_repeated`, the steps that TensorFlow has run again although they were in the weights already.
+        """
+        share = self._dispatch.share
+        measures = ({} if share is None else {"dispatch_share": share}) | self._staleness.summary()
+        if self._num_repeated:
+            measures["num_repeated"] = self._num_repeated
+        return measures | ({"num_dropped": self._num_dropped} if self._options.num_backup_workers else {})
+
+    def snapshot_metrics(self) -> list[Any]:
+        """Returns the metrics' state so far, once no step is in flight."""
+        # Those that an abandoned epoch left would step on with weights that are restored meanwhile.
+        self._coordinator.join()
+        return self._state
+
+    def snapshot_sync(self) -> dict[str, np.ndarray]:
+        """Returns nothing: what the workers share lies in the model."""
+        return {}
+
+    def restore_sync(self, arrays: dict[str, np.ndarray]) -> None:
+        """Takes nothing."""
+
+    def snapshot_input(self) -> bytes:
+        """Returns where the stream stands that the chief reads; at a boundary nothing was read ahead of it."""
+        return self._position.save()
+
+    def shard_source_of(self, source: Source, shard: str) -> Source:
+        """Returns the source: the chief reads streams alone, and sends each example to one worker."""
+        del shard
+        return source
+
+    def broadcast(self, content: bytes, *, source: int = 0) -> bytes:
+        """Returns the bytes: only the chief runs the program."""
+        del source
+        return content
+
+    def own_metrics(self) -> list[Any]:
+        """Returns this process's part of the metrics' state, from its origin."""
+        return [state - start for state, start in zip(self._state, self.metric_origins, strict=True)]
+
+    def all_reduce_sum(self, values: list[float]) -> list[float]:
+        """Returns the values: only the chief runs the program."""
+        return values
+
+    def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
+        """Returns the metrics over the plan's steps."""
+        state = self.metric_origins
+        last: dict[str, Any] = {}
+        for ((part, extra),), _, _ in self._results("test", self._other_calls("test", source, plan)):
+            state, last = add_states(state, part), extra
+        return self._logs("test", state, last)
+
+    def predict(self, source: Source, plan: BatchPlan) -> Any:
+        """Returns the outputs as arrays in the data's order."""
+        results = self._results("predict", self._other_calls("predict", source, plan))
+        batches = [outputs for outputs, _, _ in results]
+        return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *batches)
+
+    def _logs(self, kind: str, state: list[Any], extra: dict[str, Any]) -> dict[str, Any]:
+        return select_logs(metric_results(self._model, state), self._step.returned.get(kind), extra)
+
+    def _results(self, kind: str, calls: Iterable[_Call]) -> Iterator[tuple[Any, _Call, bool]]:
+        """Schedules every closure once, and yields in order its result and whether nothing is in flight behind it."""
+        pending: collections.deque[tuple[Any, _Call, float]] = collections.deque()
+        num_steps = 0
+
+        def finish() -> tuple[Any, _Call, bool]:
+            nonlocal num_steps
+            value, call, trace_secs = pending.popleft()
+            num_steps -= call.num_steps
+            self._beat(kind)
+            result = self._fetch(value)
+            if call.is_new and kind == "train":
+                self._dispatch.end_compile(trace_secs, num_steps=call.num_steps)
+            return result, call, call.is_boundary and not pending
+
+        for call in calls:
+            while pending and num_steps + call.num_steps > self._max_steps(call.num_steps):
+                yield finish()
+            value, trace_secs = self._schedule(call, kind)
+            pending.append((value, call, trace_secs))
+            num_steps += call.num_steps
+            while call.is_boundary and pending:
+                yield finish()
+        while pending:
+            yield finish()
+
+    def _schedule(self, call: _Call, kind: str) -> tuple[Scheduled, float]:
+        """Returns what is on its way, and how long it took to trace a function that is new."""
+        start = time.perf_counter()
+        if call.is_new and kind == "train":
+            self._dispatch.begin_compile()
+        value = self._coordinator.schedule(call.closure.function, args=call.args)
+        return Scheduled(value, call.closure), time.perf_counter() - start
+
+    def _max_steps(self, num_steps: int) -> int:
+        """Returns how many batches may be in flight with closures of so many."""
+        if (bound := self._options.max_staleness) is not None:
+            # What is in flight is finished in order. A step can miss those before it that were in flight when it began,
+            # and those behind it that are when it ends: twice as many, without itself.
+            return (bound // 2 + 1) * self._step.accumulation_steps
+        return self._num_workers * max(_STEPS_PER_WORKER, _CLOSURES_PER_WORKER * num_steps)
+
+    def _beat(self, kind: str) -> None:
+        if kind != "train":
+            self._heartbeat.beat()
+
+    def _fetch(self, scheduled: Scheduled) -> Any:
+        while True:
+            try:
+                return scheduled.closure.unpack(self._coordinator.fetch(scheduled.value))
+            except tf.errors.CancelledError:
+                self._coordinator.done()  # raises what it was cancelled for, if nobody has heard of it yet
+                raise
+            except tf.errors.OpError:
+                # The worker may have died while its result was on the way: then TensorFlow runs the step elsewhere, and
+                # the result will come. An error of the step itself is the coordinator's too: raised here.
+                self._coordinator.done()
+                time.sleep(_RETRY_SECS)
+
+    def _train_calls(self, source: Source, plan: BatchPlan) -> Iterator[_Call]:
+        feed = self._feed(source)
+        scales = self._options.staleness_lr == "inverse"
+        # Whoever goes back to a batch needs the metrics up to it.
+        sums_states = not plan.log_every_steps and plan.loss_limit is None
+        for runs in self._grouped(self._runs(feed, plan), functools.partial(self._num_steps, plan)):
+            if plan.is_stopped():  # Those that are on their way still count.
+                return
+            parts = [part for run in runs for part in run.parts]
+            sizes = tuple(part.size for part in parts)
+            phase = runs[0].phase
+            limits = [] if plan.loss_limit is None else [plan.loss_limit()]
+            key = ("train", sizes, phase, plan.shuffle, plan.seed, len(limits), sums_states, scales)
+            is_new = key not in feed.closures
+            if is_new:
+                reads = [feed.read(size, plan) for size in sizes]
+                feed.closures[key] = self._build_train(
+                    reads, phase=phase, sums_states=sums_states, scales_by_staleness=scales
+                )
+            yield _Call(
+                closure=feed.closures[key],
+                args=(feed.pack(parts), tf.constant([self._num_scheduled, *limits], tf.float64)),
+                num_steps=len(parts),
+                is_boundary=runs[-1].is_boundary,
+                is_new=is_new,
+            )
+            self._num_scheduled += len(parts)
+
+    def _runs(self, feed: WorkerInput, plan: BatchPlan) -> Iterator[_Run]:
+        batches = feed.batches(plan)
+        if isinstance(feed, SentInput):
+            batches = self._timed(batches)
+        step, num_before = plan.first_step, self._num_scheduled
+        period = self._step.accumulation_steps
+        while True:
+            phase = num_before % period
+            parts = [batch[0] for batch in itertools.islice(batches, period - phase)]
+            if not parts:
+                return
+            is_boundary = any([plan.is_boundary(step + i) for i in range(len(parts))])
+            step, num_before = step + len(parts), num_before + len(parts)
+            yield _Run(parts=parts, phase=phase, is_boundary=is_boundary)
+
+    def _grouped(self, runs: Iterator[_Run], num_steps: Callable[[], int]) -> Iterator[list[_Run]]:
+        """Yields as many equal runs as a closure is to hold, or one: other numbers would be traced for each."""
+        waiting: list[_Run] = []
+        for run in runs:
+            if waiting and run.shape != waiting[0].shape:
+                yield from ([one] for one in waiting)
+                waiting = []
+            waiting.append(run)
+            if len(waiting) >= max(num_steps() // self._step.accumulation_steps, 1):
+                yield waiting
+                waiting = []
+            elif run.is_boundary:
+                yield from ([one] for one in waiting)
+                waiting = []
+        yield from ([one] for one in waiting)
+
+    def _num_steps(self, plan: BatchPlan) -> int:
+        in_epoch = float("inf") if plan.num_steps is None else plan.num_steps
+        num_steps = self._options.steps_per_loop or self._dispatch.choose_steps(
+            num_left=in_epoch * (1 + plan.num_epochs_after), num_in_epoch=in_epoch
+        )
+        bound = self._options.max_staleness
+        return num_steps if bound is None else min(num_steps, max((bound // 2 + 1) // self._num_workers, 1))
+
+    def _other_calls(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[_Call]:
+        feed = self._feed(source)
+        for parts in feed.batches(plan):
+            size = parts[0].size
+            key = (kind, size, plan.shuffle, plan.seed)
+            if key not in feed.closures:
+                feed.closures[key] = self._build_other(kind, feed.read(size, plan))
+            args = feed.pack(parts), tf.constant([self._num_scheduled], tf.float64)
+            yield _Call(closure=feed.closures[key], args=args)
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Measures how long the chief reads, while which it hands nothing out."""
+        for num_read in itertools.count():
+            start = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            # After the first one the step is compiled.
+            self.input_wait.end_step(time.perf_counter() - start, counts=num_read != 1)
+            yield batch
+
+    def _build_train(self, reads: Sequence[Callable[..., Any]], **options: Any) -> PackedFunction:
+        def steps(packed: Any, numbers: Any) -> Any:
+            batches = [read(packed, place) for place, read in enumerate(reads)]
+            limit = [tf.cast(number, tf.float32) for number in tf.unstack(numbers)[1:]]
+            return self._step.train(batches, tf.cast(numbers[0], tf.int64), *limit, **options)
+
+        return PackedFunction(timed(steps))
+
+    def _build_part(self, read: Callable[..., Any]) -> PackedFunction:
+        def part_of_step(packed: Any, numbers: Any) -> Any:
+            step, place = tf.cast(numbers[0], tf.int64), tf.cast(numbers[1], tf.int32)
+            return self._step.compute_part(read(packed, 0), place, tf.cast(numbers[2], tf.float32), step)
+
+        return PackedFunction(timed(part_of_step))
+
+    def _build_other(self, kind: str, read: Callable[..., Any]) -> PackedFunction:
+        def closure(packed: Any, numbers: Any) -> Any:
+            batch = read(packed, 0)
+            if kind == "predict":
+                return self._step.predict(batch)
+            return self._step.test([batch], tf.cast(numbers[0], tf.int64))
+
+        return PackedFunction(closure)
+
+    def _feed(self, source: Source) -> WorkerInput:
+        feed = self._feeds.pop(id(source), None)
+        if feed is None:
+            feed = self._new_feed(source)
+        # The latest last; a feed holds its source, so that an id stands for one source only.
+        self._feeds[id(source)] = feed
+        while len(self._feeds) > _MAX_FEEDS:
+            self._feeds.popitem(last=False)
+        return feed
+
+    def _new_feed(self, source: Source) -> WorkerInput:
+        if isinstance(source, ArraySource):
+            return ResidentInput(source, self._coordinator)
+        if isinstance(source, SelfShardedSource):
+            return OwnInput(source, self._coordinator, self._num_workers)
+        return SentInput(source, self._position)
+
+
+def _check_metrics(model: keras.Model, batch: Any) -> None:
+    """Makes sure that what each step adds to a metric can be added up: workers step at once, in no order.
+
+    Raises:
+        ConfigError: If one cannot.
+    """
+    whole = find_whole(model, batch)
+    other = [v for v in model.metrics_variables if aggregation_of(v) != "sum"]
+    if not whole and not other:
+        return
+    name = whole[0].name if whole else other[0].path
+    raise ConfigError(
+        f"the metric {name!r} is no sum over examples (a maximum, or a mean of states), and under ps each worker sees "
+        "some of them: leave it out, or choose strategy='multiworker', where it gets all examples of a batch."
+    )

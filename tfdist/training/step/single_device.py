@@ -1,0 +1,126 @@
+"""The step of a single device: Keras's own, untouched but for the check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfdist import keras_internals
+from tfdist.training.metric_parts import start_state
+from tfdist.training.metrics import metric_results, returned_names, scalar_logs
+from tfdist.training.step.compute import Compute, time_calls, touch
+from tfdist.training.step.finite_check import UNCHECKED, StepCheck, run_if, side_variables
+from tfdist.training.step.replica import after_reading
+
+
+class SingleDeviceStep:
+    """Runs a model's `train_step`, `test_step` or `predict_step` on the one device; the same face as `ReplicaStep`."""
+
+    def __init__(self, model: keras.Model) -> None:
+        self._model = model
+        self.returned: dict[str, list[str] | None] = {}
+        self.metric_origins = start_state(model)
+        self.metric_names = set(metric_results(model, self.metric_origins))
+
+    def train(self, parts: Any, global_size: Any, limit: Any = None, *, never_empty: bool = True) -> Any:
+        """Runs one optimizer step; see `ReplicaStep`.
+
+        Returns:
+            The logs that are no metrics, the check's verdict and the loss (`[2]` float32), and a tensor that is there
+            when the step is computed.
+        """
+        del global_size, never_empty
+        if limit is None:
+            with after_reading(parts[0]):
+                logs = self._logs("train", self._model.train_step(parts[0]))
+            weights = [keras_internals.native(v) for v in self._model.trainable_variables]
+            smallest = min(weights, key=lambda v: math.prod(v.shape), default=tf.constant(0.0))
+            return logs, tf.constant(UNCHECKED), tf.identity(smallest)
+        check = StepCheck(limit)
+        binding = self._bind(check)
+        side = [keras_internals.native(v) for v in side_variables(self._model)]
+        before = [tf.identity(v) for v in side]
+        binding.install()
+        try:
+            with after_reading(parts[0]):
+                outputs = self._model.train_step(parts[0])
+        finally:
+            binding.remove()
+        check.undo(side, before)
+        return self._logs("train", outputs), check.verdict, check.verdict
+
+    def _bind(self, check: StepCheck) -> keras_internals.ReplicaBinding:
+        def wrap(optimizer: keras.optimizers.Optimizer, apply: Any) -> Any:
+            def apply_sound(grads: Sequence[Any], trainable_variables: Any = None) -> None:
+                is_sound = check.judge(optimizer, grads, check.own_loss)
+                run_if(is_sound, lambda: apply(grads, trainable_variables))
+
+            return apply_sound
+
+        return keras_internals.ReplicaBinding(
+            variables=[],
+            optimizers=keras_internals.find_optimizers(self._model),
+            apply=wrap,
+            loss_correction=lambda *args: None,
+            model=self._model,
+            note_loss=check.note_loss,
+        )
+
+    def time_compute(self, compute: Compute, parts: Sequence[Any], *, jit: bool) -> float:
+        """Returns the seconds of a forward and backward pass that changes nothing; see `ReplicaStep`."""
+        side = [keras_internals.native(v) for v in side_variables(self._model)]
+
+        def run(part: Any) -> Any:
+            before = [tf.identity(v) for v in side]
+            found = compute.run(
+                part, variables=[], loss_correction=lambda *args: None, note_loss=None, jit=jit
+            )
+            for variable, value in zip(side, before, strict=True):
+                variable.assign(value)
+            return touch(found.gradients)
+
+        compiled = tf.function(run, autograph=False)
+        return time_calls(lambda: compiled(parts[0]).numpy())
+
+    def test(self, parts: Any, global_size: Any, *, never_empty: bool = True) -> Any:
+        """Updates the metrics on one batch."""
+        del global_size, never_empty
+        return self._logs("test", self._model.test_step(parts[0]))
+
+    def predict(self, parts: Any, global_size: Any, *, never_empty: bool = True) -> Any:
+        """Returns the outputs for one batch."""
+        del global_size, never_empty
+        return self._model.predict_step(parts[0])
+
+    def _logs(self, kind: str, logs: Any) -> dict[str, Any]:
+        self.returned[kind] = returned_names(logs)
+        return scalar_logs(logs, self.metric_names)
+
+    def spread_seeds(self) -> None:
+        """One replica keeps the model's seeds."""
+
+    def average_statistics(self) -> None:
+        """One replica has one set of statistics."""
+
+    def reset_metrics(self) -> None:
+        """Lets the metrics begin anew."""
+        self._model.reset_metrics()
+
+    def metric_state(self) -> list[Any]:
+        """Returns the metric variables' values."""
+        return [v.numpy() for v in self._model.metrics_variables]
+
+    def own_metrics(self) -> list[Any]:
+        """Returns what was added to the state that the metrics start from."""
+        return [
+            v.numpy() - o for v, o in zip(self._model.metrics_variables, self.metric_origins, strict=True)
+        ]
+
+    def set_metric_state(self, state: Sequence[Any]) -> None:
+        """Assigns them."""
+        for variable, value in zip(self._model.metrics_variables, state, strict=True):
+            variable.assign(value)

@@ -168,7 +168,7 @@ def build_pod(job, index):
 def test_rendered_pod_knows_its_task_and_may_do_little(podman, tmp_path):
     words = ["--kubernetes", f"--image={IMAGE}", "--num_workers=3", "/app/program.py", "$(PATH)", "$$"]
     flags = parse_flags(words, {})
-    *_, job = yaml.safe_load_all(flags.world.render(flags.job, flags.place))
+    *_, job = yaml.safe_load_all(flags.backend.render(flags.job, flags.place))
     pod = tmp_path / "pod.yaml"
     pod.write_text(yaml.safe_dump(build_pod(job, 2)))
     podman.run("play", "kube", "--network=none", str(pod))

@@ -20,7 +20,7 @@ FILES = {file: words for words, file in COMMANDS.items()}
 def test_file_is_what_its_command_renders(file):
     flags = parse_flags(shlex.split(FILES[file]), {})
     assert flags.dry_run
-    assert (REPOSITORY / file).read_text() == flags.world.render(flags.job, flags.place)
+    assert (REPOSITORY / file).read_text() == flags.backend.render(flags.job, flags.place)
 
 
 def test_every_rendered_file_has_its_command():

@@ -63,7 +63,7 @@ def test_slurm_flags_make_an_allocation():
     flags = parse(
         "--slurm", "--nodes=2", "--ntasks-per-node", "4", "--strategy=pss", "--time=1:00", "train.py"
     )
-    assert flags.world is BACKENDS["slurm"] and flags.place == Allocation(
+    assert flags.backend is BACKENDS["slurm"] and flags.place == Allocation(
         nodes=2, ntasks_per_node=4, time="1:00"
     )
     # What fills the machines beside the chief and one ps.
@@ -74,7 +74,7 @@ def test_slurm_flags_make_an_allocation():
 
 def test_kubernetes_flags_make_pods_whose_program_need_not_lie_here():
     flags = parse("--kubernetes", "--image=a/b:1", "--gpus=2", "--num_workers=4", "other/place.py", "--x")
-    assert flags.world is BACKENDS["kubernetes"] and flags.place == Pods(image="a/b:1", gpus=2)
+    assert flags.backend is BACKENDS["kubernetes"] and flags.place == Pods(image="a/b:1", gpus=2)
     assert flags.job.command == ("python", "other/place.py", "--x") and flags.job.num_workers == 4
     assert parse("--kubernetes", "--image=i", "-m", "no.where", "y").job.command == (
         "python",

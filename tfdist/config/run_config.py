@@ -11,7 +11,7 @@ from typing import Any
 
 from tfdist.cluster.spec import STRATEGIES, find_nearest, split_address
 from tfdist.config.ps_options import PsOptions
-from tfdist.config.settings import check_settings, setting
+from tfdist.config.settings import check_settings, setting, settings_of
 from tfdist.config.sync_options import SyncOptions
 from tfdist.errors import ConfigError
 
@@ -176,7 +176,7 @@ class RunConfig(SyncOptions, PsOptions):
     @classmethod
     def field_names(cls) -> list[str]:
         """Returns the names of all settings."""
-        return [field.name for field in dataclasses.fields(cls)]
+        return list(settings_of(cls))
 
     @property
     def sync_options(self) -> SyncOptions:
@@ -196,7 +196,8 @@ class RunConfig(SyncOptions, PsOptions):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings by name."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return {name: values[name] for name in self.field_names()}
 
     def to_json(self) -> str:
         """Renders the config as indented JSON, every field spelled out; `from_json` undoes it."""
@@ -226,7 +227,7 @@ class RunConfig(SyncOptions, PsOptions):
             raise ConfigError(
                 f"The run's config is a JSON {type(values).__name__}; it must be an object of settings."
             )
-        fields = {field.name: field for field in dataclasses.fields(cls)}
+        fields = {name: field for name, (field, _) in settings_of(cls).items()}
         for name in values.keys() - fields.keys():
             nearest = find_nearest(name, fields)
             hint = f"did you mean {nearest!r}?" if nearest else f"the settings are {', '.join(fields)}."

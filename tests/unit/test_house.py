@@ -18,33 +18,23 @@ class Import:
     module: str  # dotted, of what is imported
     line: int
     in_function: bool
-    for_types_only: bool
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[Import]:
+def imports(tree: ast.AST) -> Iterator[Import]:
     """Yields every import in the tree; `from tfdist.a import b` is `tfdist.a.b`, which may be a name in tfdist.a."""
-    package = module.split(".") if is_package else module.split(".")[:-1]
 
-    def visit(node: ast.AST, in_function: bool, types_only: bool) -> Iterator[Import]:
+    def visit(node: ast.AST, in_function: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(alias.name, node.lineno, in_function, types_only)
+                yield Import(alias.name, node.lineno, in_function)
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            base = base + (node.module.split(".") if node.module else [])
             for alias in node.names:
-                yield Import(".".join([*base, alias.name]), node.lineno, in_function, types_only)
+                yield Import(f"{node.module}.{alias.name}", node.lineno, in_function)
         in_function = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        types_only = types_only or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
         for child in ast.iter_child_nodes(node):
-            yield from visit(child, in_function, types_only)
+            yield from visit(child, in_function)
 
-    return visit(tree, False, False)
+    return visit(tree, False)
 
 
 def sources(*folders: str) -> list[Path]:
@@ -52,7 +42,7 @@ def sources(*folders: str) -> list[Path]:
 
 
 def file_imports(path: Path) -> list[Import]:
-    return list(imports(ast.parse(path.read_text()), module_name(path), path.name == "__init__.py"))
+    return list(imports(ast.parse(path.read_text())))
 
 
 def uncommented(items: list[Import], lines: list[str]) -> Iterator[Import]:
@@ -93,7 +83,7 @@ def test_every_package_folder_has_an_init():
 
 def private_names(path: Path) -> Iterator[tuple[int, str]]:
     tree = ast.parse(path.read_text())
-    for item in imports(tree, module_name(path), path.name == "__init__.py"):
+    for item in imports(tree):
         yield item.line, item.module
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):

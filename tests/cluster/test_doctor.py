@@ -13,7 +13,7 @@ import pytest
 
 from tfdist.cluster.ports import PortReservation
 from tfdist.cluster.spec import Cluster, Task, render_tf_config
-from tfdist.diagnostics.rendezvous import Meeting
+from tfdist.diagnostics.rendezvous import Rendezvous
 
 pytestmark = pytest.mark.cluster
 REPOSITORY = str(Path(__file__).parents[2])
@@ -166,7 +166,7 @@ def test_facts_are_told_to_nobody_else():
     with PortReservation(2) as held:
         addresses = {"worker": tuple(f"127.0.0.1:{port}" for port in held.ports)}
         cluster = Cluster(addresses=addresses, task=Task("worker", 0))
-        with Meeting(cluster, {"secret": 1}, run_dir=None, wait_secs=1.0):
+        with Rendezvous(cluster, {"secret": 1}, run_dir=None, wait_secs=1.0):
             answers = []
             for words in ({"task": "worker:1", "digest": "guessed"}, {"task": "worker:1"}, [], "x"):
                 with socket.create_connection(("127.0.0.1", held.ports[0]), timeout=10) as connection:

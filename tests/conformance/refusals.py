@@ -107,6 +107,7 @@ def attempts(run: Any) -> dict[str, Callable[[], Any]]:
         "no_xla": lambda: fit(no_xla, jit_compile="on"),
         "batches_of_batches": lambda: fit(sgd, examples.batch(5)),
         "sized_generator": lambda: fit(sgd, iter([DATA])),
+        "rolled_back_generator": lambda: fit(sgd, iter([DATA]), batch=None, on_nan="rollback"),
         "examples_for_batches": lambda: fit(sgd, examples, batch=None),
         "y_beside_a_dataset": lambda: fit(sgd, examples, y=cases.Y),
         "dropped_batch": lambda: fit(sgd, examples.batch(5), batch=None, drop_remainder=True),

@@ -37,6 +37,7 @@ WANTED = {
     "no_xla": (ALL, ["jit_compile="]),
     "batches_of_batches": (ALL, ["dataset.unbatch()", "leave batch_size out"]),
     "sized_generator": (ALL, ["batch_size=10", "leave it out"]),
+    "rolled_back_generator": (ALL, ["on_nan='rollback' with a generator", "choose 'skip'"]),
     "examples_for_batches": (ALL, ["must be a batch", "pass batch_size=32"]),
     "y_beside_a_dataset": (ALL, ["y beside x", "leave y out"]),
     "dropped_batch": (ALL, ["drop_remainder", "dataset.batch("]),

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.data import ArraySource, BatchedSource, Source, build_source, hold_out
+from tfdist.data import BatchedSource, Source, are_arrays, build_source, hold_out
 from tfdist.errors import ConfigError
 
 _BATCH_SIZE = 32  # Keras's
@@ -44,6 +44,8 @@ def read_data(
     if x is None:
         raise ConfigError("x is None: pass arrays, a dataset, or anything else that keras.Model.fit takes.")
     if y is not None:
+        if not are_arrays(x):
+            raise ConfigError(f"y beside x of type {type(x).__name__}: let it yield (x, y), and leave y out.")
         data = (x, y)
     elif isinstance(x, tuple):
         data = (list(x),) if _are_inputs(model, x) else x
@@ -56,8 +58,6 @@ def read_data(
         sample_weight=sample_weight,
         batched=is_dataset and batch_size is None,
     )
-    if y is not None and not isinstance(source, ArraySource):
-        raise ConfigError(f"y beside x of type {type(x).__name__}: let it yield (x, y), and leave y out.")
     if not isinstance(source, BatchedSource):
         return source, _BATCH_SIZE if batch_size is None else batch_size
     if batch_size is not None:
@@ -136,6 +136,7 @@ def epoch_ends(x: Any) -> list[keras.callbacks.Callback]:
         return []
     return [
         keras.callbacks.LambdaCallback(
+            on_train_begin=lambda logs: x.on_epoch_end(),  # as Keras does
             on_epoch_begin=lambda epoch, logs: x.on_epoch_begin(),
             on_epoch_end=lambda epoch, logs: x.on_epoch_end(),
         )

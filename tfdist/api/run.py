@@ -229,6 +229,10 @@ class Run:
         if self.is_chief and verbose != 0:
             print("".join(f"tfdist: {line}\n" for line in lines if line), end="", flush=True)
         self._check_batches(loop, source, size, drop_remainder)
+        if on_nan == "rollback" and isinstance(source, BatchedSource) and source.peeked is not None:
+            raise ConfigError(
+                "on_nan='rollback' with a generator, which cannot be read again: choose 'skip', or pass what can be."
+            )
         self._check_callbacks(callbacks)
         service: DataService | None = None
         if data_service is None:

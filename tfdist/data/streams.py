@@ -128,11 +128,12 @@ def self_sharded_batches(source: SelfShardedSource, share: Share) -> Segment:
 
 
 def _run(source: Any, share: Share) -> dict[str, Any]:
-    """Says how a segment goes on: with the rest of the pass, if an epoch that follows may want it."""
-    if not share.num_epochs_after or share.num_steps is None:
+    """Says where a segment stands in its pass, with the rest of which an epoch that follows goes on."""
+    if share.num_steps is None:
         return {}
     order = (share.lap, share.seed, share.shuffle, share.global_batch_size, share.drop_remainder)
-    return {"run": (source, order), "start": share.first_step}
+    stop = None if share.num_epochs_after else share.num_steps
+    return {"run": (source, order), "start": share.first_step, "stop": stop}
 
 
 def _as_far_as_asked(dataset: tf.data.Dataset, share: Share) -> tf.data.Dataset:

@@ -190,6 +190,13 @@ def build_source(
     return _weigh(source, class_weight, sample_weight)
 
 
+def are_arrays(data: Any) -> bool:
+    """Tells whether data are arrays, or nests of them, and nothing that yields examples or batches by itself."""
+    is_named = isinstance(data, str) and data.startswith("tfds:")
+    is_read = (is_indexed(data) and not is_sparse(data)) or yields_batches(data) or callable(data)
+    return not (is_named or is_read or isinstance(data, (Source, tf.data.Dataset, TfdsSplit)))
+
+
 def hold_out(source: Source, fraction: float) -> tuple[ArraySource, ArraySource]:
     """Divides arrays, in their own order.
 

@@ -1,4 +1,4 @@
-"""Every command that the README gives works as it stands there, and so does the program that it shows."""
+"""Every command that the README and the docs give works as it stands there, and so does the program."""
 
 import os
 import re
@@ -16,6 +16,10 @@ from everything import rarely
 pytestmark = pytest.mark.cluster
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text()
+GUARANTEES = (REPOSITORY / "docs/guarantees.md").read_text()
+# The other pages are made by commands that they name, or show networks that are not here.
+DOCS = ("guarantees.md", "strategies.md", "tables.md", "gpus.md", "architecture.md")
+PAGES = [README, *((REPOSITORY / "docs" / name).read_text() for name in DOCS)]
 
 SHORT = ["--epochs=1", "--steps_per_epoch=2"]
 # Each training command, and what it must say it trains.
@@ -82,10 +86,9 @@ def explain(done):
 
 
 def test_commands_are_all_known():
-    """A new command in the README needs a test here; one that has gone needs none."""
-    assert sorted(find_commands(README)) == sorted(
-        [*TRAINS, *ANSWERS, SURVIVES, EVALUATES, LAUNCHES, INSTALLS, *CI_RUNS]
-    )
+    """A new command in the README or the docs needs a test here; one that has gone needs none."""
+    found = [command for page in PAGES for command in find_commands(page)]
+    assert sorted(found) == sorted([*TRAINS, *ANSWERS, SURVIVES, EVALUATES, LAUNCHES, INSTALLS, *CI_RUNS])
 
 
 @pytest.mark.parametrize("command", TRAINS)
@@ -205,7 +208,7 @@ def test_installed_wheel_runs_the_main_job(wheel, tmp_path):
     (accuracy,) = re.findall(r"test .*accuracy (\d\.\d+)", done.stdout)
     assert float(accuracy) > 0.8
     assert re.search(r"the run is in my runs/first run$", done.stdout, re.MULTILINE)
-    (promised,) = re.findall(r"^## A run leaves\n\n +(.+)", README, re.MULTILINE)
+    (promised,) = re.findall(r"^## A run leaves\n\n +(.+)", GUARANTEES, re.MULTILINE)
     assert not [name for name in promised.split() if not (cwd / "my runs/first run" / name).exists()]
 
 

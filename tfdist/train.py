@@ -22,7 +22,9 @@ from absl import flags
 from tfdist.cluster.environments import detect_cluster
 from tfdist.cluster.spec import Cluster, check_strategy, render_tf_config
 from tfdist.commands.flags import build_config, parse_flags, resolve_run
+from tfdist.config.job_options import JobOptions
 from tfdist.config.run_dir import RunDir
+from tfdist.config.settings import settings_of
 from tfdist.errors import NonFiniteError, OutOfMemoryError, TfdistError
 from tfdist.launcher import (
     ONEDNN,
@@ -101,20 +103,12 @@ def _launch(words: Sequence[str], fields: Mapping[str, Any], values: flags.FlagV
         strategy=config.strategy,
         run_dir=config.run_dir,
         env=env,
-        grace_secs=values.grace_secs,
-        max_restarts=values.max_restarts,
-        restart_window_secs=values.restart_window_secs,
-        hang_timeout_secs=values.hang_timeout_secs,
         min_workers=parse_num_workers(values.num_workers)[0] if values.num_workers else None,
-        rescale_every_secs=values.rescale_every_secs,
-        elastic=values.elastic,
-        chaos=values.chaos,
         hosts=read_hosts(values.hosts, values.hostfile),
         ssh=read_ssh_options(values),
-        listen_interface=values.listen_interface,
         exchange=config.exchange,
-        gpus_per_worker=values.gpus_per_worker,
         preload=_PRELOAD if values.preload else (),
+        **{name: values[name].value for name in settings_of(JobOptions)},
     )
     if values.dry_run:
         print(render_dry_run_local(job))

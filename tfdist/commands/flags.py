@@ -13,6 +13,7 @@ from absl import flags
 
 from tfdist.cluster.environments.ranks import read_num_ps
 from tfdist.cluster.spec import Cluster, canonical_strategy, find_nearest
+from tfdist.config.job_options import TRAIN_DEFAULTS, JobOptions
 from tfdist.config.ps_options import PsOptions
 from tfdist.config.run_config import RunConfig, default_num_tasks, default_run_dir
 from tfdist.config.run_dir import RunDir
@@ -20,7 +21,7 @@ from tfdist.config.settings import Setting, settings_of
 from tfdist.config.sync_options import SyncOptions
 from tfdist.errors import ConfigError
 from tfdist.launcher.hosts import read_hosts
-from tfdist.launcher.job import ELASTIC, RESTART_VARIABLE, parse_num_workers
+from tfdist.launcher.job import RESTART_VARIABLE, parse_num_workers
 from tfdist.optimizers import LR_SCALINGS, OPTIMIZERS, SCHEDULES
 from tfdist.recipe import Recipe, resolve_recipe_name
 
@@ -89,21 +90,9 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_multi_string("set", [], _help_of("overrides"), **own)
     flags.DEFINE_string("verbose", "auto", _help_of("verbose"), **own)
     flags.DEFINE_string("num_workers", None, _help_of("num_workers"), **own)
-    flags.DEFINE_integer(
-        "gpus_per_worker",
-        None,
-        "GPUs of its host for each worker, 0: none. Default: all, dealt out evenly.",
-        **own,
-    )
-    flags.DEFINE_integer("max_restarts", 3, "How often a local cluster's killed tasks start again.", **own)
-    flags.DEFINE_float("restart_window_secs", 3600.0, "Restarts that are longer ago do not count.", **own)
-    flags.DEFINE_float(
-        "hang_timeout_secs", 600.0, "A task without a step for so long is dead; 0: never.", **own
-    )
-    flags.DEFINE_float("rescale_every_secs", None, "With fewer workers: try all again after so long.", **own)
-    flags.DEFINE_enum(
-        "elastic", "restart", ELASTIC, "How a multiworker run goes on when a worker dies.", **own
-    )
+    kinds = typing.get_type_hints(JobOptions)
+    for name, (field, rule) in settings_of(JobOptions).items():
+        _define(values, name, kinds[name], TRAIN_DEFAULTS.get(name, field.default), rule)
     flags.DEFINE_string(
         "hosts", None, "Run on these machines by ssh: h1:2,h2:4, with slots.", short_name="H", **own
     )
@@ -114,12 +103,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "python", None, "The hosts' Python, which has tfdist. Default: the path of this one.", **own
     )
-    flags.DEFINE_string(
-        "listen_interface", None, "Interface on which alone the hosts' servers listen, such as eth0.", **own
-    )
-    flags.DEFINE_string("chaos", "", "Failures to make: kill:worker:1@step=50,stop:ps:0@secs=20.", **own)
     flags.DEFINE_bool("preload", True, "Import TensorFlow once, and fork a local cluster's tasks.", **own)
-    flags.DEFINE_float("grace_secs", 30.0, "Seconds to save the state in, after SIGTERM.", **own)
     flags.DEFINE_bool("list_recipes", False, "Print the recipes and stop.", **own)
     flags.DEFINE_bool("dry_run", False, "Print what would be started and stop.", **own)
     flags.DEFINE_bool("help", False, "Print this help.", short_name="h", **own)

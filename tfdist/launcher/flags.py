@@ -6,11 +6,14 @@ import importlib.util
 import os
 import shutil
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tfdist.cluster.spec import find_nearest
+from tfdist.config.job_options import TRAIN_DEFAULTS, JobOptions
+from tfdist.config.settings import settings_of
 from tfdist.errors import ConfigError
 from tfdist.launcher.backends import BACKENDS, Backend, choose_backend, count_workers
 from tfdist.launcher.hosts import SSH_FLAGS, read_hosts, read_ssh_options
@@ -93,20 +96,13 @@ def parse_flags(args: Sequence[str], env: Mapping[str, str]) -> LaunchFlags:
         strategy=flags.strategy,
         run_dir=os.path.abspath(os.path.expanduser(flags.run_dir)) if flags.run_dir else None,
         env=env,
-        grace_secs=flags.grace_secs,
         threads_per_task=flags.num_threads,
-        max_restarts=flags.max_restarts,
-        restart_window_secs=flags.restart_window_secs,
-        hang_timeout_secs=flags.hang_timeout_secs,
         min_workers=min_workers,
-        rescale_every_secs=flags.rescale_every_secs,
-        chaos=flags.chaos,
         hosts=hosts,
         ssh=read_ssh_options(flags),
-        listen_interface=flags.listen_interface,
         exchange=flags.exchange,
-        gpus_per_worker=flags.gpus_per_worker,
         preload=_PRELOAD if flags.preload else (),
+        **{name: getattr(flags, name) for name in _OPTIONS},
     )
     return LaunchFlags(job=job, dry_run=flags.dry_run, backend=backend, place=place)
 
@@ -125,19 +121,7 @@ def _build_parser() -> _Parser:
     )
     add("--strategy", metavar="NAME", help="one_device, mirrored, multiworker or ps, handed to the tasks")
     add("--run_dir", metavar="DIR", help="folder of the run; each task's output is kept in DIR/logs")
-    add("--grace_secs", type=float, default=10.0, metavar="SECS",
-        help="how long tasks may take to end before they are killed (default: 10)")  # fmt: skip
     add("--num_threads", type=int, metavar="N", help="threads of each task (default: cores / workers)")
-    add("--max_restarts", type=int, default=0, metavar="N",
-        help="how often killed tasks are started again, with TFDIST_RESTART=1, 2, … (default: 0)")  # fmt: skip
-    add("--restart_window_secs", type=float, default=3600.0, metavar="SECS",
-        help="restarts that are longer ago do not count (default: 3600)")  # fmt: skip
-    add("--hang_timeout_secs", type=float, default=0.0, metavar="SECS",
-        help="take a task that made steps and makes none for so long for dead (default: 0, never)")  # fmt: skip
-    add("--rescale_every_secs", type=float, metavar="SECS",
-        help="after so long with fewer workers save and go on with all (default: at the next failure)")  # fmt: skip
-    add("--chaos", default="", metavar="LIST",
-        help="failures to make, such as kill:worker:1@step=50,stop:ps:0@secs=20")  # fmt: skip
     add(
         "--hosts",
         "-H",
@@ -147,12 +131,10 @@ def _build_parser() -> _Parser:
     add("--hostfile", metavar="FILE", help="the same from a file: a line `h1 slots=2` for each")
     for flag, keywords in SSH_FLAGS.items():
         add(flag, *(["-i"] if flag == "--identity_file" else []), **keywords)
-    add("--listen_interface", metavar="NAME",
-        help="interface on which alone the hosts' servers listen, such as eth0 (default: all)")  # fmt: skip
     add("--exchange", default="auto", metavar="NAME",
         help="what carries gradients: collective, mpi (needs mpi4py) or auto (default: auto)")  # fmt: skip
-    add("--gpus_per_worker", type=int, metavar="N",
-        help="GPUs of its host that each worker is given, 0 for none (default: all, dealt out evenly)")  # fmt: skip
+    for name in _OPTIONS:
+        _add_option(group, name)
     add("--preload", action="store_true",
         help="import TensorFlow and Keras once, then fork the tasks of this machine: they start sooner. "
         "The script cannot set what TensorFlow reads at import")  # fmt: skip
@@ -167,17 +149,32 @@ def _build_parser() -> _Parser:
     return parser
 
 
+def _add_option(group: Any, name: str) -> None:
+    field, rule = settings_of(JobOptions)[name]
+    hint = typing.get_type_hints(JobOptions)[name]
+    (kind,) = set(typing.get_args(hint)) - {type(None)} or {hint}
+    text = rule.help
+    if name in TRAIN_DEFAULTS:
+        why = f"tfdist.train, whose tasks save and tell of their steps, has {TRAIN_DEFAULTS[name]:g}"
+        text += f" Default: {field.default:g}; {why}."
+    elif field.default not in (None, ""):
+        text += f" Default: {field.default:g}."
+    group.add_argument(f"--{name}", type=kind, default=field.default, metavar=_METAVARS[kind], help=text)
+
+
 # What a program that calls `tfdist.initialize` imports.
 _PRELOAD = ("tensorflow", "keras", "tfdist.api.initialize")
+_METAVARS: dict[type, str] = {int: "N", float: "SECS", str: "TEXT"}
+# A program of one's own does not know how to go on in another cluster.
+_OPTIONS = [name for name in settings_of(JobOptions) if name != "elastic"]
 _PARSER = _build_parser()
 _SWITCHES = ("--dry_run", "--preload", "--help", "-h", *(f"--{name}" for name in BACKENDS))
 _MODULE = ("-m", "--module")
 _NOTHING_TO_RUN = "nothing to run: name script.py, -m module, or -- program, after the flags (see --help)"
 _VALUED = (
     "--num_workers", "--nproc_per_node", "--num_proc", "-np", "-n", "--num_ps", "--strategy", "--run_dir",
-    "--grace_secs", "--num_threads", "--max_restarts", "--restart_window_secs", "--hang_timeout_secs",
-    "--rescale_every_secs", "--chaos", "--hosts", "-H", "--hostfile", *SSH_FLAGS, "-i",
-    "--listen_interface", "--exchange", "--gpus_per_worker",
+    "--num_threads", "--hosts", "-H", "--hostfile", *SSH_FLAGS, "-i", "--exchange",
+    *(f"--{name}" for name in _OPTIONS),
     *(flag for backend in BACKENDS.values() for flag in backend.flags),
 )  # fmt: skip
 

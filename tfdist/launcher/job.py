@@ -19,12 +19,13 @@ from tfdist.cluster.spec import (
     render_tf_config,
     split_address,
 )
+from tfdist.config.job_options import JobOptions
+from tfdist.config.settings import check_settings
 from tfdist.config.sync_options import EXCHANGES
 from tfdist.errors import ConfigError
 from tfdist.launcher.hosts import Host, SshOptions
 
 RESTART_VARIABLE = "TFDIST_RESTART"  # How often the job was started before.
-ELASTIC = ("restart", "in_process")
 # By which MPI finds whoever has started it.
 PMI_RANK, PMI_SIZE, PMI_FD = "PMI_RANK", "PMI_SIZE", "PMI_FD"
 # Workers that exchange megabytes at each step would give their memory back to the system each time, and ask for it
@@ -44,8 +45,8 @@ _MIN_INTEROP_THREADS_PS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """A command, and the local processes that run it.
+class Job(JobOptions):
+    """A command, and the local processes that run it; what `JobOptions` has belongs to it too.
 
     With ps tasks there are 1 chief, `num_workers` workers and `num_ps` ps; without, `num_workers` workers, of
     which worker 0 is the chief, as TensorFlow has it.
@@ -57,25 +58,12 @@ class Job:
         strategy: Any name of a strategy, handed to the tasks; None leaves the choice to the command.
         run_dir: Folder of the run; each task's whole output is kept in its `logs`. None keeps no logs.
         env: The environment that every task starts from, save for what makes this process a rank of MPI.
-        grace_secs: How long tasks may take to end when they are asked to, before they are killed.
         threads_per_task: TensorFlow's intra-op threads in each task; None divides this machine's cores.
-        max_restarts: How often, within `restart_window_secs`, tasks that were killed, froze or lost the others are
-            started again: a ps job's worker alone, all tasks for any other. An exception is no reason: it would come
-            again.
-        restart_window_secs: Restarts that are longer ago are forgotten.
-        hang_timeout_secs: A task that makes steps and then none for so long is taken for dead; 0 waits forever.
         min_workers: With how few workers the job may go on when some have died; None: only with all.
-        rescale_every_secs: After so long with fewer workers all places are taken again, by way of a checkpoint; None:
-            not before the next failure.
-        elastic: `restart` starts all tasks again; `in_process` lets the living workers of a sync job form a new cluster
-            at once, which the one that is started again joins later.
-        chaos: Failures to make, as `tfdist.launcher.supervise.chaos` reads them.
         hosts: Machines to run on, by ssh; none: this one.
         ssh: How they are reached.
-        listen_interface: Network interface on which alone their servers listen, such as `eth0`; None: all.
         exchange: What carries gradients between the workers of `multiworker`: `collective`, TensorFlow's own; `mpi`,
             for which this launcher stands in for `mpiexec`; `auto` lets the tasks choose.
-        gpus_per_worker: How many of its host's each is given; 0: none; None: all of them are dealt out evenly.
         preload: Modules that are imported once, before this machine's tasks are forked; none: each is started anew.
 
     Raises:
@@ -89,20 +77,11 @@ class Job:
     strategy: str | None = None
     run_dir: str | None = None
     env: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(os.environ))
-    grace_secs: float = 10.0
     threads_per_task: int | None = None
-    max_restarts: int = 0
-    restart_window_secs: float = 3600.0
-    hang_timeout_secs: float = 0.0
     min_workers: int | None = None
-    rescale_every_secs: float | None = None
-    elastic: str = "restart"
-    chaos: str = ""
     hosts: tuple[Host, ...] = ()
     ssh: SshOptions = SshOptions()
-    listen_interface: str | None = None
     exchange: str = "auto"
-    gpus_per_worker: int | None = None
     preload: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -114,20 +93,13 @@ class Job:
         object.__setattr__(self, "env", drop_rank(self.env))
         if not self.command:
             raise ConfigError("the command is empty: name a script, -m module, or -- program")
-        if self.elastic not in ELASTIC:
-            raise ConfigError(f"elastic is {self.elastic!r}: it must be one of {', '.join(ELASTIC)}")
+        check_settings(self)
         if self.elastic == "in_process" and self.hosts:
             raise ConfigError("elastic is 'in_process' with hosts: it is for one machine; choose 'restart'")
         self._check_exchange()
         _check_at_least("num_workers", self.num_workers, 1)
         _check_at_least("num_ps", self.num_ps, 0)
-        _check_at_least("grace_secs", self.grace_secs, 0)
-        _check_at_least("max_restarts", self.max_restarts, 0)
-        _check_at_least("restart_window_secs", self.restart_window_secs, 0)
-        _check_at_least("hang_timeout_secs", self.hang_timeout_secs, 0)
-        _check_at_least("rescale_every_secs", self.rescale_every_secs, 0)
         _check_at_least("min_workers", self.min_workers, 1)
-        _check_at_least("gpus_per_worker", self.gpus_per_worker, 0)
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ConfigError(
                 f"num_workers is {self.min_workers}:{self.num_workers}: write it as least:most, such as 2:4"

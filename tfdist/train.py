@@ -96,6 +96,7 @@ def _launch(words: Sequence[str], fields: Mapping[str, Any], values: flags.FlagV
     # TensorFlow's notes on how it was built would bury ours; whoever wants them has set the variable.
     env = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ}
     command = build_python_command(["tfdist.train", *words, f"--run_dir={config.run_dir}"], module=True)
+    options: dict[str, Any] = {name: values[name].value for name in settings_of(JobOptions)}
     job = Job(
         command=[values.python, *command[1:]] if values.python else command,
         num_workers=config.num_workers,
@@ -108,7 +109,7 @@ def _launch(words: Sequence[str], fields: Mapping[str, Any], values: flags.FlagV
         ssh=read_ssh_options(values),
         exchange=config.exchange,
         preload=_PRELOAD if values.preload else (),
-        **{name: values[name].value for name in settings_of(JobOptions)},
+        **options,
     )
     if values.dry_run:
         print(render_dry_run_local(job))

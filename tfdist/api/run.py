@@ -8,17 +8,16 @@ import functools
 import logging
 import os
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.api.arguments import epoch_ends, read_data, read_fit_data
+from tfdist.api.arguments import FitData, epoch_ends, read_data, read_fit_data
+from tfdist.api.checks import check_batches, check_callbacks, check_sync, choose_steps_per_loop
 from tfdist.api.loops import Loops
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.membership import Membership
@@ -26,10 +25,9 @@ from tfdist.cluster.spec import Cluster, Task
 from tfdist.config.ps_options import PsOptions
 from tfdist.config.run_config import check_jit
 from tfdist.config.sync_options import SyncOptions
-from tfdist.data import BatchedSource, ShardedSource, Source
 from tfdist.data.read_errors import readable_faults
 from tfdist.data.service import DataService
-from tfdist.errors import ConfigError, PeerLost, Regroup
+from tfdist.errors import PeerLost, Regroup
 from tfdist.runtime.strategies import is_peer_loss
 from tfdist.training.checkpoint.saver import Saver
 from tfdist.training.checkpoint.snapshot import Snapshot
@@ -214,50 +212,33 @@ class Run:
             validation_data=validation_data,
             validation_batch_size=validation_batch_size,
         )
-        source, size = data.source, data.batch_size
-        loop = self._loops.find(model, source)
+        loop = self._loops.find(model, data.source)
         if data.validation is not None:
             self._loops.check_elements(model, data.validation)
         if steps_per_loop is None and model.steps_per_execution > 1:
             steps_per_loop = model.steps_per_execution
+        is_elastic = self._members is not None
         lines = [self._configure(loop, sync, ps, steps_per_loop)]
-        if self.strategy_name != "ps":
-            steps_per_loop = self._choose_loop(steps_per_loop, on_nan, max_loss_spike)
-        check_jit(self.strategy_name, jit_compile)
         if isinstance(loop, SyncLoop):
-            lines.append(loop.choose_compiler(jit_compile, source, size))
+            steps_per_loop = choose_steps_per_loop(
+                steps_per_loop, on_nan=on_nan, max_loss_spike=max_loss_spike, is_elastic=is_elastic
+            )
+        lines.append(self._choose_compiler(loop, jit_compile, data))
         if self.is_chief and verbose != 0:
             print("".join(f"tfdist: {line}\n" for line in lines if line), end="", flush=True)
-        self._check_batches(loop, source, size, drop_remainder)
-        if on_nan == "rollback" and isinstance(source, BatchedSource) and source.peeked is not None:
-            raise ConfigError(
-                "on_nan='rollback' with a generator, which cannot be read again: choose 'skip', or pass what can be."
-            )
-        self._check_callbacks(callbacks)
-        service: DataService | None = None
-        if data_service is None:
-            source = loop.shard_source_of(source, shard)
-        else:
-            service = DataService(data_service, loop=loop, cluster=self.cluster)
-            source = service.share(source)
-        validation = None if data.validation is None else loop.shard_source_of(data.validation, shard)
-        steps = plan_steps(source, size, steps_per_epoch, drop_remainder=drop_remainder)
-        given = [*split_callbacks(callbacks, is_chief=self.is_chief)[0], *epoch_ends(x)]
-        callback_list = keras.callbacks.CallbackList(
-            [*given, *self._progress(given, verbose)], add_history=True, model=model
+        check_batches(
+            loop,
+            data.source,
+            self.strategy_name,
+            batch_size=data.batch_size,
+            drop_remainder=drop_remainder,
+            on_nan=on_nan,
         )
-        callback_list.set_params(
-            {
-                "epochs": epochs,
-                "steps": steps,
-                "verbose": verbose,
-                "global_batch_size": size,
-                "input_wait": lambda: loop.input_wait.share,
-                "measures": loop.measures,
-            }
-        )
+        check_callbacks(callbacks, self.strategy_name)
+        data, service = self._share(loop, data, shard, data_service)
+        steps = plan_steps(data.source, data.batch_size, steps_per_epoch, drop_remainder=drop_remainder)
         options = FitOptions(
-            global_batch_size=size,
+            global_batch_size=data.batch_size,
             epochs=epochs,
             initial_epoch=initial_epoch,
             steps_per_epoch=steps_per_epoch or steps,
@@ -270,6 +251,11 @@ class Run:
             drop_remainder=drop_remainder,
             steps_per_loop=steps_per_loop,
         )
+        given = [*split_callbacks(callbacks, is_chief=self.is_chief)[0], *epoch_ends(x)]
+        callback_list = keras.callbacks.CallbackList(
+            [*given, *self._progress(given, verbose)], add_history=True, model=model
+        )
+        callback_list.set_params(_callback_params(loop, options, steps, verbose))
         saver = Saver(
             checkpoints=checkpoints,
             loop=loop,
@@ -278,40 +264,29 @@ class Run:
             is_chief=self.is_chief,
             say=_log.info if verbose == 0 else functools.partial(print, flush=True),
             num_steps=steps,
-            order={
-                "num_examples": source.num_examples,
-                "global_batch_size": size,
-                "seed": self.seed,
-                "shuffle": shuffle,
-                "drop_remainder": drop_remainder,
-                "num_parts": loop.num_readers if isinstance(source, ShardedSource) else 1,
-            },
+            order=options.order_of(data.source, num_readers=loop.num_readers),
             members=self._members,
             carried=self._carried,
         )
-        on_nan_step = OnNan(
-            policy=on_nan,
-            max_loss_spike=max_loss_spike,
-            loop=loop,
-            model=model,
-            source=source,
-            saver=saver,
-            is_chief=self.is_chief,
-        )
-        answering: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if self.strategy_name != "one_device":
-            answering = keras_internals.answering_alone(model, self.strategy)
-        with self._working(), service or contextlib.nullcontext(), answering, saver:
+        with self._working(), service, self._answering(model), saver:
             run_fit(
                 loop=loop,
                 model=model,
-                source=source,
-                validation=validation,
+                source=data.source,
+                validation=data.validation,
                 options=options,
                 callbacks=callback_list,
                 saver=saver,
                 heartbeat=self._heartbeat,
-                on_nan=on_nan_step,
+                on_nan=OnNan(
+                    policy=on_nan,
+                    max_loss_spike=max_loss_spike,
+                    loop=loop,
+                    model=model,
+                    source=data.source,
+                    saver=saver,
+                    is_chief=self.is_chief,
+                ),
             )
         return model.history
 
@@ -463,81 +438,35 @@ class Run:
             ps_options = dataclasses.replace(ps_options, steps_per_loop=steps_per_loop)
         ps_options.check_strategy(self.strategy_name)
         sync_options = SyncOptions(sync=sync) if isinstance(sync, str) else sync
-        self._check_sync(sync_options)
+        check_sync(sync_options, self.strategy_name, is_elastic=self._members is not None)
         if isinstance(loop, CoordinatorLoop):
             loop.configure(ps_options)
             return ""
         assert isinstance(loop, SyncLoop)
         return loop.configure(sync_options)
 
-    def _check_sync(self, options: SyncOptions) -> None:
-        asked = dataclasses.replace(options, exchange="auto", bucket_mb=SyncOptions.bucket_mb)
-        if asked != SyncOptions() and self.strategy_name != "multiworker":
-            raise ConfigError(
-                f"sync={options.sync!r} or its settings with strategy={self.strategy_name!r}: only 'multiworker' has "
-                "them; leave them out."
-            )
-        if asked != SyncOptions() and self._members is not None:
-            raise ConfigError(
-                f"sync={options.sync!r} with elastic='in_process': what workers keep for themselves would be lost with "
-                "one of them; choose elastic='restart'."
-            )
+    def _choose_compiler(self, loop: Loop, jit_compile: str | None, data: FitData) -> str:
+        check_jit(self.strategy_name, jit_compile)
+        if not isinstance(loop, SyncLoop):
+            return ""
+        return loop.choose_compiler(jit_compile, data.source, data.batch_size)
 
-    def _choose_loop(
-        self, steps_per_loop: int | None, on_nan: str, max_loss_spike: float | None
-    ) -> int | None:
-        if on_nan == "skip":
-            obstacle = "on_nan='skip'"
-        elif max_loss_spike is not None:
-            obstacle = f"max_loss_spike={max_loss_spike}"
-        elif self._members is not None:
-            obstacle = "elastic='in_process'"
-        else:
-            return steps_per_loop
-        if steps_per_loop not in (None, 1):
-            raise ConfigError(
-                f"steps_per_loop={steps_per_loop} with {obstacle}, which must know of each step before the next one "
-                "begins: leave one of the two out."
-            )
-        return 1
+    def _share(
+        self, loop: Loop, data: FitData, shard: str, data_service: str | None
+    ) -> tuple[FitData, contextlib.AbstractContextManager[Any]]:
+        """Returns what this process reads of the data, and the service that prepares them, or a stand-in for it."""
+        validation = None if data.validation is None else loop.shard_source_of(data.validation, shard)
+        if data_service is None:
+            source = loop.shard_source_of(data.source, shard)
+            return dataclasses.replace(data, source=source, validation=validation), contextlib.nullcontext()
+        service = DataService(data_service, loop=loop, cluster=self.cluster)
+        return dataclasses.replace(data, source=service.share(data.source), validation=validation), service
 
-    def _check_batches(self, loop: Loop, source: Source, size: int, drop_remainder: bool) -> None:
-        if size < loop.num_replicas:
-            raise ConfigError(
-                f"batch_size={size} is smaller than the {loop.num_replicas} replicas that share it; "
-                f"take at least {loop.num_replicas}."
-            )
-        if not isinstance(source, BatchedSource):
-            return
-        if drop_remainder:
-            raise ConfigError(
-                "drop_remainder with data that yield batches: leave out their last one where they are made, as "
-                "dataset.batch(…, drop_remainder=True) does."
-            )
-        self._check_same(loop, source)
-
-    def _check_same(self, loop: Loop, source: BatchedSource) -> None:
-        """Makes sure that workers which read the same batches see the same: each takes its part of them."""
-        if self.strategy_name != "multiworker":
-            return
-        flat = tf.nest.flatten(source.first_batch)
-        own = float(zlib.crc32(b"".join(np.asarray(t).tobytes() for t in flat if isinstance(t, tf.Tensor))))
-        total, count = loop.all_reduce_sum([own, 1.0])
-        if total != own * count:
-            raise ConfigError(
-                "the workers' first batches differ, and each would take its part of another one: let the data come in "
-                "the same order everywhere (a seed for each shuffle), or pass examples and a batch_size."
-            )
-
-    def _check_callbacks(self, callbacks: Any) -> None:
-        everyone, _ = split_callbacks(callbacks, is_chief=True)
-        if self.strategy_name == "multiworker" and any(
-            isinstance(c, keras.callbacks.BackupAndRestore) for c in everyone
-        ):
-            raise ConfigError(
-                "BackupAndRestore would restore the chief's weights alone, and only whole epochs; leave it out, and "
-                "pass checkpoints=tfdist.Checkpoints(directory=…) to fit (--resume on the command line)."
-            )
+    def _answering(self, model: keras.Model) -> contextlib.AbstractContextManager[None]:
+        """Lets callbacks call the model's own `predict` and `evaluate`."""
+        if self.strategy_name == "one_device":
+            return contextlib.nullcontext()
+        return keras_internals.answering_alone(model, self.strategy)
 
     def _progress(self, given: Sequence[Any], verbose: int | str) -> list[keras.callbacks.Callback]:
         if (
@@ -550,3 +479,17 @@ class Run:
         from tfdist.training.monitoring.progress import ProgressBar
 
         return [] if any(isinstance(c, ProgressBar) for c in given) else [ProgressBar()]
+
+
+def _callback_params(
+    loop: Loop, options: FitOptions, steps: int | None, verbose: int | str
+) -> dict[str, Any]:
+    """Returns Keras's parameters for callbacks, and ours."""
+    return {
+        "epochs": options.epochs,
+        "steps": steps,
+        "verbose": verbose,
+        "global_batch_size": options.global_batch_size,
+        "input_wait": lambda: loop.input_wait.share,
+        "measures": loop.measures,
+    }

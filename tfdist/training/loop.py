@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import keras
 
 from tfdist.cluster.heartbeat import Heartbeat
-from tfdist.data import BatchedSource, Source, num_steps
+from tfdist.data import BatchedSource, ShardedSource, Source, num_steps
 from tfdist.errors import ConfigError
 from tfdist.runtime import memory
 from tfdist.training.checkpoint.saver import Loop as SavedLoop
@@ -80,6 +80,22 @@ class FitOptions:
     shown: bool
     drop_remainder: bool
     steps_per_loop: int | None
+
+    def order_of(self, source: Source, *, num_readers: int) -> dict[str, Any]:
+        """Returns what the order of an epoch's examples follows from, by name, for `check_order`.
+
+        Args:
+            source: The training data.
+            num_readers: Processes that share a stream.
+        """
+        return {
+            "num_examples": source.num_examples,
+            "global_batch_size": self.global_batch_size,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "drop_remainder": self.drop_remainder,
+            "num_parts": num_readers if isinstance(source, ShardedSource) else 1,
+        }
 
 
 def run_fit(

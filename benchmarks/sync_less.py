@@ -26,13 +26,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from figures import ROOT, Row, render_spread, show, take_turns
 
 SEEDS = 3
-# Workers agree at each epoch's end: a short one would exchange more often than asked for.
-EPOCHS, STEPS = 10, 400
+# Workers agree at each epoch's end: a short one would exchange more often than asked for. So an epoch is two passes over
+# the text, of 391 steps.
+EPOCHS, PASSES, BATCH, PERIOD = 10, 2, 32, 196
 MODEL = {"num_layers": 1, "width": 64, "sequence_length": 64}
 WAYS: dict[str, dict[str, Any]] = {
     "every_step": {},
     "local_sgd": {"sync": "local_sgd", "sync_period": 32},
-    "diloco": {"sync": "diloco", "sync_period": 200, "exchange_dtype": "bfloat16"},
+    "diloco": {"sync": "diloco", "sync_period": PERIOD, "exchange_dtype": "bfloat16"},
     "gossip": {"sync": "gossip"},
     "delayed": {"sync": "delayed"},
 }
@@ -57,6 +58,7 @@ def train_text(folder: Path, way: str, seed: int) -> list[dict[str, Any]]:
 def train_text_here(way: str, seed: str, out: str) -> None:
     """Is a worker of `diloco`, without checkpoints: for one the optimizers' slots would cross as well."""
     import keras
+    import numpy as np
 
     import tfdist
     from recipes import text_lm
@@ -72,14 +74,16 @@ def train_text_here(way: str, seed: str, out: str) -> None:
 
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             sent = self.params["measures"]()["exchange_mb"]
-            epochs.append({"step": (epoch + 1) * STEPS, "val_loss": logs["val_loss"], "exchange_mb": sent})
+            step = int(self.model.optimizer.iterations)
+            epochs.append({"step": step, "val_loss": logs["val_loss"], "exchange_mb": sent})
 
     train, test = (
         text_lm.build_data(split, sequence_length=MODEL["sequence_length"]) for split in ("train", "test")
     )
-    sizes = {"batch_size": 32, "epochs": EPOCHS, "steps_per_epoch": STEPS}
+    x, y = (np.concatenate([part] * PASSES) for part in train)
     sync = tfdist.SyncOptions(**WAYS[way])
-    run.fit(model, train, validation_data=test, callbacks=[Ends()], verbose=0, sync=sync, **sizes)
+    options = {"batch_size": BATCH, "epochs": EPOCHS, "callbacks": [Ends()], "verbose": 0}
+    run.fit(model, x, y, validation_data=test, sync=sync, **options)
     if run.is_chief:
         Path(out).write_text(json.dumps(epochs))
 

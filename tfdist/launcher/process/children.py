@@ -48,6 +48,7 @@ class Child:
         self.exit_code: int | None = None
         self.asked_to_end = False
         self.fault = ""  # why it was killed, where we know
+        self.has_lost_host = False  # ended because its machine cannot be reached
         self.process: subprocess.Popen[bytes] | ForkedProcess
         self.process = ForkedProcess(command, env, fds) if forks else self._start(command, env, fds)
         self.group = self.process.pid
@@ -71,11 +72,6 @@ class Child:
             raise LaunchError(
                 f"cannot start {command[0]!r} ({error.strerror}): correct the command"
             ) from None
-
-    @property
-    def has_lost_host(self) -> bool:
-        """Whether it ended because its machine cannot be reached."""
-        return False
 
     @property
     def is_alive(self) -> bool:

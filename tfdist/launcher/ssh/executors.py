@@ -182,12 +182,8 @@ class RemoteChild(Child):
         if has_ended and self.exit_code == _LOST_CODE:
             self.exit_code = 128 + signal.SIGKILL
             self.fault = f"lost its host {self.host.name}"
+            self.has_lost_host = True
         return has_ended
-
-    @property
-    def has_lost_host(self) -> bool:
-        """Whether the connection broke before the task ended."""
-        return self.fault.startswith("lost its host")
 
     def send(self, number: signal.Signals) -> None:
         """Sends a signal to the far task and its group."""

@@ -26,8 +26,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from figures import ROOT, Row, render_spread, show, take_turns
 
 SEEDS = 3
-# Workers agree at each epoch's end: a short one would exchange more often than asked for. So an epoch is two passes over
-# the text, of 391 steps.
+# Workers agree at each epoch's end: a short one would exchange more often than asked for. So an epoch is two passes
+# over the text, of 391 steps.
 EPOCHS, PASSES, BATCH, PERIOD = 10, 2, 32, 196
 MODEL = {"num_layers": 1, "width": 64, "sequence_length": 64}
 WAYS: dict[str, dict[str, Any]] = {

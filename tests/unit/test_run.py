@@ -71,6 +71,24 @@ def test_arguments_are_kerass(name):
     assert len(ours) <= 12 and all(p.kind is p.KEYWORD_ONLY for p in ours)
 
 
+def test_former_names_mean_what_they_meant(run):
+    """In programs written before they were Keras's."""
+    model, former = build(), build()
+    run.fit(model, X, Y, batch_size=5, shuffle=False, verbose=0)
+    run.fit(former, (X, Y), global_batch_size=5, shuffle=False, verbose=0, ps_mode="async")
+    for weight, right in zip(former.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(weight, right)
+    found = run.evaluate(former, (X, Y), global_batch_size=5)
+    assert found == run.evaluate(model, X, Y, batch_size=5, verbose=0, return_dict=True)
+    np.testing.assert_array_equal(
+        run.predict(former, X, global_batch_size=5), run.predict(model, X, batch_size=5)
+    )
+    with pytest.raises(tfdist.ConfigError, match="max_staleness=2 with strategy='one_device'"):
+        run.fit(former, (X, Y), global_batch_size=5, max_staleness=2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'batchsize'"):
+        run.fit(former, X, Y, batchsize=5)
+
+
 class Told(keras.callbacks.Callback):
     """Keeps what it hears."""
 

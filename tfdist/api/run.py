@@ -18,6 +18,7 @@ import tensorflow as tf
 from tfdist import keras_internals
 from tfdist.api.arguments import FitData, epoch_ends, read_data, read_fit_data
 from tfdist.api.checks import check_batches, check_callbacks, check_sync, choose_steps_per_loop
+from tfdist.api.former import takes_former_names
 from tfdist.api.loops import Loops
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.membership import Membership
@@ -96,6 +97,7 @@ class Run:
         """Whether this process is the one that writes."""
         return self.cluster.is_chief
 
+    @takes_former_names
     def fit(
         self,
         model: keras.Model,
@@ -290,6 +292,7 @@ class Run:
             )
         return model.history
 
+    @takes_former_names
     def evaluate(
         self,
         model: keras.Model,
@@ -335,6 +338,7 @@ class Run:
             print("evaluation:", *(f"{name} {value}" for name, value in logs.items()), flush=True)
         return logs if return_dict else keras_internals.flatten_logs(model, logs)
 
+    @takes_former_names
     def predict(
         self,
         model: keras.Model,

@@ -102,7 +102,7 @@ def train(
     x, y = build_data(CONTEST)
     settings: dict[str, Any] = {"batch_size": batch, "shuffle": False, "verbose": 0, **options}
     run.fit(model, (x, y), steps_per_epoch=warm_steps, **settings)
-    loss = run.evaluate(model, x[:512], y[:512], verbose=0, return_dict=True)["loss"]
+    loss = run.evaluate(model, x[:512], y[:512], batch_size=256, verbose=0, return_dict=True)["loss"]
     timer = Timer()
     run.fit(model, (x, y), steps_per_epoch=CONTESTS[CONTEST].num_steps, callbacks=[timer], **settings)
     return timer.figures(batch) | {"loss": float(loss)} if run.is_chief else None

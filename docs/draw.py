@@ -5,11 +5,10 @@ python docs/draw.py [--check]
 
 import ast
 import sys
-from pathlib import Path
 
 import grimp
+from made import ROOT, keep
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- drawn by docs/draw.py -->\n", "<!-- end of drawing -->\n"
 
@@ -53,18 +52,12 @@ def draw(package: str) -> str:
 
 def main() -> int:
     """Writes the drawing, or tells whether the page has it."""
-    sys.path.insert(0, str(ROOT))  # this checkout, not one that is installed
     old = PAGE.read_text(encoding="utf-8")
     parts = old.split(BEGIN)
     new = parts[0]
     for package, part in zip(("tfdist", "tfdist.training", "tfdist.launcher"), parts[1:], strict=True):
         new += f"{BEGIN}\n{draw(package)}\n{END}{part.partition(END)[2]}"
-    if "--check" in sys.argv[1:]:
-        if new != old:
-            print("docs/architecture.md is not what the code is: python docs/draw.py")
-        return int(new != old)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+    return keep(PAGE, new)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,16 @@ python docs/list_flags.py [--check]
 """
 
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from made import ROOT, keep  # first: it puts this checkout on the path
+
+from tfdist.commands.flags import define_flags
+
 PAGE = ROOT / "docs" / "flags.md"
 
 
 def render() -> str:
     """Returns the page."""
-    sys.path.insert(0, str(ROOT))  # this checkout, not one that is installed
-    from tfdist.commands.flags import define_flags
-
     values = define_flags()
     lines = [
         "# Flags",
@@ -38,17 +37,5 @@ def render() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    """Writes the page, or tells whether it is there."""
-    text = render()
-    if "--check" in sys.argv[1:]:
-        is_current = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
-        if not is_current:
-            print("docs/flags.md is not what the code is: python docs/list_flags.py")
-        return int(not is_current)
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(keep(PAGE, render()))

@@ -36,7 +36,7 @@ def read_data(
         class_weight: Class → weight.
 
     Returns:
-        The source, and the examples of a step.
+        The source, and the examples of a step, which says nothing of data that yield batches.
 
     Raises:
         ConfigError: If one of the arguments does not go with another.
@@ -58,14 +58,12 @@ def read_data(
         sample_weight=sample_weight,
         batched=is_dataset and batch_size is None,
     )
-    if not isinstance(source, BatchedSource):
-        return source, _BATCH_SIZE if batch_size is None else batch_size
-    if batch_size is not None:
+    if isinstance(source, BatchedSource) and batch_size is not None:
         raise ConfigError(
             f"batch_size={batch_size} with x of type {type(x).__name__}, which yields batches: leave it out; each "
             "of its batches is one step's."
         )
-    return source, source.batch_size
+    return source, _BATCH_SIZE if batch_size is None else batch_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +113,8 @@ def read_fit_data(
         x, validation_data = hold_out(held, validation_split)
         y = sample_weight = None
     source, size = read_data(model, x, y, sample_weight, batch_size=batch_size, class_weight=class_weight)
+    if isinstance(source, BatchedSource):
+        size = source.batch_size  # here alone, as their first one is read for it
     validation, validation_size = None, 0
     if validation_data is not None:
         is_tuple = isinstance(validation_data, (tuple, list))  # of a list, too, Keras makes (x, y)

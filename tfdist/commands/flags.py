@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from tfdist.config.job_options import TRAIN_DEFAULTS, JobOptions
 from tfdist.config.ps_options import PsOptions
 from tfdist.config.run_config import RunConfig, default_num_tasks, default_run_dir
 from tfdist.config.run_dir import RunDir
-from tfdist.config.settings import Setting, settings_of
+from tfdist.config.settings import Setting, settings_of, types_of
 from tfdist.config.sync_options import SyncOptions
 from tfdist.errors import ConfigError
 from tfdist.launcher.hosts import read_hosts
@@ -58,9 +57,8 @@ def _help_of(name: str) -> str:
     return settings_of(RunConfig)[name][1].help
 
 
-def _define(values: flags.FlagValues, name: str, kind: Any, default: Any, rule: Setting) -> None:
+def _define(values: flags.FlagValues, name: str, kinds: set[type], default: Any, rule: Setting) -> None:
     """Defines a setting's flag."""
-    kinds = set(typing.get_args(kind)) - {type(None)} or {kind}
     own: Any = {"flag_values": values}
     text = f"{rule.help} One of {_NAMES[name]}." if name in _NAMES else rule.help
     choices = rule.choices or _CHOICES.get(name, ())
@@ -81,7 +79,7 @@ def define_flags() -> flags.FlagValues:
     """Returns the flags, not yet parsed."""
     values = flags.FlagValues()  # type: ignore[no-untyped-call]
     own: Any = {"flag_values": values}
-    kinds = typing.get_type_hints(RunConfig)
+    kinds = types_of(RunConfig)
     for name, (field, rule) in settings_of(RunConfig).items():
         if name not in _DEFINED_APART:
             default = None if field.default is dataclasses.MISSING else field.default
@@ -90,7 +88,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_multi_string("set", [], _help_of("overrides"), **own)
     flags.DEFINE_string("verbose", "auto", _help_of("verbose"), **own)
     flags.DEFINE_string("num_workers", None, _help_of("num_workers"), **own)
-    kinds = typing.get_type_hints(JobOptions)
+    kinds = types_of(JobOptions)
     for name, (field, rule) in settings_of(JobOptions).items():
         _define(values, name, kinds[name], TRAIN_DEFAULTS.get(name, field.default), rule)
     flags.DEFINE_string(

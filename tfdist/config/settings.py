@@ -62,6 +62,14 @@ def settings_of(kind: Any) -> dict[str, tuple[dataclasses.Field[Any], Setting]]:
     }
 
 
+def types_of(kind: Any) -> dict[str, set[type]]:
+    """Returns the types that a dataclass's settings may have besides None, by name."""
+    hints = typing.get_type_hints(kind)
+    return {
+        name: set(typing.get_args(hints[name])) - {type(None)} or {hints[name]} for name in settings_of(kind)
+    }
+
+
 def check_settings(values: Any) -> None:
     """Holds every field to its type and its rule.
 

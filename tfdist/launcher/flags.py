@@ -6,14 +6,13 @@ import importlib.util
 import os
 import shutil
 import sys
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tfdist.cluster.spec import find_nearest
 from tfdist.config.job_options import TRAIN_DEFAULTS, JobOptions
-from tfdist.config.settings import settings_of
+from tfdist.config.settings import settings_of, types_of
 from tfdist.errors import ConfigError
 from tfdist.launcher.backends import BACKENDS, Backend, choose_backend, count_workers
 from tfdist.launcher.hosts import SSH_FLAGS, read_hosts, read_ssh_options
@@ -151,8 +150,7 @@ def _build_parser() -> _Parser:
 
 def _add_option(group: Any, name: str) -> None:
     field, rule = settings_of(JobOptions)[name]
-    hint = typing.get_type_hints(JobOptions)[name]
-    (kind,) = set(typing.get_args(hint)) - {type(None)} or {hint}
+    (kind,) = types_of(JobOptions)[name]
     text = rule.help
     if name in TRAIN_DEFAULTS:
         why = f"tfdist.train, whose tasks save and tell of their steps, has {TRAIN_DEFAULTS[name]:g}"

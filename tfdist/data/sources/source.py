@@ -177,9 +177,9 @@ def build_source(
     elif isinstance(data, tf.data.Dataset):
         count = int(data.cardinality())
         source = StreamSource(dataset=data, num_examples=count if count >= 0 else None)
-    elif isinstance(data, TfdsSplit) or (isinstance(data, str) and data.startswith("tfds:")):
+    elif _is_split(data):
         source = _from_split(data if isinstance(data, TfdsSplit) else parse_split(data))
-    elif is_indexed(data) and not is_sparse(data):
+    elif _is_read_by_number(data):
         source = build_indexed(data)
     elif callable(data):
         source = SelfShardedSource(local_dataset=data)
@@ -192,9 +192,16 @@ def build_source(
 
 def are_arrays(data: Any) -> bool:
     """Tells whether data are arrays, or nests of them, and nothing that yields examples or batches by itself."""
-    is_named = isinstance(data, str) and data.startswith("tfds:")
-    is_read = (is_indexed(data) and not is_sparse(data)) or yields_batches(data) or callable(data)
-    return not (is_named or is_read or isinstance(data, (Source, tf.data.Dataset, TfdsSplit)))
+    is_one = isinstance(data, (Source, tf.data.Dataset)) or _is_split(data) or yields_batches(data)
+    return not (is_one or _is_read_by_number(data) or callable(data))
+
+
+def _is_split(data: Any) -> bool:
+    return isinstance(data, TfdsSplit) or (isinstance(data, str) and data.startswith("tfds:"))
+
+
+def _is_read_by_number(data: Any) -> bool:
+    return is_indexed(data) and not is_sparse(data)
 
 
 def hold_out(source: Source, fraction: float) -> tuple[ArraySource, ArraySource]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from chosen import chosen
 
 EVEN = 20  # Examples that two batches of ten hold without a rest.
 STEPS = 40
+LATE_SECS = 1.0
 
 
 class Count(keras.metrics.Metric):
@@ -217,6 +219,22 @@ def callbacks(trainer: Trainer, folder: Path, name: str) -> dict[str, Any]:
     return {"epochs": len(history.history["loss"]), "batches": batches}
 
 
+def leaving(trainer: Trainer) -> dict[str, Any]:
+    """Ends a fit late on the chief, when the others have nothing left to do."""
+    ended_at = [0.0]
+
+    def end_late(logs: Any = None) -> None:
+        time.sleep(LATE_SECS if trainer.run.is_chief else 0.0)
+        ended_at[0] = time.monotonic()
+
+    model = trainer.build(lambda: linear(0.5))
+    ones = np.ones((4, 1), np.float32)
+    trainer.fit(
+        model, (ones, ones), 2, epochs=1, callbacks=[keras.callbacks.LambdaCallback(on_train_end=end_late)]
+    )
+    return {"ended_at": ended_at[0], "left_at": time.monotonic()}
+
+
 def forms(trainer: Trainer) -> dict[str, Any]:
     """Trains on the same examples given in every form."""
     x, y = cases.X[:EVEN], cases.Y[:EVEN]
@@ -258,6 +276,7 @@ def main(out: str, strategy: str, replicas: str | None = None) -> None:
         "repeated": lambda: repeated(trainer),
         "statistics": lambda: statistics(trainer),
         "callbacks": lambda: callbacks(trainer, Path(out), name),
+        "leaving": lambda: leaving(trainer),
         "forms": lambda: forms(trainer),
         "bfloat16": lambda: bfloat16(trainer),
     }

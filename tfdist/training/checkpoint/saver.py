@@ -77,6 +77,9 @@ class Loop(Protocol):
     def all_reduce_sum(self, values: list[float]) -> list[float]:
         """Returns the sums over all processes."""
 
+    def meet(self) -> None:
+        """Returns once every process has called it, and needs nothing of the others for what came before."""
+
 
 class Saver:
     """When and what a fit saves.
@@ -358,9 +361,7 @@ class Saver:
         if self._is_stopping:
             self._leave(epoch, step)
         if self._is_regrouping:
-            self._loop.all_reduce_sum(
-                [0.0]
-            )  # Nobody leaves while another still takes part in the exchange before.
+            self._loop.meet()  # Nobody leaves while another still takes part in the exchange before.
             raise Regroup(self._take(epoch, step, metrics))
 
     def _tell_of_slow_writing(self, epoch: int, step: int) -> None:
@@ -384,7 +385,7 @@ class Saver:
                 self._say(
                     f"SIGTERM: the state {where} is saved; the same command with --resume goes on from it"
                 )
-        self._loop.all_reduce_sum([0.0])  # Nobody leaves while the chief still writes.
+        self._loop.meet()  # Nobody leaves while the chief still writes.
         raise Preempted
 
     def _note_signal(self, number: int, frame: Any) -> None:

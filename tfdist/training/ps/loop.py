@@ -317,6 +317,9 @@ class CoordinatorLoop:
         """Returns the values: only the chief runs the program."""
         return values
 
+    def meet(self) -> None:
+        """Returns: only the chief runs the program."""
+
     def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
         """Returns the metrics over the plan's steps."""
         state = self.metric_origins

@@ -22,6 +22,7 @@ from tfdist.data import (
     local_batches,
     shard_source,
 )
+from tfdist.runtime.strategies import wait_for_workers
 from tfdist.training.checkpoint.input_position import InputPosition, KeptIterators
 from tfdist.training.metric_parts import find_whole
 from tfdist.training.metrics import metric_results, select_logs
@@ -281,6 +282,10 @@ class SyncLoop:
         if isinstance(self._step, SingleDeviceStep) or self.num_replicas == len(self.replica_ids):
             return values
         return self._step.sum_first(np.array(values, np.float64)).tolist()
+
+    def meet(self) -> None:
+        """Returns once every process has called it, and needs nothing of the others for what came before."""
+        wait_for_workers(self._strategy)
 
     def predict(self, source: Source, plan: BatchPlan) -> Any:
         """Returns the outputs as arrays in the data's order, on every process."""

@@ -222,9 +222,10 @@ def callbacks(trainer: Trainer, folder: Path, name: str) -> dict[str, Any]:
 def leaving(trainer: Trainer) -> dict[str, Any]:
     """Ends a fit late on the chief, when the others have nothing left to do."""
     ended_at = [0.0]
+    is_late = trainer.run is not None and trainer.run.is_chief
 
     def end_late(logs: Any = None) -> None:
-        time.sleep(LATE_SECS if trainer.run.is_chief else 0.0)
+        time.sleep(LATE_SECS * is_late)
         ended_at[0] = time.monotonic()
 
     model = trainer.build(lambda: linear(0.5))

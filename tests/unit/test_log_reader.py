@@ -2,57 +2,66 @@
 
 import pytest
 
-from tfdist.diagnostics.log_reader import End, explain, find_first, read_run
+from tfdist.diagnostics.log_reader import explain, find_first, read_run
 from tfdist.errors import ConfigError
+from tfdist.launcher.events import Event, note_event, read_events
 
-START = "2026-11-21 10:00:00 starting all: worker:0, worker:1"
+NINE, TEN = 1_795_942_800.0, 1_795_946_400.0  # an hour apart
+START = Event(kind="start", at=NINE)
 
 
-def write(folder, launcher, **outputs):
+def ended(task, code, **facts):
+    return Event(kind="exit", task=task, exit_code=code, how=f"exited with code {code}", **facts)
+
+
+def verdict(task, code):
+    return Event(kind="verdict", task=task, exit_code=code)
+
+
+def end(code):
+    return Event(kind="end", exit_code=code)
+
+
+def write(folder, events, **outputs):
     (folder / "logs").mkdir()
-    if launcher is not None:
-        (folder / "logs/launcher.log").write_text("\n".join([START, *launcher]) + "\n")
+    for event in [] if events is None else [START, *events]:
+        note_event(str(folder), event)
     for task, text in outputs.items():
         (folder / f"logs/{task.replace('_', '-')}.log").write_text(text)
 
 
-def notes(*texts):
-    return [(f"10:00:0{i}", text) for i, text in enumerate(texts)]
-
-
 @pytest.mark.parametrize(
-    ("texts", "found"),
+    ("events", "found"),
     [
-        (["worker:1 was killed by SIGKILL (exit code 137) at step 7"], End(task="worker:1", how="", step=7)),
-        (
-            ["worker:0 lost the others (exit code 75)", "worker:1 exited with code 3"],
-            End(task="worker:1", how=""),
-        ),
-        (["worker:0 lost the others (exit code 75)"], End(task="worker:0", how="")),
+        ([ended("worker:1", 137, step=7)], ("worker:1", 7)),
+        ([ended("worker:0", 75), ended("worker:1", 3)], ("worker:1", None)),
+        ([ended("worker:0", 75)], ("worker:0", None)),
         (
             [
-                "worker:1 exited with code 9",
-                "worker:1 exited with code 9; worker:1 starts again (1 of 3)",
-                "ps:0 exited with code 1 at step 4",
-                "ps:0 exited with code 1; whole output: run/logs/ps-0.log",
-                "ended with code 1",
+                ended("worker:1", 9),
+                Event(text="worker:1 exited with code 9; worker:1 starts again (1 of 3)"),
+                ended("ps:0", 1, step=4),
+                verdict("ps:0", 1),
+                end(1),
             ],
-            End(task="ps:0", how="", step=4),
+            ("ps:0", 4),
         ),
-        (
-            [
-                "worker:1 was killed by SIGKILL (exit code 137)",
-                "worker:0 exited with code 0",
-                "ended with code 0",
-            ],
-            None,
-        ),
+        ([ended("worker:1", 137), ended("worker:0", 0), end(0)], None),
         ([], None),
     ],
 )
-def test_first_to_die_is_the_launchers_verdict_or_the_first_that_did_not_only_lose_the_others(texts, found):
-    first = find_first(notes(*texts))
-    assert (first and (first.task, first.step)) == (found and (found.task, found.step))
+def test_first_to_die_is_the_launchers_verdict_or_the_first_that_did_not_only_lose_the_others(events, found):
+    first = find_first(events)
+    assert (first and (first.task, first.step)) == found
+
+
+def test_event_is_what_was_noted_and_half_a_line_is_none(tmp_path):
+    noted = [ended("worker:1", 3, step=4, at=TEN), Event(text="a\nb é", at=TEN)]
+    write(tmp_path, noted)
+    with (tmp_path / "logs/launcher.jsonl").open("a") as log:
+        log.write('{"kind": "ex')
+    assert read_events(str(tmp_path)) == [START, *noted]
+    assert (tmp_path / "logs/launcher.log").read_text().count("a\nb é") == 1
 
 
 @pytest.mark.parametrize(
@@ -93,30 +102,32 @@ def test_first_to_die_is_the_launchers_verdict_or_the_first_that_did_not_only_lo
     ],
 )
 def test_cause_is_read_from_how_it_ended_and_what_it_said(how, output, said):
-    finding = explain(End(task="worker:1", how=how, time="10:00:03", step=5), output)
+    last = Event(kind="exit", task="worker:1", how=how, at=TEN, step=5)
+    finding = explain(last, output)
     assert finding.severity == "error" and said in finding.text and finding.remedy
-    assert finding.text.startswith(f"worker:1 died first, at 10:00:03, at step 5: it {how}")
+    assert finding.text.startswith(f"worker:1 died first, at {last.clock}, at step 5: it {how}")
 
 
 def test_failure_that_was_made_is_no_riddle():
-    end = End(task="worker:1", how="was killed by SIGKILL (exit code 137)")
-    assert "on purpose: chaos: kill" in explain(end, "", ["chaos: kill:worker:1@step=20"]).text
+    last = Event(kind="exit", task="worker:1", how="was killed by SIGKILL (exit code 137)")
+    assert "on purpose: chaos: kill" in explain(last, "", ["chaos: kill:worker:1@step=20"]).text
 
 
 def test_only_the_last_launch_counts(tmp_path):
-    launcher = [
-        "2026-11-21 10:00:01 worker:0 exited with code 1",
-        "2026-11-21 10:00:01 ended with code 1",
-        "2026-11-21 11:00:00 starting all: worker:0, worker:1",
-        "2026-11-21 11:00:09 worker:1 exited with code 1",
-        "2026-11-21 11:00:09 worker:1 exited with code 1; whole output: run/logs/worker-1.log",
-        "2026-11-21 11:00:09 ended with code 1",
+    last = ended("worker:1", 1, at=TEN)
+    events = [
+        ended("worker:0", 1, at=NINE),
+        end(1),
+        Event(kind="start"),
+        last,
+        verdict("worker:1", 1),
+        end(1),
     ]
     again = "\n--- launched again 2026-11-21 11:00:00 ---\n"
-    write(tmp_path, launcher, worker_0="ok", worker_1=f"OOM when allocating{again}ValueError: new")
+    write(tmp_path, events, worker_0="ok", worker_1=f"OOM when allocating{again}ValueError: new")
     found, progress = read_run(str(tmp_path))
     assert (
-        found.text.startswith("worker:1 died first, at 2026-11-21 11:00:09")
+        found.text.startswith(f"worker:1 died first, at {last.clock}: it exited with code 1")
         and "ValueError: new" in found.text
     )
     assert "no whole epoch" in progress.text

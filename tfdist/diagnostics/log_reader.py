@@ -1,45 +1,21 @@
 """Reads what a dead run has left, and says who died first, when, at which step, and of what."""
 
 import contextlib
-import dataclasses
 import json
 import re
 import textwrap
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tfdist.diagnostics.causes import find_cause
 from tfdist.diagnostics.findings import Finding
 from tfdist.errors import PEER_LOST_CODE, ConfigError
+from tfdist.launcher.events import Event, read_events
 
-_TASK = r"(?:chief|worker|ps):\d+"
-# A line of the launcher's own log, as `tfdist.launcher.supervise.processes` writes it.
-_NOTE = re.compile(r"([\d-]{10} [\d:]{8}) (.*)")
-_END = re.compile(rf"(?P<task>{_TASK}) (?P<how>[^;]*?)(?: at step (?P<step>\d+))?(?P<rest>;.*)?$")
-_ENDED = ("exited", "was killed", "was stopped", "lost ", "made no step")
 _AGAIN = re.compile(r"^--- launched again .*$", re.MULTILINE)
 _TRACEBACK = "Traceback (most recent call last):"
 _TAIL_LINES = 200
 _LINE_CHARS = 200
-_LOSING = f"lost the others (exit code {PEER_LOST_CODE})"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class End:
-    """How a task ended.
-
-    Attributes:
-        task: As in "worker:1".
-        how: In the launcher's words, as "exited with code 1".
-        time: When, as the launcher wrote it; "" if unknown.
-        step: The last optimizer step it was seen at, or None.
-    """
-
-    task: str
-    how: str
-    time: str = ""
-    step: int | None = None
 
 
 def read_run(folder: str) -> list[Finding]:
@@ -58,44 +34,34 @@ def read_run(folder: str) -> list[Finding]:
     outputs = {path.stem.replace("-", ":", 1): _read_last(path) for path in sorted(logs.glob("*-*.log"))}
     if not outputs:
         raise ConfigError(f"run_dir {folder!r} has no logs/*.log: name the folder of a run that was launched")
-    told = logs / "launcher.log"
-    notes = _last_try(told.read_text(errors="replace")) if told.is_file() else []
-    first = find_first(notes) or (None if _has_verdict(notes) else _guess_first(logs, outputs))
+    events = _last_try(read_events(folder))
+    first = find_first(events) or (None if _has_ended(events) else _guess_first(logs, outputs))
     findings = [_describe_progress(Path(folder))]
     if first is None:
-        return [_describe_no_failure(notes), *findings]
-    chaos = [text for _, text in notes if text.startswith("chaos:") and f":{first.task}@" in text]
-    return [explain(first, outputs.get(first.task, ""), chaos), *findings]
+        return [_describe_no_failure(events), *findings]
+    chaos = [event.text for event in events if event.kind == "chaos" and event.task == first.task]
+    return [explain(first, outputs.get(str(first.task), ""), chaos), *findings]
 
 
-def find_first(notes: Sequence[tuple[str, str]]) -> End | None:
+def find_first(events: Sequence[Event]) -> Event | None:
     """Finds the task that failed first in one try of a job.
 
     Args:
-        notes: Times and texts of the launcher's own log.
+        events: What the launcher has noted.
 
     Returns:
-        How it ended; None if the job went well, or the log does not say.
+        How it ended; None if the job went well, or the launcher does not say.
     """
-    if notes and notes[-1][1] == "ended with code 0":
+    if _has_ended(events) and events[-1].exit_code == 0:
         return None
-    ends: list[End] = []
-    verdict = None
-    for when, text in notes:
-        match = _END.fullmatch(text)
-        if match is None or not match["how"].startswith(_ENDED):
-            continue
-        if (match["rest"] or "").startswith("; whole output"):
-            verdict = match["task"]
-        elif not match["rest"] and match["how"] != "exited with code 0":
-            step = int(match["step"]) if match["step"] else None
-            ends.append(End(task=match["task"], how=match["how"], time=when, step=step))
+    ends = [event for event in events if event.kind == "exit" and event.exit_code != 0]
+    verdict = next((event.task for event in reversed(events) if event.kind == "verdict"), None)
     # The launcher's own verdict, at its last end; where the launcher died too, whoever did not only lose the others.
-    judged = [end for end in ends if end.task == verdict]
-    return judged[-1] if judged else min(ends, key=lambda end: end.how == _LOSING, default=None)
+    judged = [event for event in ends if event.task == verdict]
+    return judged[-1] if judged else min(ends, key=lambda end: end.exit_code == PEER_LOST_CODE, default=None)
 
 
-def explain(end: End, output: str, chaos: Sequence[str] = ()) -> Finding:
+def explain(end: Event, output: str, chaos: Sequence[str] = ()) -> Finding:
     """Says of what a task most likely died.
 
     Args:
@@ -106,9 +72,8 @@ def explain(end: End, output: str, chaos: Sequence[str] = ()) -> Finding:
     Returns:
         One finding.
     """
-    when = f", at {end.time}" if end.time else ""
     step = f", at step {end.step}" if end.step is not None else ""
-    head = f"{end.task} died first{when}{step}: it {end.how}"
+    head = f"{end.task} died first, at {end.clock}{step}: it {end.how}"
     lines = [line.strip() for line in output.splitlines() if line.strip()][-_TAIL_LINES:]
     cause, line = find_cause([end.how, *chaos]) or find_cause(lines) or (None, "")
     if cause is not None:
@@ -122,25 +87,24 @@ def explain(end: End, output: str, chaos: Sequence[str] = ()) -> Finding:
     )
 
 
-def _last_try(text: str) -> list[tuple[str, str]]:
-    notes = [match.groups() for line in text.splitlines() if (match := _NOTE.fullmatch(line))]
-    starts = [i for i, (_, said) in enumerate(notes) if said.startswith("starting all: ")]
-    return [(when, said) for when, said in notes[starts[-1] if starts else 0 :]]
+def _last_try(events: Sequence[Event]) -> list[Event]:
+    starts = [i for i, event in enumerate(events) if event.kind == "start"]
+    return list(events[starts[-1] if starts else 0 :])
 
 
-def _has_verdict(notes: Sequence[tuple[str, str]]) -> bool:
-    return bool(notes) and notes[-1][1].startswith("ended with code")
+def _has_ended(events: Sequence[Event]) -> bool:
+    return bool(events) and events[-1].kind == "end"
 
 
-def _describe_no_failure(notes: Sequence[tuple[str, str]]) -> Finding:
-    if notes and not _has_verdict(notes):
-        text = f"no task has failed since {notes[0][0]}, and the launcher has not ended"
+def _describe_no_failure(events: Sequence[Event]) -> Finding:
+    if events and not _has_ended(events):
+        text = f"no task has failed since {events[0].clock}, and the launcher has not ended"
         return Finding(severity="note", text=text, remedy="it still runs, or was killed with all its tasks")
     text = "no task has failed, as far as the logs say"
     return Finding(severity="note", text=text, remedy="nothing is to be done")
 
 
-def _guess_first(logs: Path, outputs: Mapping[str, str]) -> End | None:
+def _guess_first(logs: Path, outputs: Mapping[str, str]) -> Event | None:
     """Without the launcher's word: who complains, and not only of the others; of those, who fell silent first."""
     failed = []
     for task, output in outputs.items():
@@ -152,8 +116,7 @@ def _guess_first(logs: Path, outputs: Mapping[str, str]) -> End | None:
     if not failed:
         return None
     _, at, task = min(failed)
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
-    return End(task=task, how="ended, and nobody has noted how", time=when)
+    return Event(kind="exit", task=task, how="ended, and nobody has noted how", at=at)
 
 
 def _read_last(path: Path) -> str:

@@ -201,11 +201,6 @@ def log_path(run_dir: str, task: Task) -> Path:
     return Path(run_dir) / "logs" / f"{task.type}-{task.index}.log"
 
 
-def launcher_log_path(run_dir: str) -> Path:
-    """Says where the launcher keeps what it says and sees, a line each, with times."""
-    return Path(run_dir) / "logs" / "launcher.log"
-
-
 def open_log(run_dir: str, task: Task) -> BinaryIO:
     """Opens a task's log; what earlier launches left there stays, above a separating line.
 

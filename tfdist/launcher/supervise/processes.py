@@ -8,14 +8,15 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from typing import IO
+from typing import IO, Any
 
 from tfdist.cluster.spec import Cluster, Task
 from tfdist.errors import PEER_LOST_CODE
+from tfdist.launcher.events import Event, note_event
 from tfdist.launcher.job import Job
 from tfdist.launcher.process import reaper
 from tfdist.launcher.process.children import Child, Reaper
-from tfdist.launcher.process.logs import Display, TaskOutput, launcher_log_path, open_log, render_prefix
+from tfdist.launcher.process.logs import Display, TaskOutput, open_log, render_prefix
 from tfdist.launcher.process.signals import SignalInbox
 from tfdist.launcher.ssh.executors import Executor
 
@@ -62,7 +63,7 @@ class Processes:
     def __enter__(self) -> "Processes":
         with contextlib.ExitStack() as stack:
             self._outputs = {task: stack.enter_context(self._open_output(task)) for task in self._envs}
-            self.note(f"starting all: {', '.join(str(task) for task in self._envs)}")
+            self.note(f"starting all: {', '.join(str(task) for task in self._envs)}", kind="start")
             self._guard = Reaper(self._mark)
             stack.callback(self._guard.dismiss)
             self._inbox = stack.enter_context(SignalInbox(self.kill))
@@ -139,20 +140,22 @@ class Processes:
         for child in self.alive:
             child.signal_group(signal.SIGKILL)
 
-    def say(self, text: str) -> None:
-        """Prints a line of the launcher's own."""
+    def say(self, text: str, **facts: Any) -> None:
+        """Prints a line of the launcher's own, and notes it."""
         # Nobody listens, or the disk is full: the tasks must still be looked after.
         with contextlib.suppress(OSError):
             print(f"tfdist.launch: {text}", file=sys.stderr, flush=True)
-        self.note(text)
+        self.note(text, **facts)
 
-    def note(self, text: str) -> None:
-        """Writes a line into the launcher's own log, for whoever asks later what happened."""
-        if not self._job.run_dir:
-            return
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
-        with contextlib.suppress(OSError), open(launcher_log_path(self._job.run_dir), "a") as log:
-            log.write(line)  # a full disk must not end what is being watched
+    def note(self, text: str, **facts: Any) -> None:
+        """Writes into the launcher's own logs, for whoever asks later what happened.
+
+        Args:
+            text: A line.
+            **facts: Fields of `Event`.
+        """
+        if self._job.run_dir:
+            note_event(self._job.run_dir, Event(text=text, **facts))
 
     def _open_output(self, task: Task) -> contextlib.closing[TaskOutput]:
         log = open_log(self._job.run_dir, task) if self._job.run_dir else None

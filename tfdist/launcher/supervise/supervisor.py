@@ -110,7 +110,7 @@ class Supervisor:
                 self._step()
             self._processes.speaker = self._cause or self._echo
         code = self._report()
-        self._processes.note(f"ended with code {code}")
+        self._processes.note(f"ended with code {code}", kind="end", exit_code=code)
         return code
 
     @property
@@ -184,7 +184,7 @@ class Supervisor:
     def _make(self, failure: Failure, alive: list[Child], now: float) -> None:
         for child in alive:
             if child.task == failure.task:
-                self._processes.say(f"chaos: {failure}")
+                self._processes.say(f"chaos: {failure}", kind="chaos", task=str(child.task))
                 self._restarts.failed_at = now
                 if failure.action == CUT:
                     child.cut()
@@ -227,8 +227,8 @@ class Supervisor:
     def _note_exit(self, child: Child, now: float) -> None:
         child.fault = child.fault or self._memory.explain(child)
         beat = self._watch.read(child.task)
-        step = f" at step {beat.step}" if beat is not None and beat.step else ""
-        self._processes.note(f"{child.task} {render_exit(child)}{step}")
+        step = (beat and beat.step) or None
+        self._note(child, "exit", f" at step {step}" if step else "", step=step)
         if self._stop_signal is not None or self._cause is not None or self._recovery.survives(child, now):
             return
         if child.exit_code == PEER_LOST_CODE:
@@ -302,5 +302,17 @@ class Supervisor:
         end = f"; whole output: {log_path(self._job.run_dir, cause.task)}" if self._job.run_dir else ""
         if self.is_worth_a_restart:
             end += f"; starting all tasks again ({self._restarts.num_recent + 1} of {self._job.max_restarts})"
-        processes.say(f"{cause.task} {render_exit(cause)}{end}")
+        self._note(cause, "verdict", end, say=True)
         return cause.exit_code
+
+    def _note(self, child: Child, kind: str, end: str, *, say: bool = False, step: int | None = None) -> None:
+        how = render_exit(child)
+        write = self._processes.say if say else self._processes.note
+        write(
+            f"{child.task} {how}{end}",
+            kind=kind,
+            task=str(child.task),
+            how=how,
+            exit_code=child.exit_code,
+            step=step,
+        )

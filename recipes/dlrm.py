@@ -26,12 +26,13 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist.data import build_source
-from tfdist.data.sources.clicks import make_clicks
-from tfdist.data.sources.criteo import NUM_IDS, NUM_NUMBERS, read_criteo
 from tfdist.errors import ConfigError
 from tfdist.layers import Embedding
 from tfdist.optimizers import LazyAdam
 from tfdist.recipe import Recipe
+
+from ._clicks import make_clicks
+from ._criteo import NUM_IDS, NUM_NUMBERS, read_criteo
 
 Imbalance = Literal["none", "class_weight", "resample"]
 

@@ -27,9 +27,10 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from tfdist.data.sources.masked_images import find_masked_images, read_masked_images
 from tfdist.errors import ConfigError
 from tfdist.recipe import Recipe
+
+from ._masked_images import find_masked_images, read_masked_images
 
 CHANNELS_PER_GROUP = 8
 

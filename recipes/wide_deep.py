@@ -16,11 +16,12 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from tfdist.data.sources.clicks import make_clicks
 from tfdist.errors import ConfigError
 from tfdist.layers import Embedding
 from tfdist.optimizers import LazyAdam
 from tfdist.recipe import Recipe
+
+from ._clicks import make_clicks
 
 Data = Literal["clicks", "breast_cancer"]
 Examples = tuple[dict[str, NDArray[Any]], NDArray[np.float32]]

@@ -9,9 +9,11 @@ import difflib
 import importlib.machinery
 import importlib.util
 import inspect
+import os
 import sys
 import types
 import typing
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,19 @@ class Recipe:
 
     Raises:
         ConfigError: If a builder cannot be called that way, or a number is not a whole number of at least 1.
+
+    Examples:
+        >>> import keras, numpy, tfdist
+        >>> def build_model(*, width: int = 8) -> keras.Model:
+        ...     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(width), keras.layers.Dense(1)])
+        ...     model.compile("sgd", "mse")
+        ...     return model
+        >>> def build_data(split: str, *, num_examples: int = 100):
+        ...     x = numpy.ones((num_examples, 4))
+        ...     return x, x[:, :1]
+        >>> recipe = tfdist.Recipe(build_model=build_model, build_data=build_data, global_batch_size=20, epochs=2)
+        >>> recipe.epochs
+        2
     """
 
     build_model: Callable[..., Any]
@@ -142,7 +157,8 @@ def load_recipe(name: str) -> Recipe:
 
     Args:
         name: One of `list_recipes` ("digits_cnn"), a dotted module ("mypkg.my_recipe"), or the path of a Python file
-            ("./my_recipe.py"), whose folder is then searched last for modules that it imports.
+            ("./my_recipe.py"), whose folder is then searched last for modules that it imports; `from .neighbour import`
+            finds a file beside it first.
 
     Returns:
         The recipe.
@@ -240,7 +256,7 @@ def _shipped_stem(name: str) -> str:
 
 def _import_shipped(name: str) -> types.ModuleType:
     stem = _shipped_stem(name)
-    return _import_file(RECIPES_DIR / f"{stem}.py", module_name=f"tfdist_recipe_{stem}")
+    return _import_file(RECIPES_DIR / f"{stem}.py", package="tfdist_recipes")
 
 
 def _import_dotted(name: str) -> types.ModuleType:
@@ -275,10 +291,15 @@ def _import_path(name: str) -> types.ModuleType:
     # Last, so that a file beside the recipe never hides an installed module; it stays, for imports made later on.
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    return _import_file(path, module_name=f"tfdist_recipe_file_{path.stem}")
+    return _import_file(path, package=f"tfdist_recipes_{zlib.crc32(os.fsencode(path.parent)):08x}")
 
 
-def _import_file(path: Path, *, module_name: str) -> types.ModuleType:
+def _import_file(path: Path, *, package: str) -> types.ModuleType:
+    """Imports a file as one of a package that its folder makes, so that it may say `from .neighbour import …`."""
+    folder = types.ModuleType(package)
+    folder.__path__ = [str(path.parent)]
+    sys.modules.setdefault(package, folder)
+    module_name = f"{package}.{path.stem.replace('.', '_')}"
     # Named outright, so that a recipe file need not end in ".py".
     loader = importlib.machinery.SourceFileLoader(module_name, str(path))
     spec = importlib.util.spec_from_loader(module_name, loader)

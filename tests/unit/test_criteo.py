@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfdist.data.sources.criteo import read_criteo
+from recipes._criteo import read_criteo
 from tfdist.errors import ConfigError
 
 HASHES = [f"{7919 * c:08x}" for c in range(26)]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from recipes._masked_images import find_masked_images, read_masked_images
 from tfdist.data import build_source
-from tfdist.data.sources.masked_images import find_masked_images, read_masked_images
 from tfdist.errors import ConfigError
 from tfdist.recipe import load_recipe
 

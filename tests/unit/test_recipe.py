@@ -65,7 +65,7 @@ def own_imports(monkeypatch):
     before = set(sys.modules)
     yield
     for name in [name for name in sys.modules if name not in before]:
-        if name.startswith(("tfdist_recipe_", "recipe_of_mine", "package_of_mine")):
+        if name.startswith(("tfdist_recipes_", "recipe_of_mine", "package_of_mine")):
             del sys.modules[name]
 
 
@@ -320,13 +320,25 @@ def test_check_recipe_exists_imports_nothing(source, tmp_path):
     check_recipe_exists(str(tmp_path / "recipe_of_mine.py"))
     check_recipe_exists("digits-cnn")
     check_recipe_exists("package_of_mine.not_looked_at")
-    assert not any(name.startswith(("tfdist_recipe_file", "package_of_mine")) for name in sys.modules)
+    assert not any(name.startswith(("tfdist_recipes_", "package_of_mine")) for name in sys.modules)
 
 
 def test_check_recipe_exists_refuses_a_file_without_recipe(tmp_path):
     (tmp_path / "recipe_of_mine.py").write_text("recipe = 'RECIPE'")
     with pytest.raises(ConfigError, match="has no RECIPE; end the module with"):
         check_recipe_exists(str(tmp_path / "recipe_of_mine.py"))
+
+
+def test_load_recipe_finds_the_file_beside_it_and_no_other(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "neighbour.py").write_text(f"WHO = {name!r}")
+        source = f"{SOURCE}\nfrom .neighbour import WHO\n"
+        (tmp_path / name / "recipe_of_mine.py").write_text(source)
+    for name in ("one", "two"):
+        recipe = load_recipe(str(tmp_path / name / "recipe_of_mine.py"))
+        assert sys.modules[recipe.build_model.__module__].WHO == name
+    assert "neighbour" not in sys.modules
 
 
 def test_load_recipe_unknown_points_at_the_file_here(tmp_path, monkeypatch):
@@ -344,7 +356,7 @@ def test_load_recipe_passes_on_the_modules_own_error(source, error, tmp_path, mo
     (tmp_path / "recipe_of_mine.py").write_text(source)
     with pytest.raises(error):
         load_recipe(str(tmp_path / "recipe_of_mine.py"))
-    assert "tfdist_recipe_file_recipe_of_mine" not in sys.modules
+    assert not any(name.endswith("recipe_of_mine") for name in sys.modules)
 
     (tmp_path / "package_of_mine").mkdir()
     (tmp_path / "package_of_mine" / "broken.py").write_text(source)

@@ -34,7 +34,7 @@ from tfdist.training.checkpoint.saver import Saver
 from tfdist.training.checkpoint.snapshot import Snapshot
 from tfdist.training.checkpoint.state import blocks_of_large
 from tfdist.training.checkpoint.store import Checkpoints
-from tfdist.training.loop import FitOptions, Loop, plan_steps, run_fit
+from tfdist.training.loop import Fit, FitOptions, Loop, plan_steps
 from tfdist.training.monitoring.callbacks import split_callbacks
 from tfdist.training.on_nan import OnNan
 from tfdist.training.plan import BatchPlan
@@ -52,6 +52,21 @@ class Run:
         strategy_name: Canonical name.
         cluster: All tasks.
         seed: Of order, initial weights and random layers.
+
+    Examples:
+        >>> import keras, numpy, tfdist
+        >>> run = tfdist.initialize(strategy="one_device")
+        >>> run.strategy_name, run.is_chief
+        ('one_device', True)
+        >>> with run.strategy.scope():
+        ...     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        ...     model.compile(keras.optimizers.SGD(0.1), "mse")
+        >>> x = numpy.ones((100, 1))
+        >>> history = run.fit(model, x, 3 * x, batch_size=10, epochs=5, verbose=0)
+        >>> run.evaluate(model, x, 3 * x, batch_size=10, verbose=0) < 0.01
+        True
+        >>> run.predict(model, x, batch_size=10).shape
+        (100, 1)
     """
 
     def __init__(
@@ -271,7 +286,7 @@ class Run:
             carried=self._carried,
         )
         with self._working(), service, self._answering(model), saver:
-            run_fit(
+            Fit(
                 loop=loop,
                 model=model,
                 source=data.source,
@@ -289,7 +304,7 @@ class Run:
                     saver=saver,
                     is_chief=self.is_chief,
                 ),
-            )
+            ).run()
         return model.history
 
     @takes_former_names

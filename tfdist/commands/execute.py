@@ -22,7 +22,7 @@ from tfdist.cluster.membership import Membership
 from tfdist.cluster.spec import Cluster
 from tfdist.config.run_config import RunConfig, parse_profile
 from tfdist.config.run_dir import RunDir
-from tfdist.data import TfdsSplit, build_source, forget_readers
+from tfdist.data import Source, TfdsSplit, build_source, forget_readers
 from tfdist.errors import ConfigError, OutOfMemoryError, Regroup, TfdistError
 from tfdist.launcher.job import RESTART_VARIABLE
 from tfdist.optimizers import build_optimizer, rate_factor
@@ -96,7 +96,7 @@ def _carry_out_in(
         run.join(members, carried)
         config = dataclasses.replace(config, resume=config.resume or members.generation > 0)
     try:
-        results = _carry_out(run, recipe, overrides, config, say if run.is_chief else _say_nothing)
+        results = _RecipeRun(run, config, say if run.is_chief else _say_nothing).carry_out(recipe, overrides)
     except tf.errors.ResourceExhaustedError as error:
         # TensorFlow says it in many lines, and where in the graph; the tensor's shape is in the first.
         found = re.search(r"OOM when allocating.*", error.message) or re.match(r".*", error.message)
@@ -114,135 +114,174 @@ def _carry_out_in(
     return results
 
 
-def _carry_out(
-    run: Run,
-    recipe: Recipe,
-    overrides: tuple[dict[str, Any], dict[str, Any]],
-    config: RunConfig,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    model_kwargs, data_kwargs = overrides
-    run_dir = RunDir(Path(config.run_dir))
-    if run.is_chief:
-        run_dir.create(config)
-    test = _with_data_dir(recipe.build_data("test", **data_kwargs), config)
-    with run.strategy.scope():
-        model = recipe.build_model(**model_kwargs)
-    if config.mode == "train":
-        train = _with_data_dir(recipe.build_data("train", **data_kwargs), config)
-        return _train(run, run_dir, model, train, test, config, say)
-    if not run_dir.model_file.exists():
-        raise ConfigError(
-            f"run_dir={config.run_dir!r} holds no finished model (model.keras); train there first, "
-            "or go on with --mode=train --resume."
-        )
-    run.build(model, test, config.global_batch_size)
-    with warnings.catch_warnings():
-        # Its slots lie in other shards, as the tables may; nothing is trained here.
-        warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
-        model.load_weights(run_dir.model_file)
-    if config.mode == "predict":
-        return _predict(run, run_dir, model, test, config, say)
-    if config.mode == "export":
-        _export(run, run_dir, test, say)
+class _RecipeRun:
+    """What is done with a recipe's model and data on this task.
+
+    Args:
+        run: The cluster.
+        config: What to do.
+        say: Takes the few lines meant for a person.
+    """
+
+    def __init__(self, run: Run, config: RunConfig, say: Callable[[str], None]) -> None:
+        self._run = run
+        self._config = config
+        self._say = say
+        self._run_dir = RunDir(Path(config.run_dir))
+
+    def carry_out(self, recipe: Recipe, overrides: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
+        """Does it; returns the test metrics, if the mode has any."""
+        model_kwargs, data_kwargs = overrides
+        run, config = self._run, self._config
+        if run.is_chief:
+            self._run_dir.create(config)
+        test = _with_data_dir(recipe.build_data("test", **data_kwargs), config)
+        with run.strategy.scope():
+            model = recipe.build_model(**model_kwargs)
+        if config.mode == "train":
+            train = _with_data_dir(recipe.build_data("train", **data_kwargs), config)
+            return self._train(model, build_source(train), test)
+        self._load(model, test)
+        if config.mode == "predict":
+            self._predict(model, test)
+        elif config.mode == "export":
+            self._export(test)
+        else:
+            return self._evaluate(model, test)
         return {}
-    return _report(
-        run.evaluate(
-            model, test, batch_size=config.global_batch_size, verbose=0, return_dict=True, shard=config.shard
-        ),
-        say,
-    )
 
+    def _load(self, model: keras.Model, test: Any) -> None:
+        if not self._run_dir.model_file.exists():
+            raise ConfigError(
+                f"run_dir={self._config.run_dir!r} holds no finished model (model.keras); train there first, "
+                "or go on with --mode=train --resume."
+            )
+        self._run.build(model, test, self._config.global_batch_size)
+        with warnings.catch_warnings():
+            # Its slots lie in other shards, as the tables may; nothing is trained here.
+            warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
+            model.load_weights(self._run_dir.model_file)
 
-def _train(
-    run: Run,
-    run_dir: RunDir,
-    model: keras.Model,
-    train: Any,
-    test: Any,
-    config: RunConfig,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    source = build_source(train)
-    if config.optimizer is not None:
+    def _train(self, model: keras.Model, source: Source, test: Any) -> dict[str, Any]:
+        run, config, run_dir = self._run, self._config, self._run_dir
+        if config.optimizer is not None:
+            with run.strategy.scope():
+                keras_internals.set_optimizer(model, self._build_optimizer(config.optimizer, source))
+        run.build(model, source, config.global_batch_size)
+        start = time.monotonic()
+        self._fit(model, source, test)
+        results = self._evaluate(model, test)
+        try:
+            run.save(model, run_dir.model_file)
+        except OSError as error:
+            raise TfdistError(
+                f"{run_dir.model_file} could not be written ({error.strerror or error}): make room, and run the same "
+                "command with --resume."
+            ) from error
+        if config.export:
+            self._export(test)
+        self._say(f"trained in {time.monotonic() - start:.1f} s; the run is in {run_dir.path}")
+        return results
+
+    def _build_optimizer(self, name: str, source: Source) -> keras.optimizers.Optimizer:
+        config = self._config
         steps = plan_steps(
             source, config.global_batch_size, config.steps_per_epoch, drop_remainder=config.drop_remainder
         )
-        with run.strategy.scope():
-            optimizer = build_optimizer(
-                config.optimizer,
-                learning_rate=config.learning_rate,
-                rate_factor=_rate_factor(config),
-                schedule=config.schedule or "constant",
-                warmup_steps=config.warmup_steps,
-                weight_decay=config.weight_decay,
-                total_steps=None if steps is None else steps * config.epochs,
-            )
-            keras_internals.set_optimizer(model, optimizer)
-    run.build(model, source, config.global_batch_size)
-    checkpoints = Checkpoints(
-        directory=run_dir.checkpoints_dir,
-        every_steps=config.checkpoint_every_steps,
-        every_secs=config.checkpoint_every_secs,
-        keep=config.keep_checkpoints,
-        why=_explain_resume(os.environ),
-        config=config.to_dict(),
-    )
-    if config.resume and run.is_chief and not checkpoints.files():
-        say(f"nothing to resume: {run_dir.path} holds no checkpoint yet; starting at the first epoch")
-    say(
-        f"training {config.recipe} under {run.strategy_name}: {source.num_examples or 'streamed'} examples, "
-        f"global batch {config.global_batch_size}, {config.epochs} epochs, {model.count_params():,} parameters"
-    )
-    if run.strategy_name == "mirrored" and not tf.config.list_logical_devices("GPU"):
-        say(
-            "mirrored without GPUs is for trying things out: its replicas share the cores, and one_device is as fast"
+        return build_optimizer(
+            name,
+            learning_rate=config.learning_rate,
+            rate_factor=_rate_factor(config),
+            schedule=config.schedule or "constant",
+            warmup_steps=config.warmup_steps,
+            weight_decay=config.weight_decay,
+            total_steps=None if steps is None else steps * config.epochs,
         )
-    start = time.monotonic()
-    run.fit(
-        model,
-        source,
-        batch_size=config.global_batch_size,
-        epochs=config.epochs,
-        steps_per_epoch=config.steps_per_epoch,
-        validation_data=test,
-        callbacks=[
-            ProgressBar(),
-            ConfigFile(run_dir=run_dir, config=config),
-            MetricsFile(run_dir=run_dir),
-            TensorBoardScalars(run_dir=run_dir),
-            *_profile(run_dir, config),
-        ],
-        verbose=config.verbose,
-        checkpoints=checkpoints,
-        on_nan=config.on_nan,
-        max_loss_spike=config.max_loss_spike,
-        drop_remainder=config.drop_remainder,
-        shard=config.shard,
-        data_service=config.data_service,
-        # A profile begins and ends between two steps.
-        steps_per_loop=1 if config.profile and config.strategy != "ps" else config.steps_per_loop,
-        ps=config.ps_options,
-        sync=config.sync_options,
-        jit_compile=config.jit_compile,
-    )
-    results = _report(
-        run.evaluate(
+
+    def _fit(self, model: keras.Model, source: Source, test: Any) -> None:
+        run, config, run_dir = self._run, self._config, self._run_dir
+        checkpoints = Checkpoints(
+            directory=run_dir.checkpoints_dir,
+            every_steps=config.checkpoint_every_steps,
+            every_secs=config.checkpoint_every_secs,
+            keep=config.keep_checkpoints,
+            why=_explain_resume(os.environ),
+            config=config.to_dict(),
+        )
+        if config.resume and run.is_chief and not checkpoints.files():
+            self._say(
+                f"nothing to resume: {run_dir.path} holds no checkpoint yet; starting at the first epoch"
+            )
+        self._say(
+            f"training {config.recipe} under {run.strategy_name}: {source.num_examples or 'streamed'} examples, "
+            f"global batch {config.global_batch_size}, {config.epochs} epochs, {model.count_params():,} parameters"
+        )
+        if run.strategy_name == "mirrored" and not tf.config.list_logical_devices("GPU"):
+            self._say(
+                "mirrored without GPUs is for trying things out: its replicas share the cores; one_device is as fast"
+            )
+        run.fit(
+            model,
+            source,
+            batch_size=config.global_batch_size,
+            epochs=config.epochs,
+            steps_per_epoch=config.steps_per_epoch,
+            validation_data=test,
+            callbacks=[
+                ProgressBar(),
+                ConfigFile(run_dir=run_dir, config=config),
+                MetricsFile(run_dir=run_dir),
+                TensorBoardScalars(run_dir=run_dir),
+                *_profile(run_dir, config),
+            ],
+            verbose=config.verbose,
+            checkpoints=checkpoints,
+            on_nan=config.on_nan,
+            max_loss_spike=config.max_loss_spike,
+            drop_remainder=config.drop_remainder,
+            shard=config.shard,
+            data_service=config.data_service,
+            # A profile begins and ends between two steps.
+            steps_per_loop=1 if config.profile and config.strategy != "ps" else config.steps_per_loop,
+            ps=config.ps_options,
+            sync=config.sync_options,
+            jit_compile=config.jit_compile,
+        )
+
+    def _evaluate(self, model: keras.Model, test: Any) -> dict[str, Any]:
+        config = self._config
+        results = self._run.evaluate(
             model, test, batch_size=config.global_batch_size, verbose=0, return_dict=True, shard=config.shard
-        ),
-        say,
-    )
-    try:
-        run.save(model, run_dir.model_file)
-    except OSError as error:
-        raise TfdistError(
-            f"{run_dir.model_file} could not be written ({error.strerror or error}): make room, and run the same "
-            "command with --resume."
-        ) from error
-    if config.export:
-        _export(run, run_dir, test, say)
-    say(f"trained in {time.monotonic() - start:.1f} s; the run is in {run_dir.path}")
-    return results
+        )
+        numbers = {name: number for log in results.items() for name, number in single_numbers(*log).items()}
+        self._say("test  " + "  ".join(f"{name} {number:.4f}" for name, number in numbers.items()))
+        return results
+
+    def _predict(self, model: keras.Model, test: Any) -> None:
+        # Here: only this mode handles arrays itself.
+        import numpy as np
+
+        outputs = self._run.predict(model, test, batch_size=self._config.global_batch_size)
+        if self._run.is_chief:
+            path = self._run_dir.path / "predictions.npz"
+            named = outputs if isinstance(outputs, dict) else {"predictions": outputs}
+            np.savez(path, **named)
+            self._say(f"predictions are in {path}")
+
+    def _export(self, test: Any) -> None:
+        if not self._run.is_chief:
+            return
+        # Through the file: the copy is made of plain variables, so the SavedModel serves without a cluster.
+        with keras.device("cpu:0"):
+            plain = keras.models.load_model(self._run_dir.model_file)
+        signature = None
+        if not hasattr(plain, "inputs"):
+            # A subclassed model knows what it takes only once it was called, and Keras exports all of it as float32.
+            inputs, _, _ = keras.utils.unpack_x_y_sample_weight(build_source(test).sample_batch(2))
+            plain(inputs)
+            signature = [tf.nest.map_structure(_input_spec, inputs)]
+        plain.export(str(self._run_dir.export_dir), verbose=False, input_signature=signature)
+        self._say(f"the SavedModel is in {self._run_dir.export_dir}")
 
 
 def _rate_factor(config: RunConfig) -> float:
@@ -270,45 +309,8 @@ def _profile(run_dir: RunDir, config: RunConfig) -> list[ProfileSteps]:
     return [ProfileSteps(log_dir=run_dir.tensorboard_dir, first=first, last=last)]
 
 
-def _predict(
-    run: Run, run_dir: RunDir, model: keras.Model, test: Any, config: RunConfig, say: Callable[[str], None]
-) -> dict[str, Any]:
-    # Here: only this mode handles arrays itself.
-    import numpy as np
-
-    outputs = run.predict(model, test, batch_size=config.global_batch_size)
-    if run.is_chief:
-        path = run_dir.path / "predictions.npz"
-        named = outputs if isinstance(outputs, dict) else {"predictions": outputs}
-        np.savez(path, **named)
-        say(f"predictions are in {path}")
-    return {}
-
-
-def _export(run: Run, run_dir: RunDir, test: Any, say: Callable[[str], None]) -> None:
-    if not run.is_chief:
-        return
-    # Through the file: the copy is made of plain variables, so the SavedModel serves without a cluster.
-    with keras.device("cpu:0"):
-        plain = keras.models.load_model(run_dir.model_file)
-    signature = None
-    if not hasattr(plain, "inputs"):
-        # A subclassed model knows what it takes only once it was called, and Keras exports all of it as float32.
-        inputs, _, _ = keras.utils.unpack_x_y_sample_weight(build_source(test).sample_batch(2))
-        plain(inputs)
-        signature = [tf.nest.map_structure(_input_spec, inputs)]
-    plain.export(str(run_dir.export_dir), verbose=False, input_signature=signature)
-    say(f"the SavedModel is in {run_dir.export_dir}")
-
-
 def _input_spec(batch: tf.Tensor) -> keras.InputSpec:
     return keras.InputSpec(shape=(None, *batch.shape[1:]), dtype=batch.dtype.name)
-
-
-def _report(results: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    numbers = {name: number for log in results.items() for name, number in single_numbers(*log).items()}
-    say("test  " + "  ".join(f"{name} {number:.4f}" for name, number in numbers.items()))
-    return results
 
 
 def _with_data_dir(data: Any, config: RunConfig) -> Any:

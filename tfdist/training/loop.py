@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from tfdist.errors import ConfigError
 from tfdist.runtime import memory
 from tfdist.training.checkpoint.saver import Loop as SavedLoop
 from tfdist.training.checkpoint.saver import Saver
+from tfdist.training.checkpoint.snapshot import Snapshot
 from tfdist.training.monitoring.input_wait import InputWait
 from tfdist.training.on_nan import OnNan
 from tfdist.training.plan import BatchPlan, FinishedStep, Place
@@ -63,7 +63,7 @@ class Loop(SavedLoop, Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """How long and in what order `run_fit` trains; the fields mean what they mean in `keras.Model.fit`.
+    """How long and in what order a `Fit` trains; the fields mean what they mean in `keras.Model.fit`.
 
     `steps_per_epoch` is known, unless only the data's end will tell.
     """
@@ -98,21 +98,11 @@ class FitOptions:
         }
 
 
-def run_fit(
-    *,
-    loop: Loop,
-    model: keras.Model,
-    source: Source,
-    validation: Source | None,
-    options: FitOptions,
-    callbacks: keras.callbacks.CallbackList,
-    saver: Saver,
-    heartbeat: Heartbeat,
-    on_nan: OnNan,
-) -> None:
-    """Trains; the history is in the callback list's own `History`.
+@dataclasses.dataclass(kw_only=True)
+class Fit:
+    """One `fit`; the history is in the callback list's own `History`.
 
-    Args:
+    Attributes:
         loop: The strategy's loop, around the built model.
         model: Its `stop_training` ends the run, as in Keras.
         source: Training examples.
@@ -123,25 +113,75 @@ def run_fit(
         heartbeat: Is told of each step.
         on_nan: Says what to do with a step whose numbers are wrong.
     """
-    model.stop_training = False
-    callbacks.on_train_begin()
-    resumed = saver.restore()
-    heartbeat.prepare()
-    loop.start()
-    if resumed is None and on_nan.goes_back:
-        saver.save(epoch=options.initial_epoch, step=0, at_epoch_end=True)
-    logs: dict[str, Any] = {}
-    first_epoch = options.initial_epoch if resumed is None else resumed.epoch
-    per_pass = plan_steps(source, options.global_batch_size, None, drop_remainder=options.drop_remainder)
-    saver.place = Place(first_epoch) if resumed is None else resumed.place
-    on_nan.restore({} if resumed is None else resumed.extra)
-    num_validated = 0
-    for epoch in range(first_epoch, options.epochs):
-        callbacks.on_epoch_begin(epoch)
-        watched = _log_every(
-            callbacks, options.steps_per_epoch, shown=options.shown, step_secs=loop.step_secs
+
+    loop: Loop
+    model: keras.Model
+    source: Source
+    validation: Source | None
+    options: FitOptions
+    callbacks: keras.callbacks.CallbackList
+    saver: Saver
+    heartbeat: Heartbeat
+    on_nan: OnNan
+    _num_validated: int = dataclasses.field(default=0, init=False)
+
+    def run(self) -> None:
+        """Trains."""
+        options, saver = self.options, self.saver
+        self.model.stop_training = False
+        self.callbacks.on_train_begin()
+        resumed = saver.restore()
+        self.heartbeat.prepare()
+        self.loop.start()
+        if resumed is None and self.on_nan.goes_back:
+            saver.save(epoch=options.initial_epoch, step=0, at_epoch_end=True)
+        first_epoch = options.initial_epoch if resumed is None else resumed.epoch
+        saver.place = Place(first_epoch) if resumed is None else resumed.place
+        self.on_nan.restore({} if resumed is None else resumed.extra)
+        logs: dict[str, Any] = {}
+        for epoch in range(first_epoch, options.epochs):
+            logs = self._run_epoch(epoch, resumed)
+            resumed = None  # the epochs after this one begin at their start
+            if self.model.stop_training:
+                break
+        if self.model.optimizer is not None and options.epochs > options.initial_epoch:
+            # Puts the averaged weights in place where the optimizer keeps some (EMA), as Keras does.
+            self.model.optimizer.finalize_variable_values(self.model.trainable_weights)
+        self.callbacks.on_train_end(logs=logs)
+        self.loop.release()
+
+    def _run_epoch(self, epoch: int, resumed: Snapshot | None) -> dict[str, Any]:
+        """Trains, validates and saves; returns the logs."""
+        self.callbacks.on_epoch_begin(epoch)
+        per_pass = plan_steps(
+            self.source, self.options.global_batch_size, None, drop_remainder=self.options.drop_remainder
         )
-        plan = BatchPlan(
+        plan = self._plan(epoch, resumed, per_pass)
+        num_done = self._train(plan)
+        if num_done == 0 and plan.place.step:
+            # The epoch before had ended with the data, of which nobody knew how many they are.
+            plan = dataclasses.replace(plan, place=Place(plan.place.lap + 1))
+            num_done = self._train(plan)
+        self.saver.place = _next_place(plan, num_done, per_pass)
+        wanted = self.options.steps_per_epoch
+        if wanted is not None and num_done < wanted and not self.model.stop_training:
+            warnings.warn(_RAN_OUT, stacklevel=2)
+        logs = dict(self.loop.epoch_logs)
+        if self.validation is not None and _is_due(epoch, self.options.validation_freq):
+            val_logs = self._validate(self.validation, num_epochs_after=plan.num_epochs_after)
+            logs |= {f"val_{name}": value for name, value in val_logs.items()}
+        with self.heartbeat.busy():
+            self.callbacks.on_epoch_end(epoch, logs)
+            self.saver.save(epoch=epoch + 1, step=0, at_epoch_end=True)
+            memory.give_back()
+        return logs
+
+    def _plan(self, epoch: int, resumed: Snapshot | None, per_pass: int | None) -> BatchPlan:
+        options, saver = self.options, self.saver
+        watched = _log_every(
+            self.callbacks, options.steps_per_epoch, shown=options.shown, step_secs=self.loop.step_secs
+        )
+        return BatchPlan(
             epoch=epoch,
             place=saver.place,
             seed=options.seed,
@@ -159,40 +199,50 @@ def run_fit(
             num_epochs_after=options.epochs - epoch - 1,
             is_due=saver.is_due,
             # Callbacks that look at each batch see the same logs everywhere, so all workers stop together.
-            is_stopped=functools.partial(_is_stopped, model, watched),
-            loss_limit=on_nan.loss_limit,
+            is_stopped=lambda: bool(self.model.stop_training) and watched == 1,
+            loss_limit=self.on_nan.loss_limit,
         )
-        resumed = None  # the epochs after this one begin at their start
-        num_done = _train(loop, model, source, plan, callbacks, saver, heartbeat, on_nan)
-        if num_done == 0 and plan.place.step:
-            # The epoch before had ended with the data, of which nobody knew how many they are.
-            plan = dataclasses.replace(plan, place=Place(plan.place.lap + 1))
-            num_done = _train(loop, model, source, plan, callbacks, saver, heartbeat, on_nan)
-        saver.place = _next_place(plan, num_done, per_pass)
-        if (
-            options.steps_per_epoch is not None
-            and num_done < options.steps_per_epoch
-            and not model.stop_training
-        ):
-            warnings.warn(_RAN_OUT, stacklevel=2)
-        logs = dict(loop.epoch_logs)
-        if validation is not None and _is_due(epoch, options.validation_freq):
-            test_plan = _plan_validation(
-                validation, options, lap=num_validated, num_epochs_after=options.epochs - epoch - 1
+
+    def _train(self, plan: BatchPlan) -> int:
+        """Returns the steps that the epoch has had."""
+        steps = self.loop.train_epoch(self.source, plan)
+        step = plan.first_step
+        while True:
+            # Where only the data's end will tell, it is one call too many, as in Keras.
+            if not plan.is_stopped() and (plan.num_steps is None or step < plan.num_steps):
+                self.callbacks.on_train_batch_begin(step)
+            try:
+                finished = next(steps)
+            except StopIteration:
+                self.on_nan.check_logs(step - 1, plan, self.loop.epoch_logs)
+                return step
+            instead = self.on_nan.after_step(finished, plan)
+            self.heartbeat.beat(plan.total_steps(step + 1))
+            with self.heartbeat.busy() if plan.log_every_steps == 1 else contextlib.nullcontext():
+                self.callbacks.on_train_batch_end(step, finished.logs)
+            step += 1
+            if instead is not None:
+                plan, steps = instead, self.loop.train_epoch(self.source, instead)
+            elif finished.is_boundary:
+                with self.heartbeat.busy():
+                    self.saver.save(epoch=plan.epoch, step=step)
+
+    def _validate(self, validation: Source, *, num_epochs_after: int) -> dict[str, Any]:
+        options = self.options
+        plan = BatchPlan(
+            global_batch_size=options.validation_batch_size,
+            num_steps=plan_steps(validation, options.validation_batch_size, options.validation_steps),
+        )
+        if plan.num_steps is not None and options.validation_steps is None:
+            # One pass after the other, all alike: to open the data anew would take longer than to read them.
+            plan = dataclasses.replace(
+                plan, place=Place(self._num_validated), num_epochs_after=num_epochs_after
             )
-            logs |= {f"val_{k}": v for k, v in _validate(loop, validation, test_plan, callbacks).items()}
-            num_validated += 1
-        with heartbeat.busy():
-            callbacks.on_epoch_end(epoch, logs)
-            saver.save(epoch=epoch + 1, step=0, at_epoch_end=True)
-            memory.give_back()
-        if model.stop_training:
-            break
-    if model.optimizer is not None and options.epochs > options.initial_epoch:
-        # Puts the averaged weights in place where the optimizer keeps some (EMA), as Keras does.
-        model.optimizer.finalize_variable_values(model.trainable_weights)
-    callbacks.on_train_end(logs=logs)
-    loop.release()
+        self._num_validated += 1
+        self.callbacks.on_test_begin()
+        logs = self.loop.evaluate(validation, plan)
+        self.callbacks.on_test_end(logs)
+        return logs
 
 
 def plan_steps(
@@ -218,10 +268,6 @@ def plan_steps(
     return per_pass if steps is None else min(steps, per_pass)
 
 
-def _is_stopped(model: keras.Model, log_every_steps: int) -> bool:
-    return bool(model.stop_training) and log_every_steps == 1
-
-
 def _cut(steps: int | None, per_pass: int | None, place: Place) -> int | None:
     """Returns the steps of an epoch that begins somewhere in the data: it ends with them at the latest, as in Keras."""
     if per_pass is None:
@@ -238,62 +284,6 @@ def _next_place(plan: BatchPlan, num_done: int, per_pass: int | None) -> Place:
     if plan.num_steps is None or has_ended:
         return Place(plan.place.lap + 1)
     return Place(plan.place.lap, step)
-
-
-def _train(
-    loop: Loop,
-    model: keras.Model,
-    source: Source,
-    plan: BatchPlan,
-    callbacks: keras.callbacks.CallbackList,
-    saver: Saver,
-    heartbeat: Heartbeat,
-    on_nan: OnNan,
-) -> int:
-    """Returns the steps that the epoch has had."""
-    steps = loop.train_epoch(source, plan)
-    step = plan.first_step
-    while True:
-        # Where only the data's end will tell, it is one call too many, as in Keras.
-        if not plan.is_stopped() and (plan.num_steps is None or step < plan.num_steps):
-            callbacks.on_train_batch_begin(step)
-        try:
-            finished = next(steps)
-        except StopIteration:
-            on_nan.check_logs(step - 1, plan, loop.epoch_logs)
-            return step
-        instead = on_nan.after_step(finished, plan)
-        heartbeat.beat(plan.total_steps(step + 1))
-        with heartbeat.busy() if plan.log_every_steps == 1 else contextlib.nullcontext():
-            callbacks.on_train_batch_end(step, finished.logs)
-        step += 1
-        if instead is not None:
-            plan, steps = instead, loop.train_epoch(source, instead)
-        elif finished.is_boundary:
-            with heartbeat.busy():
-                saver.save(epoch=plan.epoch, step=step)
-
-
-def _plan_validation(
-    validation: Source, options: FitOptions, *, lap: int, num_epochs_after: int
-) -> BatchPlan:
-    plan = BatchPlan(
-        global_batch_size=options.validation_batch_size,
-        num_steps=plan_steps(validation, options.validation_batch_size, options.validation_steps),
-    )
-    if plan.num_steps is None or options.validation_steps is not None:
-        return plan
-    # One pass after the other, all alike: to open the data anew would take longer than to read them.
-    return dataclasses.replace(plan, place=Place(lap), num_epochs_after=num_epochs_after)
-
-
-def _validate(
-    loop: Loop, validation: Source, plan: BatchPlan, callbacks: keras.callbacks.CallbackList
-) -> dict[str, Any]:
-    callbacks.on_test_begin()
-    logs = loop.evaluate(validation, plan)
-    callbacks.on_test_end(logs)
-    return logs
 
 
 def _is_due(epoch: int, frequency: int | Sequence[int]) -> bool:

@@ -31,6 +31,11 @@ class Checkpoints:
 
     Raises:
         ConfigError: If a number is not positive.
+
+    Examples:
+        >>> import tfdist
+        >>> tfdist.Checkpoints(directory="checkpoints", every_secs=60).keep
+        3
     """
 
     directory: str | Path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import itertools
@@ -17,7 +16,7 @@ import tensorflow as tf
 from tfdist import keras_internals
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.config.ps_options import PsOptions
-from tfdist.data import ArraySource, SelfShardedSource, Source
+from tfdist.data import Source
 from tfdist.errors import ConfigError
 from tfdist.training.checkpoint.input_position import InputPosition
 from tfdist.training.metric_parts import aggregation_of, find_whole
@@ -25,19 +24,17 @@ from tfdist.training.metrics import add_states, metric_results, select_logs
 from tfdist.training.monitoring.input_wait import InputWait
 from tfdist.training.plan import BatchPlan, FinishedStep
 from tfdist.training.ps.dispatch import Dispatch, timed
-from tfdist.training.ps.in_flight import PartsInFlight
-from tfdist.training.ps.message import PackedFunction, Scheduled
+from tfdist.training.ps.message import PackedFunction
+from tfdist.training.ps.parted_steps import PartedSteps
+from tfdist.training.ps.scheduler import Call, Scheduler
 from tfdist.training.ps.staleness import StalenessRecord
 from tfdist.training.ps.sync_step import SyncPsStep
-from tfdist.training.ps.worker_input import OwnInput, Part, ResidentInput, SentInput, WorkerInput
+from tfdist.training.ps.worker_input import Feeds, Part, SentInput, WorkerInput
 from tfdist.training.step.finite_check import SOUND
 
 # For each worker so many steps in flight, or so many closures: enough that a slow one does not hold up the others.
 _STEPS_PER_WORKER = 16
 _CLOSURES_PER_WORKER = 6
-_RETRY_SECS = 0.1
-# Data sets that the workers keep at once: training, validation, and one or two more.
-_MAX_FEEDS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,17 +57,6 @@ class _Run:
         return [part.size for part in self.parts], self.phase
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Call:
-    """A closure to schedule."""
-
-    closure: PackedFunction
-    args: tuple[Any, ...]
-    num_steps: int = 1
-    is_boundary: bool = False
-    is_new: bool = False
-
-
 class CoordinatorLoop:
     """Runs epochs, evaluation and prediction of a built model through a `ClusterCoordinator`.
 
@@ -91,24 +77,27 @@ class CoordinatorLoop:
         batch: Any,
     ) -> None:
         _check_metrics(model, batch)
-        self._heartbeat = heartbeat
-        self._coordinator = coordinator
-        self._model = model
-        self._num_workers = num_workers
-        self._step = SyncPsStep(model=model, num_parts=num_workers)
-        self.metric_origins = self._step.metric_origins
-        self._apply_functions: dict[Any, Any] = {}
-        self._feeds: collections.OrderedDict[int, WorkerInput] = collections.OrderedDict()
-        self._num_scheduled = 0
-        self._options = PsOptions()
         self.num_replicas = 1
         self.input_wait = InputWait()
+        self._model = model
+        self._num_workers = num_workers
+        self._options = PsOptions()
+        self._step = SyncPsStep(model=model, num_parts=num_workers)
+        self.metric_origins = self._step.metric_origins
         self._dispatch = Dispatch(num_workers=num_workers)
-        self._staleness = StalenessRecord()
-        self._parts = PartsInFlight(num_places=num_workers, fetch=self._fetch, end_late=self._end_late)
-        self._num_dropped = 0
-        self._num_repeated = 0
+        self._scheduler = Scheduler(coordinator, self._dispatch, heartbeat)
+        self._together = PartedSteps(
+            model=model,
+            step=self._step,
+            scheduler=self._scheduler,
+            dispatch=self._dispatch,
+            num_workers=num_workers,
+        )
         self._position = InputPosition()
+        self._feeds = Feeds(coordinator, num_workers, self._position)
+        self._staleness = StalenessRecord()
+        self._num_scheduled = 0
+        self._num_repeated = 0
 
     def start(self) -> None:
         """Goes on counting where the model stands: random streams and accumulation follow the step's number."""
@@ -134,6 +123,7 @@ class CoordinatorLoop:
                 f"part must count; give at most {self._num_workers - 1}, or more workers."
             )
         self._options = options
+        self._together.num_spare = options.num_backup_workers
         self.num_replicas = self._num_workers if options.ps_mode == "sync" else 1
 
     def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
@@ -141,7 +131,7 @@ class CoordinatorLoop:
         self.input_wait.begin_epoch()
         self._dispatch.begin_epoch()
         self._staleness.begin_epoch()
-        self._num_dropped = 0
+        self._together.num_dropped = 0
         self._state = plan.metrics or self.metric_origins
         if self._options.ps_mode == "sync":
             yield from self._train_together(source, plan)
@@ -180,23 +170,19 @@ class CoordinatorLoop:
         return int(keras_internals.batch_counter(self._model.optimizer).numpy())
 
     def _train_together(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
-        self._parts.wait_for_late()  # of an epoch that was given up
-        feed = self._feed(source)
-        batches = feed.batches(plan, self._num_workers)
-        if isinstance(feed, SentInput):
-            batches = self._timed(batches)
+        self._together.wait_for_late()  # of an epoch that was given up
+        feed = self._feeds.find(source)
         extra: dict[str, Any] = {}
-        for step, parts in enumerate(batches, start=plan.first_step):
+        for step, parts in enumerate(self._batches(feed, plan, self._num_workers), start=plan.first_step):
             is_boundary = plan.is_boundary(step)
-            results, shares = self._compute_parts(feed, parts, plan, step)
-            states, extras, losses = zip(*results, strict=True)
-            total = sum(shares)
-            fault, loss = self._apply_parts(shares, np.sum(losses, dtype=np.float32) / total, plan)
+            states, own_extra, (fault, loss) = self._together.run(
+                feed, parts, plan, step=step, number=self._num_scheduled
+            )
             self._num_scheduled += 1
             if fault == SOUND:
                 for state in states:
                     self._state = add_states(self._state, state)
-                extra = {name: sum(own[name] for own in extras) / total for name in extras[0]}
+                extra = own_extra
                 self._staleness.add(0.0)
             logs = self._logs("train", self._state, extra) if plan.wants_logs(step) else None
             yield FinishedStep(
@@ -204,66 +190,8 @@ class CoordinatorLoop:
             )
             if plan.is_stopped():
                 break
-        self._parts.wait_for_late()
+        self._together.wait_for_late()
         self.epoch_logs = self._logs("train", self._state, extra)
-
-    def _compute_parts(
-        self, feed: WorkerInput, parts: Sequence[Part], plan: BatchPlan, step: int
-    ) -> tuple[list[Any], list[float]]:
-        """Returns the results of the parts that count, and of each worker's place the share of its part, or 0."""
-        num_examples = sum(part.size or 0 for part in parts)
-        num_spare = self._options.num_backup_workers
-        calls: dict[int, tuple[Part, _Call, float]] = {}
-
-        def start(part: Part, place: int) -> Scheduled:
-            call = self._part_call(feed, part, plan, place=place, num_examples=num_examples)
-            scheduled, trace_secs = self._schedule(call, "train")
-            calls[place] = part, call, trace_secs
-            return scheduled
-
-        # Those that nobody has time for are not always the last ones.
-        first = step % len(parts) if num_spare else 0
-        starts = [functools.partial(start, part) for part in [*parts[first:], *parts[:first]]]
-        ended = self._parts.run(starts, num_wanted=min(len(parts), self._num_workers - num_spare))
-        for _, call, trace_secs in calls.values():
-            if call.is_new:
-                self._dispatch.end_compile(trace_secs, num_steps=1)
-        shares = [0.0] * (self._num_workers if num_spare else len(parts))
-        for place, (_, secs) in ended.items():
-            self._dispatch.end_closure(float(secs), num_steps=1)
-            shares[place] = (calls[place][0].size or 0) / num_examples
-        self._num_dropped += num_examples - sum(calls[place][0].size or 0 for place in ended)
-        return [result for result, _ in ended.values()], shares
-
-    def _part_call(
-        self, feed: WorkerInput, part: Part, plan: BatchPlan, *, place: int, num_examples: int
-    ) -> _Call:
-        key = ("part", part.size, plan.shuffle, plan.seed)
-        is_new = key not in feed.closures
-        if is_new:
-            feed.closures[key] = self._build_part(feed.read(part.size, plan))
-        numbers = [self._num_scheduled, place, (part.size or 0) / num_examples]
-        args = feed.pack([part]), tf.constant(numbers, tf.float64)
-        return _Call(closure=feed.closures[key], args=args, is_new=is_new)
-
-    def _end_late(self, result: Any) -> None:
-        self._dispatch.end_closure(float(result[1]), num_steps=1)
-
-    def _apply_parts(self, shares: list[float], loss: Any, plan: BatchPlan) -> Any:
-        limits = [] if plan.loss_limit is None else [tf.constant(plan.loss_limit(), tf.float32)]
-        num_parts, all_count = len(shares), not self._options.num_backup_workers
-        key = (num_parts, len(limits), all_count)
-        if key not in self._apply_functions:
-            self._apply_functions[key] = tf.function(
-                lambda shares, loss, *limit: self._step.apply_parts(
-                    num_parts, loss, *limit, shares=None if all_count else shares
-                ),
-                autograph=False,
-            )
-        # Not on a worker, where it might be run again if that dies; nor on the chief, past which all weights would go.
-        with tf.device(keras_internals.native(self._model.trainable_variables[0]).device):
-            args = tf.constant(shares, tf.float32), tf.constant(loss, tf.float32)
-            return self._apply_functions[key](*args, *limits).numpy()
 
     @property
     def step_secs(self) -> float | None:
@@ -280,12 +208,13 @@ class CoordinatorLoop:
         measures = ({} if share is None else {"dispatch_share": share}) | self._staleness.summary()
         if self._num_repeated:
             measures["num_repeated"] = self._num_repeated
-        return measures | ({"num_dropped": self._num_dropped} if self._options.num_backup_workers else {})
+        num_dropped = self._together.num_dropped
+        return measures | ({"num_dropped": num_dropped} if self._options.num_backup_workers else {})
 
     def snapshot_metrics(self) -> list[Any]:
         """Returns the metrics' state so far, once no step is in flight."""
         # Those that an abandoned epoch left would step on with weights that are restored meanwhile.
-        self._coordinator.join()
+        self._scheduler.join()
         return self._state
 
     def snapshot_sync(self) -> dict[str, np.ndarray]:
@@ -337,39 +266,8 @@ class CoordinatorLoop:
     def _logs(self, kind: str, state: list[Any], extra: dict[str, Any]) -> dict[str, Any]:
         return select_logs(metric_results(self._model, state), self._step.returned.get(kind), extra)
 
-    def _results(self, kind: str, calls: Iterable[_Call]) -> Iterator[tuple[Any, _Call, bool]]:
-        """Schedules every closure once, and yields in order its result and whether nothing is in flight behind it."""
-        pending: collections.deque[tuple[Any, _Call, float]] = collections.deque()
-        num_steps = 0
-
-        def finish() -> tuple[Any, _Call, bool]:
-            nonlocal num_steps
-            value, call, trace_secs = pending.popleft()
-            num_steps -= call.num_steps
-            self._beat(kind)
-            result = self._fetch(value)
-            if call.is_new and kind == "train":
-                self._dispatch.end_compile(trace_secs, num_steps=call.num_steps)
-            return result, call, call.is_boundary and not pending
-
-        for call in calls:
-            while pending and num_steps + call.num_steps > self._max_steps(call.num_steps):
-                yield finish()
-            value, trace_secs = self._schedule(call, kind)
-            pending.append((value, call, trace_secs))
-            num_steps += call.num_steps
-            while call.is_boundary and pending:
-                yield finish()
-        while pending:
-            yield finish()
-
-    def _schedule(self, call: _Call, kind: str) -> tuple[Scheduled, float]:
-        """Returns what is on its way, and how long it took to trace a function that is new."""
-        start = time.perf_counter()
-        if call.is_new and kind == "train":
-            self._dispatch.begin_compile()
-        value = self._coordinator.schedule(call.closure.function, args=call.args)
-        return Scheduled(value, call.closure), time.perf_counter() - start
+    def _results(self, kind: str, calls: Iterable[Call]) -> Iterator[tuple[Any, Call, bool]]:
+        return self._scheduler.results(kind, calls, max_steps=self._max_steps)
 
     def _max_steps(self, num_steps: int) -> int:
         """Returns how many batches may be in flight with closures of so many."""
@@ -379,25 +277,8 @@ class CoordinatorLoop:
             return (bound // 2 + 1) * self._step.accumulation_steps
         return self._num_workers * max(_STEPS_PER_WORKER, _CLOSURES_PER_WORKER * num_steps)
 
-    def _beat(self, kind: str) -> None:
-        if kind != "train":
-            self._heartbeat.beat()
-
-    def _fetch(self, scheduled: Scheduled) -> Any:
-        while True:
-            try:
-                return scheduled.closure.unpack(self._coordinator.fetch(scheduled.value))
-            except tf.errors.CancelledError:
-                self._coordinator.done()  # raises what it was cancelled for, if nobody has heard of it yet
-                raise
-            except tf.errors.OpError:
-                # The worker may have died while its result was on the way: then TensorFlow runs the step elsewhere, and
-                # the result will come. An error of the step itself is the coordinator's too: raised here.
-                self._coordinator.done()
-                time.sleep(_RETRY_SECS)
-
-    def _train_calls(self, source: Source, plan: BatchPlan) -> Iterator[_Call]:
-        feed = self._feed(source)
+    def _train_calls(self, source: Source, plan: BatchPlan) -> Iterator[Call]:
+        feed = self._feeds.find(source)
         scales = self._options.staleness_lr == "inverse"
         # Whoever goes back to a batch needs the metrics up to it.
         sums_states = not plan.log_every_steps and plan.loss_limit is None
@@ -415,7 +296,7 @@ class CoordinatorLoop:
                 feed.closures[key] = self._build_train(
                     reads, phase=phase, sums_states=sums_states, scales_by_staleness=scales
                 )
-            yield _Call(
+            yield Call(
                 closure=feed.closures[key],
                 args=(feed.pack(parts), tf.constant([self._num_scheduled, *limits], tf.float64)),
                 num_steps=len(parts),
@@ -425,9 +306,7 @@ class CoordinatorLoop:
             self._num_scheduled += len(parts)
 
     def _runs(self, feed: WorkerInput, plan: BatchPlan) -> Iterator[_Run]:
-        batches = feed.batches(plan)
-        if isinstance(feed, SentInput):
-            batches = self._timed(batches)
+        batches = self._batches(feed, plan)
         step, num_before = plan.first_step, self._num_scheduled
         period = self._step.accumulation_steps
         while True:
@@ -463,18 +342,22 @@ class CoordinatorLoop:
         bound = self._options.max_staleness
         return num_steps if bound is None else min(num_steps, max((bound // 2 + 1) // self._num_workers, 1))
 
-    def _other_calls(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[_Call]:
-        feed = self._feed(source)
+    def _other_calls(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[Call]:
+        feed = self._feeds.find(source)
         for parts in feed.batches(plan):
             size = parts[0].size
             key = (kind, size, plan.shuffle, plan.seed)
             if key not in feed.closures:
                 feed.closures[key] = self._build_other(kind, feed.read(size, plan))
             args = feed.pack(parts), tf.constant([self._num_scheduled], tf.float64)
-            yield _Call(closure=feed.closures[key], args=args)
+            yield Call(closure=feed.closures[key], args=args)
 
-    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Measures how long the chief reads, while which it hands nothing out."""
+    def _batches(self, feed: WorkerInput, plan: BatchPlan, num_parts: int = 1) -> Iterator[Any]:
+        """Yields a feed's batches; measures how long the chief reads, while which it hands nothing out."""
+        batches = feed.batches(plan, num_parts)
+        if not isinstance(feed, SentInput):
+            yield from batches
+            return
         for num_read in itertools.count():
             start = time.perf_counter()
             batch = next(batches, None)
@@ -492,13 +375,6 @@ class CoordinatorLoop:
 
         return PackedFunction(timed(steps))
 
-    def _build_part(self, read: Callable[..., Any]) -> PackedFunction:
-        def part_of_step(packed: Any, numbers: Any) -> Any:
-            step, place = tf.cast(numbers[0], tf.int64), tf.cast(numbers[1], tf.int32)
-            return self._step.compute_part(read(packed, 0), place, tf.cast(numbers[2], tf.float32), step)
-
-        return PackedFunction(timed(part_of_step))
-
     def _build_other(self, kind: str, read: Callable[..., Any]) -> PackedFunction:
         def closure(packed: Any, numbers: Any) -> Any:
             batch = read(packed, 0)
@@ -507,23 +383,6 @@ class CoordinatorLoop:
             return self._step.test([batch], tf.cast(numbers[0], tf.int64))
 
         return PackedFunction(closure)
-
-    def _feed(self, source: Source) -> WorkerInput:
-        feed = self._feeds.pop(id(source), None)
-        if feed is None:
-            feed = self._new_feed(source)
-        # The latest last; a feed holds its source, so that an id stands for one source only.
-        self._feeds[id(source)] = feed
-        while len(self._feeds) > _MAX_FEEDS:
-            self._feeds.popitem(last=False)
-        return feed
-
-    def _new_feed(self, source: Source) -> WorkerInput:
-        if isinstance(source, ArraySource):
-            return ResidentInput(source, self._coordinator)
-        if isinstance(source, SelfShardedSource):
-            return OwnInput(source, self._coordinator, self._num_workers)
-        return SentInput(source, self._position)
 
 
 def _check_metrics(model: keras.Model, batch: Any) -> None:

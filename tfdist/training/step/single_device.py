@@ -23,8 +23,8 @@ class SingleDeviceStep:
     def __init__(self, model: keras.Model) -> None:
         self._model = model
         self.returned: dict[str, list[str] | None] = {}
-        self.metric_origins = start_state(model)
-        self.metric_names = set(metric_results(model, self.metric_origins))
+        self.metrics = SingleDeviceMetrics(model)
+        self.metric_names = set(metric_results(model, self.metrics.origins))
 
     def train(self, parts: Any, global_size: Any, limit: Any = None, *, never_empty: bool = True) -> Any:
         """Runs one optimizer step; see `ReplicaStep`.
@@ -106,21 +106,31 @@ class SingleDeviceStep:
     def average_statistics(self) -> None:
         """One replica has one set of statistics."""
 
-    def reset_metrics(self) -> None:
+
+class SingleDeviceMetrics:
+    """The state of a model's metrics, of which the one device has all; the same face as `ReplicatedMetrics`.
+
+    Attributes:
+        origins: What the state starts from.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self.origins = start_state(model)
+        self._model = model
+
+    def reset(self) -> None:
         """Lets the metrics begin anew."""
         self._model.reset_metrics()
 
-    def metric_state(self) -> list[Any]:
+    def state(self) -> list[Any]:
         """Returns the metric variables' values."""
         return [v.numpy() for v in self._model.metrics_variables]
 
-    def own_metrics(self) -> list[Any]:
+    def own(self) -> list[Any]:
         """Returns what was added to the state that the metrics start from."""
-        return [
-            v.numpy() - o for v, o in zip(self._model.metrics_variables, self.metric_origins, strict=True)
-        ]
+        return [value - origin for value, origin in zip(self.state(), self.origins, strict=True)]
 
-    def set_metric_state(self, state: Sequence[Any]) -> None:
+    def set_state(self, state: Sequence[Any]) -> None:
         """Assigns them."""
         for variable, value in zip(self._model.metrics_variables, state, strict=True):
             variable.assign(value)

@@ -140,10 +140,10 @@ class SyncLoop:
 
     def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
         """Trains over the plan's steps, yielding once a step, with the logs where `plan.wants_logs`."""
-        self._step.reset_metrics()
+        self._step.metrics.reset()
         self.input_wait.begin_epoch()
         if plan.metrics:
-            self._step.set_metric_state(plan.metrics)
+            self._step.metrics.set_state(plan.metrics)
         self._times.begin_epoch()
         if self._synchronizer is not None:
             self._synchronizer.begin_epoch()
@@ -230,7 +230,7 @@ class SyncLoop:
 
     def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
         """Returns the metrics over the plan's steps."""
-        self._step.reset_metrics()
+        self._step.metrics.reset()
         # The last batch's, as in Keras: only metrics gather over batches.
         extra = collections.deque(self._each("test", source, plan), maxlen=1)
         return self._logs("test", extra[0] if extra else {})
@@ -238,7 +238,7 @@ class SyncLoop:
     def snapshot_metrics(self) -> list[Any]:
         """Averages what replicas keep for themselves, and returns the metrics' state; every process must call it."""
         self._step.average_statistics()
-        return self._step.metric_state()
+        return self._step.metrics.state()
 
     def snapshot_sync(self) -> dict[str, np.ndarray]:
         """Returns what a checkpoint must hold of the way in which workers share, by name."""
@@ -259,29 +259,29 @@ class SyncLoop:
             return content
         if self.replica_ids[0] // len(self.replica_ids) != source:
             content = b""
-        size = int(self._step.sum_first(np.array([len(content)], np.int64))[0])
+        size = int(self._step.replicas.sum_first(np.array([len(content)], np.int64))[0])
         blocks = []
         for start in range(0, size, _MESSAGE_BYTES):
             words = np.zeros(-(-min(size - start, _MESSAGE_BYTES) // 4), np.int32)
             own = content[start : start + _MESSAGE_BYTES]
             words.view(np.uint8)[: len(own)] = np.frombuffer(own, np.uint8)
-            blocks.append(self._step.sum_first(words).view(np.uint8)[: size - start].tobytes())
+            blocks.append(self._step.replicas.sum_first(words).view(np.uint8)[: size - start].tobytes())
         return b"".join(blocks)
 
     @property
     def metric_origins(self) -> list[np.ndarray]:
         """What the processes' parts of the metrics' state are counted from."""
-        return self._step.metric_origins
+        return self._step.metrics.origins
 
     def own_metrics(self) -> list[Any]:
         """Returns this process's part of the metrics' state, from its origin."""
-        return self._step.own_metrics()
+        return self._step.metrics.own()
 
     def all_reduce_sum(self, values: list[float]) -> list[float]:
         """Returns the sums over all processes."""
         if isinstance(self._step, SingleDeviceStep) or self.num_replicas == len(self.replica_ids):
             return values
-        return self._step.sum_first(np.array(values, np.float64)).tolist()
+        return self._step.replicas.sum_first(np.array(values, np.float64)).tolist()
 
     def meet(self) -> None:
         """Returns once every process has called it, and needs nothing of the others for what came before."""
@@ -299,7 +299,7 @@ class SyncLoop:
             extra = dict(
                 zip(extra, self.all_reduce_sum([float(value) for value in extra.values()]), strict=True)
             )
-        results = metric_results(self._model, self._step.metric_state())
+        results = metric_results(self._model, self._step.metrics.state())
         return select_logs(results, self._step.returned.get(kind), extra)
 
     def _each(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,16 +59,16 @@ class GradientSynchronizer:
         self._model = model
         self._step = step
         self._all_reduce_sum = all_reduce_sum
-        _check(options, model, step.num_local)
+        _check(options, model, step.replicas.num_local)
         variables = [keras_internals.native(v) for v in model.trainable_variables]
         num_bytes = sum(v.shape.num_elements() * v.dtype.size for v in variables)
         communicator, self.reason = choose_communicator(
             options.exchange,
             rank=rank,
             num_workers=num_workers,
-            num_local=step.num_local,
+            num_local=step.replicas.num_local,
             num_bytes=num_bytes,
-            build=step.build,
+            build=step.replicas.build,
         )
         step.communicator = communicator if communicator.name == "mpi" else None
         self._gradients = GradientExchange(communicator, options, variables)
@@ -83,8 +84,8 @@ class GradientSynchronizer:
                 options=options,
                 model=model,
                 communicator=communicator,
-                build=step.build,
-                local=step.own_variable,
+                build=step.replicas.build,
+                local=functools.partial(step.replicas.local, index=0),
                 num_seen=step.num_seen,
             )
         self._num_steps = 0
@@ -96,7 +97,11 @@ class GradientSynchronizer:
     def _build_accumulated(self) -> AccumulatedGradients | None:
         optimizers = keras_internals.find_optimizers(self._model)
         self._num_accumulated = (len(optimizers) == 1 and optimizers[0].gradient_accumulation_steps) or 1
-        if self._num_accumulated == 1 or self.options.sync != "every_step" or self._step.num_local > 1:
+        if (
+            self._num_accumulated == 1
+            or self.options.sync != "every_step"
+            or self._step.replicas.num_local > 1
+        ):
             self._agree_accumulated = None
             return None
         found = keras_internals.accumulators(optimizers[0])
@@ -104,9 +109,9 @@ class GradientSynchronizer:
             self._gradients,
             optimizers[0],
             self._model.trainable_variables,
-            {key: self._step.first_local(sums) for key, sums in found.items()},
+            {key: self._step.replicas.first_local(sums) for key, sums in found.items()},
         )
-        self._agree_accumulated = self._step.build(accumulated.agree_in)
+        self._agree_accumulated = self._step.replicas.build(accumulated.agree_in)
         return accumulated
 
     @property

@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: check lint house test planted format
+.PHONY: check lint house docs test planted format
 
 check: lint house ## Only checks; changes nothing.
 
@@ -14,6 +14,9 @@ lint:
 
 house: ## The rules that no linter knows.
 	$(PYTHON) -m pytest -q tests/unit/test_house.py
+
+docs: ## Builds the pages into site/; a link or a name that is not there is an error.
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet
 
 test:
 	$(PYTHON) -m pytest -n 2 --dist loadfile

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tfdist.recipe import Recipe
     from tfdist.training.checkpoint.store import Checkpoints
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Cluster": "cluster.spec",

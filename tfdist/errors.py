@@ -2,23 +2,65 @@
 
 
 class TfdistError(Exception):
-    """Base of every error that tfdist raises on purpose."""
+    """Base of every error that tfdist raises on purpose.
+
+    Examples:
+        >>> import tfdist
+        >>> issubclass(tfdist.ConfigError, tfdist.TfdistError)
+        True
+    """
 
 
 class ConfigError(TfdistError, ValueError):
-    """A setting, a flag or an argument cannot be honoured."""
+    """A setting, a flag or an argument cannot be honoured.
+
+    Examples:
+        >>> import tfdist
+        >>> tfdist.Checkpoints(directory="checkpoints", keep=0)
+        Traceback (most recent call last):
+        tfdist.errors.ConfigError: checkpoints: keep=0: it must be more than 0.
+    """
 
 
 class ClusterError(ConfigError):
-    """A cluster description (TF_CONFIG or a scheduler's variables) contradicts itself or the strategy."""
+    """A cluster description (TF_CONFIG or a scheduler's variables) contradicts itself or the strategy.
+
+    Examples:
+        >>> import tfdist
+        >>> tfdist.Cluster(addresses={"worker": ("h1", "h2")})
+        Traceback (most recent call last):
+        tfdist.errors.ClusterError: address 'h1' has no port: write host:port, as in h1:2222
+    """
 
 
 class LaunchError(TfdistError, RuntimeError):
-    """Processes could not be started or supervised."""
+    """Processes could not be started or supervised.
+
+    Examples:
+        >>> import tfdist
+        >>> try:
+        ...     raise tfdist.LaunchError("host h2 does not answer")
+        ... except RuntimeError as error:
+        ...     print(error)
+        host h2 does not answer
+    """
 
 
 class NonFiniteError(TfdistError, ArithmeticError):
-    """The loss or the gradients of a step are NaN or infinite."""
+    """The loss or the gradients of a step are NaN or infinite.
+
+    Examples:
+        >>> import keras, numpy, tfdist
+        >>> run = tfdist.initialize(strategy="one_device")
+        >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        >>> model.compile("sgd", "mse")
+        >>> x = numpy.full((4, 1), numpy.nan)
+        >>> try:
+        ...     history = run.fit(model, x, x, batch_size=2, verbose=0, on_nan="stop")
+        ... except tfdist.NonFiniteError as error:
+        ...     print(str(error).partition(":")[0])
+        the loss is not finite in epoch 1 at step 1
+    """
 
 
 PEER_LOST_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -44,7 +86,13 @@ class OutOfMemoryError(TfdistError, MemoryError):
 
 
 class Preempted(SystemExit):  # noqa: N818 - no error: the run ends as it was told to
-    """Ends a process that was told to go by SIGTERM, after its state was saved; exit code 143, as a shell has it."""
+    """Ends a process that was told to go by SIGTERM, after its state was saved; exit code 143, as a shell has it.
+
+    Examples:
+        >>> import tfdist
+        >>> tfdist.Preempted().code
+        143
+    """
 
     def __init__(self) -> None:
         super().__init__(143)

@@ -17,8 +17,19 @@ pytestmark = pytest.mark.cluster
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text()
 GUARANTEES = (REPOSITORY / "docs/guarantees.md").read_text()
-# The other pages are made by commands that they name, or show networks that are not here.
-DOCS = ("guarantees.md", "strategies.md", "tables.md", "gpus.md", "architecture.md")
+RECIPES = (REPOSITORY / "docs/recipes.md").read_text()
+# Not those that are made by commands that they name, or show networks that are not here.
+DOCS = (
+    "index.md",
+    "porting.md",
+    "recipes.md",
+    "strategies.md",
+    "guarantees.md",
+    "tables.md",
+    "gpus.md",
+    "troubleshooting.md",
+    "architecture.md",
+)
 PAGES = [README, *((REPOSITORY / "docs" / name).read_text() for name in DOCS)]
 
 SHORT = ["--epochs=1", "--steps_per_epoch=2"]
@@ -35,11 +46,21 @@ ANSWERS = {
     "python -m tfdist.train --help": "--strategy",
     "python -m tfdist.doctor --strategy=ps --num_workers=2": "no errors",
 }
+# Of a file that stands on the same page.
+OWN_RECIPE = {
+    "python -m tfdist.train --recipe=./my_recipe.py --strategy=multiworker --num_workers=2": (
+        "my_recipe.py under multiworker: 2000 examples"
+    ),
+    "python -m tfdist.train --recipe=./my_recipe.py --set width=32 --set num_examples=500 --epochs=1": (
+        "500 examples"
+    ),
+}
 SURVIVES = (
     "python -m tfdist.train --strategy=multiworker --checkpoint_every_steps=10 --chaos=kill:worker:1@step=60"
 )
 EVALUATES = "python -m tfdist.train --mode=eval --run_dir=runs/my_run"
 LAUNCHES = "python -m tfdist.launch --num_workers=2 --num_ps=1 --strategy=ps my_script.py --its --flags"
+READS_LOGS = "python -m tfdist.doctor logs runs/my_run"
 INSTALLS = "pip install ."
 TESTS = "python -m pytest -n 2 --dist loadfile"
 CI_RUNS = ["pip install '.[test]'", TESTS]
@@ -87,8 +108,9 @@ def explain(done):
 
 def test_commands_are_all_known():
     """A new command in the README or the docs needs a test here; one that has gone needs none."""
-    found = [command for page in PAGES for command in find_commands(page)]
-    assert sorted(found) == sorted([*TRAINS, *ANSWERS, SURVIVES, EVALUATES, LAUNCHES, INSTALLS, *CI_RUNS])
+    found = {command for page in PAGES for command in find_commands(page)}
+    one_by_one = [SURVIVES, EVALUATES, LAUNCHES, READS_LOGS, INSTALLS, *CI_RUNS]
+    assert found == {*TRAINS, *ANSWERS, *OWN_RECIPE, *one_by_one}
 
 
 @pytest.mark.parametrize("command", TRAINS)
@@ -105,6 +127,17 @@ def test_command_answers(tmp_path, command):
     done = run(command, tmp_path)
     assert done.returncode == 0, explain(done)
     assert ANSWERS[command] in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command", rarely(OWN_RECIPE, "python -m tfdist.train --recipe=./my_recipe.py --set")
+)
+def test_own_recipe_trains(tmp_path, command):
+    (program,) = re.findall(r'^```python title="my_recipe.py"\n(.*?)^```', RECIPES, re.MULTILINE | re.DOTALL)
+    (tmp_path / "my_recipe.py").write_text(program)
+    done = run(command, tmp_path, "--steps_per_epoch=2")
+    assert done.returncode == 0, explain(done)
+    assert OWN_RECIPE[command] in done.stdout
 
 
 def test_run_survives_its_failure(tmp_path):
@@ -212,21 +245,21 @@ def test_installed_wheel_runs_the_main_job(wheel, tmp_path):
     assert not [name for name in promised.split() if not (cwd / "my runs/first run" / name).exists()]
 
 
-# The commands of launch/README.md, from the repository's own folder of scripts.
-LAUNCH_README = (REPOSITORY / "launch/README.md").read_text()
+# The commands of docs/machines.md, some from the repository's own folder of scripts.
+MACHINES = (REPOSITORY / "docs/machines.md").read_text()
 LAUNCH_COMMANDS = {
     "launch/local.sh --recipe=digits_cnn": SHORT,
     "STRATEGY=multiworker NUM_WORKERS=3 launch/local.sh": SHORT,
     "python -m tfdist.launch --num_workers=2 --num_ps=1 my_script.py": [],
     "python -m tfdist.launch --num_workers=2 --dry_run my_script.py": [],
     "python -m tfdist.doctor --num_workers=2 --run_dir=runs/my_run": [],
-    "python -m tfdist.doctor logs runs/my_run": [],
+    READS_LOGS: [],
 }
 
 
 def test_launch_commands_are_all_known():
     # Schedulers have their own screens, which tests/hosts reads.
-    (block,) = re.findall(r"```sh\n(.*?)```", LAUNCH_README.partition("\n## ")[0], re.DOTALL)
+    (block,) = re.findall(r"```sh\n(.*?)```", MACHINES.partition("\n## ")[0], re.DOTALL)
     assert [re.split(r"\s+#\s", line)[0] for line in block.splitlines()] == list(LAUNCH_COMMANDS)
 
 

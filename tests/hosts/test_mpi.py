@@ -15,7 +15,7 @@ from namespaces import ADDRESSES, two_hosts
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).parents[2]
-README = (REPOSITORY / "launch/README.md").read_text()
+PAGE = (REPOSITORY / "docs/machines.md").read_text()
 METRIC = 0.97  # what tests/cluster/test_recipes.py asks of digits_cnn
 TRAIN = [sys.executable, "-m", "tfdist.train"]
 # mpirun calls it as it would call ssh: HOST COMMAND. The second host needs a name of its own.
@@ -106,8 +106,8 @@ def test_ranks_on_two_hosts_find_each_other(mpirun, hosts, tmp_path):
 
 
 def commands():
-    """The commands of the README's screen about MPI."""
-    (block,) = re.findall(r"^## MPI\n.*?```sh\n(.*?)```", README, re.MULTILINE | re.DOTALL)
+    """The commands of the page's part about MPI."""
+    (block,) = re.findall(r"^## MPI\n.*?```sh\n(.*?)```", PAGE, re.MULTILINE | re.DOTALL)
     return [re.split(r"\s+#\s", line)[0] for line in block.splitlines()]
 
 

@@ -15,7 +15,7 @@ from slurm_cluster import slurm_cluster
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).parents[2]
-README = (REPOSITORY / "launch/README.md").read_text()
+PAGE = (REPOSITORY / "docs/machines.md").read_text()
 METRIC = 0.97  # what tests/cluster/test_recipes.py asks of digits_cnn
 TRAIN = [sys.executable, "-m", "tfdist.train"]
 DISTRIBUTIONS = ["block", "cyclic", "plane=2", "arbitrary"]
@@ -90,8 +90,8 @@ def test_srun_that_was_not_used_is_said(run, tmp_path):
 
 
 def commands():
-    """The commands of the README's screen about Slurm."""
-    (block,) = re.findall(r"^## Slurm\n.*?```sh\n(.*?)```", README, re.MULTILINE | re.DOTALL)
+    """The commands of the page's part about Slurm."""
+    (block,) = re.findall(r"^## Slurm\n.*?```sh\n(.*?)```", PAGE, re.MULTILINE | re.DOTALL)
     return [re.split(r"\s+#\s", line)[0] for line in block.splitlines()]
 
 

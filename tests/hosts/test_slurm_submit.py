@@ -16,9 +16,9 @@ from slurm_cluster import slurm_cluster
 pytestmark = pytest.mark.cluster
 
 REPOSITORY = Path(__file__).parents[2]
-README = (REPOSITORY / "launch" / "README.md").read_text()
-# Each of the README's commands, without what it says of itself.
-COMMANDS = re.findall(r"^python -m tfdist\.launch --slurm (.*?) +#", README, re.MULTILINE)
+PAGE = (REPOSITORY / "docs" / "machines.md").read_text()
+# Each of the page's commands, without what it says of itself.
+COMMANDS = re.findall(r"^python -m tfdist\.launch --slurm (.*?) +#", PAGE, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")

@@ -342,7 +342,7 @@ def test_interface_with_two_tasks_on_a_host_is_refused(lab, folder):
     assert "with 2 tasks on" in done.stderr.splitlines()[-1]
 
 
-SCREEN = (Path(REPOSITORY) / "launch/README.md").read_text().partition("\n## ssh\n")[2].partition("\n## ")[0]
+SCREEN = (Path(REPOSITORY) / "docs/machines.md").read_text().partition("\n## ssh\n")[2].partition("\n## ")[0]
 COMMANDS = [
     line.partition("#")[0].split()
     for line in re.findall(r"```sh\n(.*?)```", SCREEN, re.DOTALL)[0].splitlines()

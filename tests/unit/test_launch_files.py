@@ -1,4 +1,4 @@
-"""The files of `launch/` that the launcher renders are what it renders, by the commands that the README gives."""
+"""The files of `launch/` that the launcher renders are what it renders, by the commands that the docs give."""
 
 import re
 import shlex
@@ -9,10 +9,8 @@ import pytest
 from tfdist.launcher.flags import parse_flags
 
 REPOSITORY = Path(__file__).parents[2]
-README = (REPOSITORY / "launch" / "README.md").read_text().replace("\\\n", " ")
-COMMANDS = dict(
-    re.findall(r"^python -m tfdist\.launch (.*--dry_run.*) > (launch/\S+)$", README, re.MULTILINE)
-)
+PAGE = (REPOSITORY / "docs" / "machines.md").read_text().replace("\\\n", " ")
+COMMANDS = dict(re.findall(r"^python -m tfdist\.launch (.*--dry_run.*) > (launch/\S+)$", PAGE, re.MULTILINE))
 FILES = {file: words for words, file in COMMANDS.items()}
 
 

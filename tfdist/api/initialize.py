@@ -51,6 +51,14 @@ def initialize(
     Raises:
         ConfigError: If the strategy does not fit the cluster.
         ClusterError: If this task's port is taken, or other tasks do not answer in time.
+
+    Examples:
+        >>> import tfdist
+        >>> tfdist.initialize(strategy="one_device", seed=1).seed
+        1
+        >>> tfdist.initialize(strategy="multiworker")
+        Traceback (most recent call last):
+        tfdist.errors.ConfigError: strategy 'multiworker' needs a cluster, and this process is alone; start it with ...
     """
     cluster = cluster or detect_cluster(os.environ, strategy=strategy) or Cluster()
     name = canonical_strategy(strategy or os.environ.get("TFDIST_STRATEGY") or _default_strategy(cluster))

@@ -76,6 +76,11 @@ class Task:
     Args:
         type: `chief`, `worker`, `ps`, or `evaluator` (which lives outside the cluster).
         index: 0 for the first task of its type.
+
+    Examples:
+        >>> import tfdist
+        >>> str(tfdist.Task("worker", 1))
+        'worker:1'
     """
 
     type: str
@@ -103,6 +108,14 @@ class Cluster:
 
     Raises:
         ClusterError: If the description contradicts itself.
+
+    Examples:
+        >>> import tfdist
+        >>> cluster = tfdist.Cluster(
+        ...     addresses={"worker": ("h1:2222", "h2:2222")}, task=tfdist.Task("worker", 0)
+        ... )
+        >>> cluster.num_workers, cluster.is_chief
+        (2, True)
     """
 
     addresses: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -214,6 +227,14 @@ def parse_tf_config(text: str) -> Cluster:
 
     Raises:
         ClusterError: If the text is malformed or contradicts itself.
+
+    Examples:
+        >>> import tfdist
+        >>> cluster = tfdist.parse_tf_config(
+        ...     '{"cluster": {"worker": ["h1:2222", "h2:2222"]}, "task": {"type": "worker", "index": 1}}'
+        ... )
+        >>> str(cluster.task), cluster.num_workers
+        ('worker:1', 2)
     """
     try:
         config = json.loads(text)
@@ -255,6 +276,12 @@ def render_tf_config(cluster: Cluster) -> str:
 
     Raises:
         ClusterError: If the cluster has addresses but no task.
+
+    Examples:
+        >>> import tfdist
+        >>> cluster = tfdist.Cluster(addresses={"worker": ("h1:2222",)}, task=tfdist.Task("worker", 0))
+        >>> tfdist.render_tf_config(cluster)
+        '{"cluster": {"worker": ["h1:2222"]}, "task": {"type": "worker", "index": 0}}'
     """
     if cluster.is_local:
         return "{}"

@@ -31,6 +31,11 @@ class PsOptions:
 
     Raises:
         ConfigError: If a value breaks its rule, or does not go with another.
+
+    Examples:
+        >>> import tfdist
+        >>> tfdist.PsOptions(ps_mode="sync", num_backup_workers=1).ps_mode
+        'sync'
     """
 
     ps_mode: str = setting(

@@ -44,6 +44,14 @@ class SyncOptions:
 
     Raises:
         ConfigError: If a value breaks its rule, or belongs to another `sync`.
+
+    Examples:
+        >>> import tfdist
+        >>> tfdist.SyncOptions(sync="local_sgd").num_period_steps
+        32
+        >>> tfdist.SyncOptions(sync="local_sdg")
+        Traceback (most recent call last):
+        tfdist.errors.ConfigError: sync='local_sdg': choose one of every_step, local_sgd, ...
     """
 
     sync: str = setting(

@@ -57,12 +57,20 @@ class Embedding(keras.layers.Layer):
         inputs: Ids: a tensor `[batch, …]`, a `tf.RaggedTensor`, or with a combiner a `tf.SparseTensor` `[batch, bag]`.
         weights: With a combiner, one number for each id, in the ids' form; None counts each as 1.
 
-    Returns:
+    Call returns:
         `[batch, …, output_dim]`, ragged where the ids are; with a combiner without the ids' last axis.
 
     Raises:
         ConfigError: If an argument does not fit, `num_shards` is larger than the table, or ids come in another form.
         tf.errors.InvalidArgumentError: At a step with an id beyond the table; it names the layer and the id.
+
+    Examples:
+        >>> import numpy, tfdist
+        >>> table = tfdist.layers.Embedding(1000, 8, num_shards=2)
+        >>> table(numpy.array([[3, 7, 7]])).shape
+        TensorShape([1, 3, 8])
+        >>> tfdist.layers.Embedding(1000, 8, combiner="mean")(numpy.array([[3, 7, 7]])).shape
+        TensorShape([1, 8])
     """
 
     built: bool

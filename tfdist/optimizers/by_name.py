@@ -79,6 +79,14 @@ def build_optimizer(
 
     Raises:
         ConfigError: If a name is unknown, a number out of range, or a setting does not fit the optimizer.
+
+    Examples:
+        >>> import tfdist
+        >>> optimizer = tfdist.optimizers.build_optimizer(
+        ...     "adamw", learning_rate=0.001, schedule="cosine", warmup_steps=10, total_steps=100
+        ... )
+        >>> type(optimizer).__name__
+        'AdamW'
     """
     name = parse_choice(name, OPTIMIZERS, what="optimizer")
     class_name, kwargs, default_rate = _OPTIMIZERS[name]

@@ -29,6 +29,11 @@ def rate_factor(scaling: str, *, global_batch_size: int, base_batch_size: int) -
         ConfigError: If the scaling is unknown, or a size is not at least 1.
 
     Source: linear: Goyal et al. 2017, section 2.1; square root: Krizhevsky 2014, section 5.
+
+    Examples:
+        >>> import tfdist
+        >>> tfdist.optimizers.rate_factor("sqrt", global_batch_size=1024, base_batch_size=256)
+        2.0
     """
     scaling = parse_choice(scaling, LR_SCALINGS, what="scaling of the learning rate")
     for name, size in (("global_batch_size", global_batch_size), ("base_batch_size", base_batch_size)):

@@ -30,6 +30,11 @@ class LARS(keras.optimizers.SGD):
         ConfigError: If the trust coefficient is not greater than 0.
 
     Source: You, Gitman and Ginsburg 2017, algorithm 1.
+
+    Examples:
+        >>> import tfdist
+        >>> tfdist.optimizers.LARS(0.1, weight_decay=1e-4).trust_coefficient
+        0.001
     """
 
     def __init__(

@@ -58,6 +58,17 @@ class LazySGD(_Lazy, keras.optimizers.SGD):
     row's next gradient; a rare row's momentum is therefore older and longer than Keras's.
 
     Args: as `keras.optimizers.SGD`.
+
+    Examples:
+        >>> import keras, numpy, tfdist
+        >>> model = keras.Sequential([tfdist.layers.Embedding(100, 1), keras.layers.Flatten()])
+        >>> model.compile(tfdist.optimizers.LazySGD(0.1, momentum=0.9), "mse")
+        >>> ids = numpy.array([[3], [7]])
+        >>> before = model.predict(numpy.arange(100)[:, None], verbose=0)
+        >>> loss = model.train_on_batch(ids, numpy.ones((2, 1)))
+        >>> after = model.predict(numpy.arange(100)[:, None], verbose=0)
+        >>> numpy.flatnonzero(before != after)  # the rows of the step alone
+        array([3, 7])
     """
 
 
@@ -69,6 +80,17 @@ class LazyRMSprop(_Lazy, keras.optimizers.RMSprop):
     it comes back. Here it takes steps as long as a frequent row's; the momentum, if any, rests meanwhile.
 
     Args: as `keras.optimizers.RMSprop`.
+
+    Examples:
+        >>> import keras, numpy, tfdist
+        >>> model = keras.Sequential([tfdist.layers.Embedding(100, 1), keras.layers.Flatten()])
+        >>> model.compile(tfdist.optimizers.LazyRMSprop(0.1), "mse")
+        >>> ids = numpy.array([[3], [7]])
+        >>> before = model.predict(numpy.arange(100)[:, None], verbose=0)
+        >>> loss = model.train_on_batch(ids, numpy.ones((2, 1)))
+        >>> after = model.predict(numpy.arange(100)[:, None], verbose=0)
+        >>> numpy.flatnonzero(before != after)  # the rows of the step alone
+        array([3, 7])
     """
 
 
@@ -83,6 +105,17 @@ class LazyAdam(_Lazy, keras.optimizers.Adam):
     Args: as `keras.optimizers.Adam`.
 
     Source: Kingma and Ba 2014; "lazy" as in TensorFlow Addons' LazyAdam.
+
+    Examples:
+        >>> import keras, numpy, tfdist
+        >>> model = keras.Sequential([tfdist.layers.Embedding(100, 1), keras.layers.Flatten()])
+        >>> model.compile(tfdist.optimizers.LazyAdam(0.1), "mse")
+        >>> ids = numpy.array([[3], [7]])
+        >>> before = model.predict(numpy.arange(100)[:, None], verbose=0)
+        >>> loss = model.train_on_batch(ids, numpy.ones((2, 1)))
+        >>> after = model.predict(numpy.arange(100)[:, None], verbose=0)
+        >>> numpy.flatnonzero(before != after)  # the rows of the step alone
+        array([3, 7])
     """
 
 
@@ -97,4 +130,15 @@ class LazyFtrl(_Lazy, keras.optimizers.Ftrl):
     Args: as `keras.optimizers.Ftrl`.
 
     Source: McMahan et al. 2013.
+
+    Examples:
+        >>> import keras, numpy, tfdist
+        >>> model = keras.Sequential([tfdist.layers.Embedding(100, 1), keras.layers.Flatten()])
+        >>> model.compile(tfdist.optimizers.LazyFtrl(0.1), "mse")
+        >>> ids = numpy.array([[3], [7]])
+        >>> before = model.predict(numpy.arange(100)[:, None], verbose=0)
+        >>> loss = model.train_on_batch(ids, numpy.ones((2, 1)))
+        >>> after = model.predict(numpy.arange(100)[:, None], verbose=0)
+        >>> numpy.flatnonzero(before != after)  # the rows of the step alone
+        array([3, 7])
     """

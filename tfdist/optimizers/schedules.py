@@ -51,6 +51,12 @@ def build_schedule(
 
     Source: warm-up: Goyal et al. 2017, section 2.2; cosine: Loshchilov and Hutter 2017, without restarts; step: He et
     al. 2016, section 4.2.
+
+    Examples:
+        >>> import tfdist
+        >>> rate = tfdist.optimizers.build_schedule("cosine", learning_rate=0.1, total_steps=100, warmup_steps=9)
+        >>> [round(float(rate(step)), 3) for step in (0, 9, 99)]
+        [0.01, 0.1, 0.0]
     """
     name = parse_choice(name, SCHEDULES, what="schedule")
     _check_steps(name, learning_rate=learning_rate, total_steps=total_steps, warmup_steps=warmup_steps)

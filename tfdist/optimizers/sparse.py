@@ -38,6 +38,17 @@ class SparseSGD(_Sparse, keras.optimizers.SGD):
     `clipnorm` looks at each shard of a sharded table by itself, as at every variable; `global_clipnorm` at all.
 
     Args: as `keras.optimizers.SGD`.
+
+    Examples:
+        >>> import keras, numpy, tfdist
+        >>> model = keras.Sequential([tfdist.layers.Embedding(100, 1), keras.layers.Flatten()])
+        >>> model.compile(tfdist.optimizers.SparseSGD(0.1), "mse")
+        >>> ids = numpy.array([[3], [7]])
+        >>> before = model.predict(numpy.arange(100)[:, None], verbose=0)
+        >>> loss = model.train_on_batch(ids, numpy.ones((2, 1)))
+        >>> after = model.predict(numpy.arange(100)[:, None], verbose=0)
+        >>> numpy.flatnonzero(before != after)  # the rows of the step alone
+        array([3, 7])
     """
 
     def _needs_dense(self) -> bool:
@@ -59,6 +70,17 @@ class SparseAdagrad(_Sparse, keras.optimizers.Adagrad):
     Args: as `keras.optimizers.Adagrad`.
 
     Source: Duchi et al. 2011.
+
+    Examples:
+        >>> import keras, numpy, tfdist
+        >>> model = keras.Sequential([tfdist.layers.Embedding(100, 1), keras.layers.Flatten()])
+        >>> model.compile(tfdist.optimizers.SparseAdagrad(0.1), "mse")
+        >>> ids = numpy.array([[3], [7]])
+        >>> before = model.predict(numpy.arange(100)[:, None], verbose=0)
+        >>> loss = model.train_on_batch(ids, numpy.ones((2, 1)))
+        >>> after = model.predict(numpy.arange(100)[:, None], verbose=0)
+        >>> numpy.flatnonzero(before != after)  # the rows of the step alone
+        array([3, 7])
     """
 
 
@@ -80,6 +102,11 @@ def with_sparse_rows(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.
     Returns:
         The same object, with the same settings and state: of class `SparseSGD` or `SparseAdagrad` from now on, or as it
         was if it is no plain SGD or Adagrad of Keras, or has momentum.
+
+    Examples:
+        >>> import keras, tfdist
+        >>> type(tfdist.optimizers.with_sparse_rows(keras.optimizers.Adagrad(0.1))).__name__
+        'SparseAdagrad'
     """
     sparse = _SPARSE.get(type(optimizer))
     if sparse is not None and not getattr(optimizer, "momentum", 0):
@@ -96,6 +123,13 @@ def describe_dense_rows(optimizer: keras.optimizers.Optimizer) -> str | None:
 
     Returns:
         What it does to every row, and what to take instead; None of one that is row-sparse.
+
+    Examples:
+        >>> import keras, tfdist
+        >>> print(tfdist.optimizers.describe_dense_rows(keras.optimizers.Adam()))
+        Adam reads and writes every row at every step. tfdist.optimizers.LazyAdam touches only ...
+        >>> tfdist.optimizers.describe_dense_rows(tfdist.optimizers.LazyAdam()) is None
+        True
     """
     inner = getattr(optimizer, "inner_optimizer", optimizer)  # of one that scales the loss
     needs_dense = isinstance(inner, _Sparse) and inner._needs_dense()

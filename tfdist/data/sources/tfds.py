@@ -49,7 +49,13 @@ def tfds_split(
     keys: tuple[str, ...] | None = None,
     map_example: Callable[..., Any] | None = None,
 ) -> TfdsSplit:
-    """Names a split, to be passed to `fit`; nothing is read yet. See `TfdsSplit`."""
+    """Names a split, to be passed to `fit`; nothing is read yet. See `TfdsSplit`.
+
+    Examples:
+        >>> import tfdist
+        >>> tfdist.tfds_split("mnist", "train[:80%]", data_dir="tensorflow_datasets").split
+        'train[:80%]'
+    """
     return TfdsSplit(name=name, split=split, data_dir=data_dir, keys=keys, map_example=map_example)
 
 

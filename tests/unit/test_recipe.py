@@ -337,7 +337,8 @@ def test_load_recipe_finds_the_file_beside_it_and_no_other(tmp_path):
         (tmp_path / name / "recipe_of_mine.py").write_text(source)
     for name in ("one", "two"):
         recipe = load_recipe(str(tmp_path / name / "recipe_of_mine.py"))
-        assert sys.modules[recipe.build_model.__module__].WHO == name
+        module = sys.modules[recipe.build_model.__module__]
+        assert name == module.WHO
     assert "neighbour" not in sys.modules
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tfdist.cluster.spec import find_nearest
+from tfdist.config.config_file import render_flags, take_config
 from tfdist.config.job_options import TRAIN_DEFAULTS, JobOptions
+from tfdist.config.run_config import RunConfig
 from tfdist.config.settings import settings_of, types_of
 from tfdist.errors import ConfigError
 from tfdist.launcher.backends import BACKENDS, Backend, choose_backend, count_workers
@@ -77,7 +79,7 @@ def parse_flags(args: Sequence[str], env: Mapping[str, str]) -> LaunchFlags:
     Raises:
         ConfigError: If a flag is unknown or malformed, or the command is missing or does not exist.
     """
-    own, mode, words = _split_command(args)
+    own, mode, words = _take_config(*_split_command(args))
     flags = _PARSER.parse_args(own)
     defaults = {name: _PARSER.get_default(name) for name in vars(flags)}
     backend, place = choose_backend(vars(flags), defaults)
@@ -137,6 +139,8 @@ def _build_parser() -> _Parser:
     add("--preload", action="store_true",
         help="import TensorFlow and Keras once, then fork the tasks of this machine: they start sooner. "
         "The script cannot set what TensorFlow reads at import")  # fmt: skip
+    add("--config", metavar="FILE",
+        help="YAML file of settings: the launcher's and those of tfdist.train, the default command then")  # fmt: skip
     add("--dry_run", action="store_true", help="show every TF_CONFIG and command, and start nothing")
     add("-m", "--module", metavar="MODULE", help="run a module, as python -m does")
     add("-h", "--help", action="help", help="show this text")
@@ -168,10 +172,11 @@ _OPTIONS = [name for name in settings_of(JobOptions) if name != "elastic"]
 _PARSER = _build_parser()
 _SWITCHES = ("--dry_run", "--preload", "--help", "-h", *(f"--{name}" for name in BACKENDS))
 _MODULE = ("-m", "--module")
+_TRAIN = "tfdist.train"
 _NOTHING_TO_RUN = "nothing to run: name script.py, -m module, or -- program, after the flags (see --help)"
 _VALUED = (
     "--num_workers", "--nproc_per_node", "--num_proc", "-np", "-n", "--num_ps", "--strategy", "--run_dir",
-    "--num_threads", "--hosts", "-H", "--hostfile", *SSH_FLAGS, "-i", "--exchange",
+    "--num_threads", "--hosts", "-H", "--hostfile", *SSH_FLAGS, "-i", "--exchange", "--config",
     *(f"--{name}" for name in _OPTIONS),
     *(flag for backend in BACKENDS.values() for flag in backend.flags),
 )  # fmt: skip
@@ -203,6 +208,27 @@ def _split_command(args: Sequence[str]) -> tuple[list[str], str, list[str]]:
             if not name.startswith("--"):
                 own.append(left.pop(0))
     return own, "script", []
+
+
+def _take_config(own: Sequence[str], mode: str, words: Sequence[str]) -> tuple[list[str], str, list[str]]:
+    """Puts the settings of `--config` where they belong: some are the launcher's, all others `tfdist.train`'s."""
+    switches = {name.lstrip("-") for name in _SWITCHES} - {"help", "h"}
+    launchers = switches | {name.lstrip("-") for name in _VALUED}
+    settings, rest = take_config(own, {*launchers, *settings_of(RunConfig), "set"})
+    if not settings:
+        return rest, mode, list(words)
+    ours = {name: value for name, value in settings.items() if name in launchers - switches}
+    turned_on = [f"--{name}" for name in switches if settings.get(name) is True]
+    others = {name: value for name, value in settings.items() if name not in launchers}
+    if not words:
+        mode, words = "-m", [_TRAIN]
+    if mode == "-m" and words[0] == _TRAIN:
+        words = [_TRAIN, *render_flags(others), *words[1:]]
+    elif others:
+        raise ConfigError(
+            f"config: {', '.join(sorted(others))} are settings of {_TRAIN}, and the command is another; leave them out."
+        )
+    return [*turned_on, *render_flags(ours), *rest], mode, list(words)
 
 
 def _build_command_for_elsewhere(mode: str, words: Sequence[str]) -> list[str]:

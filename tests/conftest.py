@@ -22,6 +22,8 @@ _FOREIGN = re.compile(
 for _name in [name for name in os.environ if _FOREIGN.match(name)]:
     del os.environ[_name]
 
+os.environ["TFDIST_REPORT"] = "off"  # a second of every run; those that read one say so
+
 # Every process that a test starts inherits this, however far it is from us and whoever its parent has become.
 _MARK = f"TFDIST_TEST_SESSION={os.getpid()}-{time.time_ns()}"
 os.environ.update([_MARK.split("=")])

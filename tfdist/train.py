@@ -9,6 +9,7 @@ python -m tfdist.train --list_recipes
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -21,11 +22,13 @@ from absl import flags
 
 from tfdist.cluster.environments import detect_cluster
 from tfdist.cluster.spec import Cluster, check_strategy, render_tf_config
-from tfdist.commands.flags import build_config, parse_flags, resolve_run
+from tfdist.commands.flags import build_config, collect_settings, parse_flags, resolve_run, settle_words
+from tfdist.config.config_file import render_config_file
 from tfdist.config.job_options import JobOptions
-from tfdist.config.run_dir import RunDir
+from tfdist.config.run_config import RunConfig
+from tfdist.config.run_dir import RunDir, write_atomically
 from tfdist.config.settings import settings_of
-from tfdist.errors import NonFiniteError, OutOfMemoryError, TfdistError
+from tfdist.errors import ConfigError, NonFiniteError, OutOfMemoryError, TfdistError
 from tfdist.launcher import (
     ONEDNN,
     Job,
@@ -37,6 +40,8 @@ from tfdist.launcher import (
 from tfdist.launcher.hosts import read_hosts, read_ssh_options
 from tfdist.launcher.process.fork import quiet_imports
 from tfdist.recipe import check_recipe_exists, list_recipes, load_recipe
+from tfdist.report import write_report
+from tfdist.reporting import is_wanted
 
 # What every task of a local cluster imports.
 _PRELOAD = ("tensorflow", "keras", "tfdist.commands.execute", "tfdist.runtime.server")
@@ -56,12 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     cluster = None
     try:
+        words = settle_words(words)
         values = parse_flags(words)
         if values.help:
             print(f"{__doc__}\n{values.get_help()}")
             return 0
         if values.list_recipes:
             print("\n".join(f"{name:<14} {line}" for name, line in list_recipes()))
+            return 0
+        if values.write_config:
+            _write_config(values)
             return 0
         cluster = detect_cluster(os.environ, strategy=values.strategy, num_ps=values.num_ps)
         fields = resolve_run(values, cluster, os.environ)
@@ -86,6 +95,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tfdist.train: interrupted", file=sys.stderr)
         return 130
+
+
+def _write_config(values: flags.FlagValues) -> None:
+    path = Path(values.write_config).expanduser()
+    if path.exists():
+        raise ConfigError(f"write_config={str(path)!r} exists; name another file, or remove it.")
+    try:
+        write_atomically(path, render_config_file(collect_settings(values)))
+    except OSError as error:
+        raise ConfigError(
+            f"write_config={str(path)!r} cannot be written ({error.strerror}); choose another folder."
+        ) from None
+    print(f"the settings are in {path}; python -m tfdist.train --config={path} takes them")
 
 
 def _launch(words: Sequence[str], fields: Mapping[str, Any], values: flags.FlagValues) -> int:
@@ -114,7 +136,25 @@ def _launch(words: Sequence[str], fields: Mapping[str, Any], values: flags.FlagV
     if values.dry_run:
         print(render_dry_run_local(job))
         return 0
-    return run_local(job)
+    try:
+        return run_local(job)
+    finally:
+        _report(config)
+
+
+def _report(config: RunConfig) -> None:
+    """Writes the run's page, of one that has died too; what keeps it from being written ends nothing."""
+    if config.mode != "train" or not is_wanted(config.report):
+        return
+    run_dir = RunDir(Path(config.run_dir))
+    if not run_dir.config_file.exists():
+        return  # A mistake: nothing has begun.
+    try:
+        path = write_report([config.run_dir])
+    except Exception as error:  # noqa: BLE001 - the run is what counts
+        print(f"tfdist.train: no report ({type(error).__name__}: {error})", file=sys.stderr)
+        return
+    print(f"the report is in {path}", flush=True)
 
 
 def _count_workers(cluster: Cluster | None, strategy: str) -> dict[str, int]:
@@ -140,8 +180,26 @@ def _execute(fields: Mapping[str, Any], cluster: Cluster | None) -> int:
         # Here: TensorFlow takes seconds to import, and a mistake above should not wait for it.
         from tfdist.commands.execute import execute
     config = build_config(fields, load_recipe(fields["recipe"]))
-    execute(config, cluster=cluster, say=lambda line: print(line, flush=True))
+    # A launcher does when all have ended.
+    reports = "TFDIST_LAUNCHED" not in os.environ and (cluster is None or cluster.is_chief)
+    try:
+        execute(config, cluster=cluster, say=lambda line: print(line, flush=True))
+    except Exception as error:
+        if reports:
+            _note_failure(config, error)
+        raise
+    finally:
+        if reports:
+            _report(config)
     return 0
+
+
+def _note_failure(config: RunConfig, error: Exception) -> None:
+    """Keeps what has ended a run that no launcher watches."""
+    run_dir = RunDir(Path(config.run_dir))
+    if config.mode == "train" and run_dir.environment_file.exists():
+        with contextlib.suppress(OSError):  # a full disk, maybe
+            run_dir.write_results({"error": f"{type(error).__name__}: {error}"})
 
 
 def _serve(cluster: Cluster) -> NoReturn:

@@ -13,16 +13,23 @@ import programs
 import pytest
 from everything import rarely
 
+import tfdist.launch
+import tfdist.train
+from tfdist.commands.flags import build_config, parse_flags, resolve_run
+
 pytestmark = pytest.mark.cluster
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text()
 GUARANTEES = (REPOSITORY / "docs/guarantees.md").read_text()
 RECIPES = (REPOSITORY / "docs/recipes.md").read_text()
+CONFIG_FILES = (REPOSITORY / "docs/config_files.md").read_text()
 # Not those that are made by commands that they name, or show networks that are not here.
 DOCS = (
     "index.md",
     "porting.md",
     "recipes.md",
+    "config_files.md",
+    "report.md",
     "strategies.md",
     "guarantees.md",
     "tables.md",
@@ -60,6 +67,20 @@ SURVIVES = (
 )
 EVALUATES = "python -m tfdist.train --mode=eval --run_dir=runs/my_run"
 LAUNCHES = "python -m tfdist.launch --num_workers=2 --num_ps=1 --strategy=ps my_script.py --its --flags"
+# Of a file that stands on the same page, or was written: each with what it would start.
+FROM_FILE = {
+    "python -m tfdist.train --config=run.yaml": "--epochs=3",
+    "python -m tfdist.train --config=run.yaml --epochs=1 --strategy=multiworker": "# worker:1",
+    "python -m tfdist.train --config=runs/my_run/config.json": "--set=dropout=0.1",
+    "python -m tfdist.train --config=run.yaml --hosts=h1,h2": "# by ssh",
+    "python -m tfdist.launch --config=run.yaml --slurm --nodes=2 --ntasks_per_node=2": "--recipe=wide_deep",
+    "python -m tfdist.launch --config=run.yaml --kubernetes --image=registry.example.com/train:1": "--set=dropout=0.1",
+}
+REPORTS = {
+    "python -m tfdist.report runs/my_run": "runs/my_run/report.html",
+    "python -m tfdist.report runs/a runs/b --output=both.html": "both.html",
+}
+WRITES_FILE = "python -m tfdist.train --recipe=wide_deep --strategy=ps --epochs=3 --write_config=run.yaml"
 READS_LOGS = "python -m tfdist.doctor logs runs/my_run"
 INSTALLS = "pip install ."
 TESTS = "python -m pytest -n 2 --dist loadfile"
@@ -109,8 +130,8 @@ def explain(done):
 def test_commands_are_all_known():
     """A new command in the README or the docs needs a test here; one that has gone needs none."""
     found = {command for page in PAGES for command in find_commands(page)}
-    one_by_one = [SURVIVES, EVALUATES, LAUNCHES, READS_LOGS, INSTALLS, *CI_RUNS]
-    assert found == {*TRAINS, *ANSWERS, *OWN_RECIPE, *one_by_one}
+    one_by_one = [SURVIVES, EVALUATES, LAUNCHES, READS_LOGS, WRITES_FILE, INSTALLS, *CI_RUNS]
+    assert found == {*TRAINS, *ANSWERS, *OWN_RECIPE, *FROM_FILE, *REPORTS, *one_by_one}
 
 
 @pytest.mark.parametrize("command", TRAINS)
@@ -140,6 +161,24 @@ def test_own_recipe_trains(tmp_path, command):
     assert OWN_RECIPE[command] in done.stdout
 
 
+def test_settings_in_a_file_start_the_same_run(tmp_path, monkeypatch, capsys):
+    """As the commands would, in this process: they start nothing."""
+    monkeypatch.chdir(tmp_path)
+    (text,) = re.findall(r'^```yaml title="run.yaml"\n(.*?)^```', CONFIG_FILES, re.MULTILINE | re.DOTALL)
+    (tmp_path / "run.yaml").write_text(text)
+    config = build_config(resolve_run(parse_flags(["--config=run.yaml"]), None, {}), None)
+    (tmp_path / "runs/my_run").mkdir(parents=True)
+    (tmp_path / "runs/my_run/config.json").write_text(config.to_json())
+    for command, said in FROM_FILE.items():
+        _, _, module, *words = shlex.split(command)
+        main = {"tfdist.train": tfdist.train.main, "tfdist.launch": tfdist.launch.main}[module]
+        assert main([*words, "--dry_run"]) == 0
+        assert said in capsys.readouterr().out
+    (tmp_path / "run.yaml").unlink()
+    assert tfdist.train.main(shlex.split(WRITES_FILE)[3:]) == 0
+    assert "epochs: 3" in (tmp_path / "run.yaml").read_text()
+
+
 def test_run_survives_its_failure(tmp_path):
     done = run(SURVIVES, tmp_path)
     assert done.returncode == 0, explain(done)
@@ -154,6 +193,12 @@ def test_finished_run_is_evaluated(tmp_path):
     assert evaluated.returncode == 0, explain(evaluated)
     (test_line,) = re.findall(r"test .+", trained.stdout)
     assert test_line in evaluated.stdout
+    for name in ("a", "b"):
+        shutil.copytree(tmp_path / "runs/my_run", tmp_path / "runs" / name)
+    for command, written in REPORTS.items():
+        done = run(command, tmp_path)
+        assert done.returncode == 0, explain(done)
+        assert "<svg" in (tmp_path / written).read_text()
 
 
 @pytest.mark.parametrize(
@@ -211,7 +256,7 @@ def run_pip(*words):
 
 
 def run_installed(site, cwd, *words):
-    env = {**os.environ, "PYTHONPATH": str(site)}
+    env = {**os.environ, "PYTHONPATH": str(site), "TFDIST_REPORT": "on"}
     words = [sys.executable, *words]
     return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=280)
 

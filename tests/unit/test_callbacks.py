@@ -111,7 +111,8 @@ def test_metrics_file_holds_every_epoch(run_dir):
     assert [(line["epoch"], line["step"]) for line in lines] == [(0, 4), (1, 8), (2, 12)]
     for key, values in history.items():
         assert [line[key] for line in lines] == values
-    assert list(lines[0]) == ["epoch", "step", "wall_secs", "loss", "mae", "val_loss", "val_mae"]
+    assert list(lines[0]) == ["epoch", "step", "wall_secs", "memory_mb", "loss", "mae", "val_loss", "val_mae"]
+    assert 100 < lines[0]["memory_mb"] <= lines[2]["memory_mb"]  # what Python and TensorFlow take at least
 
 
 def test_metrics_file_goes_on_after_an_aborted_run(run_dir):
@@ -149,7 +150,8 @@ def test_metrics_file_measures_training_alone(run_dir):
     clock.secs += 6
     callback.on_test_end()
     callback.on_epoch_end(0, {"loss": float("nan")})
-    assert run_dir.read_metrics() == [
+    records = run_dir.read_metrics()
+    assert [{name: value for name, value in record.items() if name != "memory_mb"} for record in records] == [
         {"epoch": 0, "step": 17, "wall_secs": 60.0, "examples_per_sec": 50.0, "loss": "NaN"}
     ]
 

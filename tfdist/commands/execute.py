@@ -20,6 +20,8 @@ from tfdist.api.run import Run
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.membership import Membership
 from tfdist.cluster.spec import Cluster
+from tfdist.commands.environment import describe_environment
+from tfdist.commands.samples import predict_samples, write_samples
 from tfdist.config.run_config import RunConfig, parse_profile
 from tfdist.config.run_dir import RunDir
 from tfdist.data import Source, TfdsSplit, build_source, forget_readers
@@ -27,6 +29,7 @@ from tfdist.errors import ConfigError, OutOfMemoryError, Regroup, TfdistError
 from tfdist.launcher.job import RESTART_VARIABLE
 from tfdist.optimizers import build_optimizer, rate_factor
 from tfdist.recipe import Recipe, load_recipe, parse_overrides
+from tfdist.reporting import is_wanted
 from tfdist.training.checkpoint.store import Checkpoints
 from tfdist.training.loop import plan_steps
 from tfdist.training.metrics import single_numbers
@@ -96,7 +99,8 @@ def _carry_out_in(
         run.join(members, carried)
         config = dataclasses.replace(config, resume=config.resume or members.generation > 0)
     try:
-        results = _RecipeRun(run, config, say if run.is_chief else _say_nothing).carry_out(recipe, overrides)
+        work = _RecipeRun(run, recipe, config, say if run.is_chief else _say_nothing)
+        results = work.carry_out(overrides)
     except tf.errors.ResourceExhaustedError as error:
         # TensorFlow says it in many lines, and where in the graph; the tensor's shape is in the first.
         found = re.search(r"OOM when allocating.*", error.message) or re.match(r".*", error.message)
@@ -119,20 +123,22 @@ class _RecipeRun:
 
     Args:
         run: The cluster.
+        recipe: The recipe.
         config: What to do.
         say: Takes the few lines meant for a person.
     """
 
-    def __init__(self, run: Run, config: RunConfig, say: Callable[[str], None]) -> None:
+    def __init__(self, run: Run, recipe: Recipe, config: RunConfig, say: Callable[[str], None]) -> None:
         self._run = run
+        self._recipe = recipe
         self._config = config
         self._say = say
         self._run_dir = RunDir(Path(config.run_dir))
 
-    def carry_out(self, recipe: Recipe, overrides: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
+    def carry_out(self, overrides: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
         """Does it; returns the test metrics, if the mode has any."""
         model_kwargs, data_kwargs = overrides
-        run, config = self._run, self._config
+        run, recipe, config = self._run, self._recipe, self._config
         if run.is_chief:
             self._run_dir.create(config)
         test = _with_data_dir(recipe.build_data("test", **data_kwargs), config)
@@ -171,8 +177,14 @@ class _RecipeRun:
         start = time.monotonic()
         self._fit(model, source, test)
         results = self._evaluate(model, test)
+        secs = time.monotonic() - start
+        samples = predict_samples(run, model, build_source(test)) if is_wanted(config.report) else None
         try:
             run.save(model, run_dir.model_file)
+            if run.is_chief:
+                if samples is not None:
+                    write_samples(run_dir.samples_file, samples)
+                run_dir.write_results({"test": results, "trained_secs": round(secs, 1)})
         except OSError as error:
             raise TfdistError(
                 f"{run_dir.model_file} could not be written ({error.strerror or error}): make room, and run the same "
@@ -180,7 +192,7 @@ class _RecipeRun:
             ) from error
         if config.export:
             self._export(test)
-        self._say(f"trained in {time.monotonic() - start:.1f} s; the run is in {run_dir.path}")
+        self._say(f"trained in {secs:.1f} s; the run is in {run_dir.path}")
         return results
 
     def _build_optimizer(self, name: str, source: Source) -> keras.optimizers.Optimizer:
@@ -229,7 +241,11 @@ class _RecipeRun:
             validation_data=test,
             callbacks=[
                 ProgressBar(),
-                ConfigFile(run_dir=run_dir, config=config),
+                ConfigFile(
+                    run_dir=run_dir,
+                    config=config,
+                    environment=describe_environment(run.cluster, self._recipe),
+                ),
                 MetricsFile(run_dir=run_dir),
                 TensorBoardScalars(run_dir=run_dir),
                 *_profile(run_dir, config),

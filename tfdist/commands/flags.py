@@ -12,6 +12,7 @@ from absl import flags
 
 from tfdist.cluster.environments.ranks import read_num_ps
 from tfdist.cluster.spec import Cluster, canonical_strategy, find_nearest
+from tfdist.config.config_file import render_flags, take_config
 from tfdist.config.job_options import TRAIN_DEFAULTS, JobOptions
 from tfdist.config.ps_options import PsOptions
 from tfdist.config.run_config import RunConfig, default_num_tasks, default_run_dir
@@ -41,6 +42,10 @@ _DEFINED_APART = ("resume", "overrides", "verbose", "num_workers")
 # What a setting's own module does not know: names, some of which take a number, and choices.
 _NAMES = {"optimizer": ", ".join(OPTIMIZERS), "schedule": ", ".join(SCHEDULES)}
 _CHOICES = {"lr_scaling": tuple(LR_SCALINGS)}
+
+
+# What a command is to do, and not how.
+_NO_SETTINGS = ("config", "write_config", "help", "h", "list_recipes", "dry_run", "H")
 
 
 class _ResumeFlag(flags.BooleanFlag):
@@ -102,6 +107,10 @@ def define_flags() -> flags.FlagValues:
         "python", None, "The hosts' Python, which has tfdist. Default: the path of this one.", **own
     )
     flags.DEFINE_bool("preload", True, "Import TensorFlow once, and fork a local cluster's tasks.", **own)
+    flags.DEFINE_string(
+        "config", None, "File of settings, YAML or a run's config.json; what flags say wins.", **own
+    )
+    flags.DEFINE_string("write_config", None, "Write the settings of this command line, and stop.", **own)
     flags.DEFINE_bool("list_recipes", False, "Print the recipes and stop.", **own)
     flags.DEFINE_bool("dry_run", False, "Print what would be started and stop.", **own)
     flags.DEFINE_bool("help", False, "Print this help.", short_name="h", **own)
@@ -109,7 +118,7 @@ def define_flags() -> flags.FlagValues:
 
 
 def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
-    """Parses a command line; `-` and `_` are the same in names.
+    """Parses a command line.
 
     Args:
         argv: Without the program's name.
@@ -121,12 +130,38 @@ def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
         Error: `absl.flags.Error` if a flag is unknown or its value malformed.
     """
     values = define_flags()
-    rest = values(["tfdist.train", *(_normalise(word) for word in argv)], known_only=True)[1:]
+    rest = values(["tfdist.train", *settle_words(argv)], known_only=True)[1:]
     for word in rest:
         nearest = find_nearest(word.lstrip("-").partition("=")[0], list(values))
         hint = f"did you mean --{nearest}?" if nearest else "--help lists the flags."
         raise flags.Error(f"unknown flag or argument {word!r}; {hint}")
     return values
+
+
+def settle_words(argv: Sequence[str]) -> list[str]:
+    """Returns a command line whose names are those of the flags, with a config file's settings in it.
+
+    Args:
+        argv: Without the program's name; `-` and `_` are the same in names.
+
+    Raises:
+        ConfigError: If the file that `--config` names cannot be read, or holds what is no setting.
+    """
+    words = [_normalise(word) for word in argv]
+    known = [name for name in define_flags() if name not in _NO_SETTINGS]
+    settings, rest = take_config(words, known, canonical=lambda name: _ALIASES.get(name, name))
+    strategies = [word.partition("=")[2] for word in rest if word.startswith("--strategy=")]
+    own = str(settings.get("strategy", "one_device"))
+    if strategies and canonical_strategy(strategies[-1]) != canonical_strategy(own):
+        settings = {name: value for name, value in settings.items() if name not in _SIZES}
+    # In front of the others, which win.
+    return [*render_flags(settings), *rest]
+
+
+def collect_settings(values: flags.FlagValues) -> dict[str, Any]:
+    """Returns what a command line has said, by name, for a config file."""
+    given = {name: values[name].value for name in values if values[name].present}
+    return {name: value for name, value in given.items() if name not in _NO_SETTINGS}
 
 
 def resolve_run(

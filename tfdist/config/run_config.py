@@ -22,6 +22,7 @@ LOCAL_SERVICE = "local"
 ON_NAN = ("stop", "skip", "rollback", "ignore")
 JIT_COMPILE = ("off", "on", "auto")
 EXPORTS = ("savedmodel",)
+REPORTS = ("on", "off")
 VERBOSITIES = (0, 1, 2, "auto")
 
 
@@ -153,6 +154,7 @@ class RunConfig(SyncOptions, PsOptions):
         False, help="Go on from run_dir's checkpoint; --resume=auto starts anew where there is no run yet."
     )
     overrides: tuple[str, ...] = setting((), help="A recipe's own setting, name=value; repeatable.")
+    report: str = setting("on", choices=REPORTS, help="Write a page that tells of the run, at its end.")
     verbose: int | str = setting(
         "auto", choices=VERBOSITIES, help="0 silent, 1 progress, 2 a line per epoch, auto."
     )

@@ -60,6 +60,21 @@ class RunDir:
         return self.path / "model.keras"
 
     @property
+    def results_file(self) -> Path:
+        """How the run ended: `{"test": {name: number}, …}`, or `{"error": text}`; one that was killed has none."""
+        return self.path / "results.json"
+
+    @property
+    def environment_file(self) -> Path:
+        """Where the run took place: versions, hosts, devices."""
+        return self.path / "environment.json"
+
+    @property
+    def samples_file(self) -> Path:
+        """Some test images with what was predicted of them, of models that classify images."""
+        return self.path / "samples.npz"
+
+    @property
     def export_dir(self) -> Path:
         """The SavedModel that `--export` leaves."""
         return self.path / "export"
@@ -103,13 +118,25 @@ class RunDir:
         if config.mode == "train" and not config.resume:
             self.write_config(config)
 
-    def write_config(self, config: RunConfig) -> None:
-        """Replaces `config_file`.
+    def write_config(self, config: RunConfig, environment: Mapping[str, Any] | None = None) -> None:
+        """Replaces `config_file`; what an earlier end of the run has left is no longer true.
 
         Args:
             config: What it shall hold.
+            environment: What `environment_file` shall hold; None leaves it as it is.
         """
         write_atomically(self.config_file, config.to_json())
+        if environment is not None:
+            write_atomically(self.environment_file, json.dumps(environment, indent=2) + "\n")
+        self.results_file.unlink(missing_ok=True)
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Writes `results_file`.
+
+        Args:
+            results: Numbers by name, NumPy's and TensorFlow's too.
+        """
+        write_atomically(self.results_file, json.dumps(_to_json_value(results), indent=2) + "\n")
 
     def read_config(self) -> RunConfig:
         """Reads what `create` wrote.
@@ -250,6 +277,8 @@ def _to_json_value(value: Any) -> Any:
         value = value.numpy()
     if hasattr(value, "tolist"):
         value = value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _to_json_value(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_to_json_value(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -68,14 +69,18 @@ class ConfigFile(keras.callbacks.Callback):
     Args:
         run_dir: Whose file.
         config: Of the run.
+        environment: Where it takes place, as `RunDir.environment_file` keeps it.
     """
 
     writes = True
 
-    def __init__(self, *, run_dir: RunDir, config: RunConfig) -> None:
+    def __init__(
+        self, *, run_dir: RunDir, config: RunConfig, environment: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self._run_dir = run_dir
         self._config = config
+        self._environment = environment
         self._is_written = False
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
@@ -83,7 +88,7 @@ class ConfigFile(keras.callbacks.Callback):
         if self._is_written and self._run_dir.config_file.exists():
             return
         try:
-            self._run_dir.write_config(self._config)
+            self._run_dir.write_config(self._config, self._environment)
             self._is_written = True
         except OSError as error:
             _warn_of(self._run_dir.config_file, error.strerror or error, "it comes with the next epoch")
@@ -94,7 +99,8 @@ class MetricsFile(keras.callbacks.Callback):
 
     A line holds `epoch` (from 0, as Keras counts), `step` (optimizer steps since the run began),
     `wall_secs` (since the run began, the time between a stop and a resume left out), `examples_per_sec`
-    (training steps only, a short last batch counted as whole), `input_wait` (the share of the steps' time, 0..1,
+    (training steps only, a short last batch counted as whole), `memory_mb` (the most memory that this process has had,
+    in 10**6 bytes), `input_wait` (the share of the steps' time, 0..1,
     in which the chief waited for input), under `ps` `dispatch_share` (the share of the workers' time, 0..1, in which
     they had nothing to do), `staleness_mean` and `staleness_p95` (optimizer steps of others between a gradient's
     reading of the weights and its applying) and `staleness_counts` (how many gradients had a staleness of 0, of 1 and
@@ -159,6 +165,7 @@ class MetricsFile(keras.callbacks.Callback):
             "epoch": epoch,
             "step": self._get_step(),
             "wall_secs": round((self._earlier_secs or 0.0) + self._now() - self._start, 3),
+            "memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1),
         }
         secs_per_step, batch_size = self._clock.secs_per_step, self.params.get("global_batch_size")
         if secs_per_step and batch_size:

@@ -30,6 +30,7 @@ DOCS = (
     "recipes.md",
     "config_files.md",
     "report.md",
+    "sweep.md",
     "strategies.md",
     "guarantees.md",
     "tables.md",
@@ -76,6 +77,10 @@ FROM_FILE = {
     "python -m tfdist.launch --config=run.yaml --slurm --nodes=2 --ntasks_per_node=2": "--recipe=wide_deep",
     "python -m tfdist.launch --config=run.yaml --kubernetes --image=registry.example.com/train:1": "--set=dropout=0.1",
 }
+SWEEPS = (
+    "python -m tfdist.sweep --recipe=digits_cnn --space=space.yaml --trials=20 --parallel=2 --metric=val_accuracy "
+    "--epochs=5"
+)
 REPORTS = {
     "python -m tfdist.report runs/my_run": "runs/my_run/report.html",
     "python -m tfdist.report runs/a runs/b --output=both.html": "both.html",
@@ -130,7 +135,7 @@ def explain(done):
 def test_commands_are_all_known():
     """A new command in the README or the docs needs a test here; one that has gone needs none."""
     found = {command for page in PAGES for command in find_commands(page)}
-    one_by_one = [SURVIVES, EVALUATES, LAUNCHES, READS_LOGS, WRITES_FILE, INSTALLS, *CI_RUNS]
+    one_by_one = [SURVIVES, SWEEPS, EVALUATES, LAUNCHES, READS_LOGS, WRITES_FILE, INSTALLS, *CI_RUNS]
     assert found == {*TRAINS, *ANSWERS, *OWN_RECIPE, *FROM_FILE, *REPORTS, *one_by_one}
 
 
@@ -177,6 +182,15 @@ def test_settings_in_a_file_start_the_same_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "run.yaml").unlink()
     assert tfdist.train.main(shlex.split(WRITES_FILE)[3:]) == 0
     assert "epochs: 3" in (tmp_path / "run.yaml").read_text()
+
+
+def test_sweep_finds_the_best(tmp_path):
+    page = (REPOSITORY / "docs/sweep.md").read_text()
+    (text,) = re.findall(r'^```yaml title="space.yaml"\n(.*?)^```', page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "space.yaml").write_text(text)
+    done = run(SWEEPS, tmp_path, "--trials=2", "--sweep_dir=here", *SHORT)
+    assert done.returncode == 0, explain(done)
+    assert "best: trial" in done.stdout and (tmp_path / "here/report.html").exists()
 
 
 def test_run_survives_its_failure(tmp_path):

@@ -127,6 +127,19 @@ def draw_time_line(events: Sequence[Event]) -> str:
     return _render(figure)
 
 
+def draw_bars(values: Mapping[str, float], title: str) -> str:
+    """Draws a bar for each name, the longest first; "" if there is none."""
+    if not values:
+        return ""
+    figure, axes = _new_figure(height=1.0 + 0.3 * len(values))
+    names = sorted(values, key=lambda name: -values[name])
+    axes.barh(range(len(names)), [values[name] for name in names], color=_COLOURS[0])
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_title(title)
+    return _render(figure)
+
+
 def read_samples(path: Path) -> list[Mapping[str, Any]]:
     """Returns predictions right and wrong as pictures: `image` (a data URL), `label`, `predicted`, `is_right`."""
     if not path.is_file():

@@ -1,0 +1,150 @@
+"""`python -m tfdist.sweep`: looks for the settings with which a recipe does best.
+
+python -m tfdist.sweep --space=space.yaml --trials=20 --parallel=2 --recipe=digits_cnn --epochs=5
+python -m tfdist.sweep --space=space.yaml --sweep_dir=sweeps/mine --metric=val_accuracy --strategy=ps
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tfdist.errors import ConfigError, TfdistError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see --help)")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        args: Without the program's name; None takes this process's own.
+
+    Returns:
+        0, 2 for a mistake in the settings, 130 if it was interrupted.
+    """
+    try:
+        flags, rest = _build_parser().parse_known_args(
+            [_canonical(word) for word in (sys.argv[1:] if args is None else args)]
+        )
+        _run(flags, rest)
+    except TfdistError as error:
+        print(f"tfdist.sweep: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tfdist.sweep: interrupted; the same command with its --sweep_dir goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(flags: argparse.Namespace, rest: Sequence[str]) -> None:
+    try:
+        # Here: Optuna takes a second to import, and `--help` none.
+        from tfdist.sweeping.report import write_sweep_report
+        from tfdist.sweeping.space import read_space
+        from tfdist.sweeping.study import Sweep, SweepOptions
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"a sweep needs {error.name}: pip install 'tfdist[sweep]'.") from None
+    if not flags.space:
+        raise ConfigError("space: name a file of the settings to try, by --space=space.yaml.")
+    options = SweepOptions(
+        folder=Path(flags.sweep_dir or f"sweeps/{datetime.datetime.now():%Y%m%d-%H%M%S}").expanduser(),
+        space=read_space(flags.space),
+        flags=rest,
+        launch=shlex.split(flags.launch or ""),
+        num_trials=flags.trials,
+        num_parallel=flags.parallel,
+        metric=flags.metric,
+        direction=flags.direction or ("minimize" if "loss" in flags.metric else "maximize"),
+        pruner=flags.pruner,
+        grace_epochs=flags.grace_epochs,
+        seed=flags.seed,
+    )
+    sweep = Sweep(options, lambda line: print(line, flush=True))
+    print(
+        f"sweep in {options.folder}: {len(sweep.finished)} of {options.num_trials} trials are done",
+        flush=True,
+    )
+    try:
+        sweep.run()
+    finally:
+        if sweep.finished:
+            print(write_sweep_report(sweep, options), flush=True)
+    if not sweep.finished:
+        raise TfdistError(f"no trial came to its end; {options.folder} has what each has printed.")
+
+
+def _build_parser() -> _Parser:
+    parser = _Parser(prog="tfdist.sweep", usage=__doc__, allow_abbrev=False)
+    add: Any = parser.add_argument
+    add(
+        "--space",
+        metavar="FILE",
+        help="YAML: name → list of choices, or {low, high, step, log}; set.NAME for a recipe's",
+    )
+    add(
+        "--trials",
+        type=_positive,
+        default=20,
+        metavar="N",
+        help="trials in all, earlier ones included (default: 20)",
+    )
+    add("--parallel", type=_positive, default=1, metavar="N", help="trials at once (default: 1)")
+    add(
+        "--metric", default="val_loss", help="what is to be the best, as in metrics.jsonl (default: val_loss)"
+    )
+    add(
+        "--direction",
+        choices=("minimize", "maximize"),
+        help="default: a loss is minimized, all else maximized",
+    )
+    add(
+        "--pruner",
+        choices=("asha", "hyperband", "none"),
+        default="asha",
+        help="what ends bad trials early (default: asha)",
+    )
+    add(
+        "--grace_epochs",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="before that none is ended (default: 1)",
+    )
+    add(
+        "--sweep_dir",
+        metavar="DIR",
+        help="folder of the sweep; an earlier one is gone on with (default: sweeps/TIME)",
+    )
+    add("--seed", type=int, default=0, help="of what is tried (default: 0)")
+    add(
+        "--launch",
+        metavar="FLAGS",
+        help="flags of tfdist.launch for each run, in one word: '--slurm --nodes=2'",
+    )
+    parser.epilog = "All other flags are those of tfdist.train, for every trial."
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def _canonical(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
+
+
+if __name__ == "__main__":
+    sys.exit(main())

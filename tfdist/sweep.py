@@ -29,23 +29,19 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Without the program's name; None takes this process's own.
 
     Returns:
-        0, 2 for a mistake in the settings, 130 if it was interrupted.
+        0, 2 for a mistake in the settings, 128 + n if signal n came.
     """
     try:
         flags, rest = _build_parser().parse_known_args(
             [_canonical(word) for word in (sys.argv[1:] if args is None else args)]
         )
-        _run(flags, rest)
+        return _run(flags, rest)
     except TfdistError as error:
         print(f"tfdist.sweep: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("tfdist.sweep: interrupted; the same command with its --sweep_dir goes on", file=sys.stderr)
-        return 130
-    return 0
 
 
-def _run(flags: argparse.Namespace, rest: Sequence[str]) -> None:
+def _run(flags: argparse.Namespace, rest: Sequence[str]) -> int:
     try:
         # Here: Optuna takes a second to import, and `--help` none.
         from tfdist.sweeping.report import write_sweep_report
@@ -73,13 +69,18 @@ def _run(flags: argparse.Namespace, rest: Sequence[str]) -> None:
         f"sweep in {options.folder}: {len(sweep.finished)} of {options.num_trials} trials are done",
         flush=True,
     )
+    told_by = None
     try:
-        sweep.run()
+        told_by = sweep.run()
     finally:
         if sweep.finished:
             print(write_sweep_report(sweep, options), flush=True)
+    if told_by is not None:
+        print("tfdist.sweep: interrupted; the same command with its --sweep_dir goes on", file=sys.stderr)
+        return 128 + told_by
     if not sweep.finished:
         raise TfdistError(f"no trial came to its end; {options.folder} has what each has printed.")
+    return 0
 
 
 def _build_parser() -> _Parser:

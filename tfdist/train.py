@@ -136,19 +136,24 @@ def _launch(words: Sequence[str], fields: Mapping[str, Any], values: flags.FlagV
     if values.dry_run:
         print(render_dry_run_local(job))
         return 0
+    before = _stamp(config)
     try:
         return run_local(job)
     finally:
-        _report(config)
+        _report(config, before)
 
 
-def _report(config: RunConfig) -> None:
+def _stamp(config: RunConfig) -> tuple[int, int] | None:
+    """Returns what changes when a run begins: whoever was refused has changed nothing, and shall not."""
+    path = RunDir(Path(config.run_dir)).config_file
+    found = path.stat() if path.exists() else None
+    return found and (found.st_ino, found.st_mtime_ns)
+
+
+def _report(config: RunConfig, before: tuple[int, int] | None) -> None:
     """Writes the run's page, of one that has died too; what keeps it from being written ends nothing."""
-    if config.mode != "train" or not is_wanted(config.report):
+    if config.mode != "train" or not is_wanted(config.report) or _stamp(config) == before:
         return
-    run_dir = RunDir(Path(config.run_dir))
-    if not run_dir.config_file.exists():
-        return  # A mistake: nothing has begun.
     try:
         path = write_report([config.run_dir])
     except Exception as error:  # noqa: BLE001 - the run is what counts
@@ -180,26 +185,25 @@ def _execute(fields: Mapping[str, Any], cluster: Cluster | None) -> int:
         # Here: TensorFlow takes seconds to import, and a mistake above should not wait for it.
         from tfdist.commands.execute import execute
     config = build_config(fields, load_recipe(fields["recipe"]))
+    before = _stamp(config)
     # A launcher does when all have ended.
     reports = "TFDIST_LAUNCHED" not in os.environ and (cluster is None or cluster.is_chief)
     try:
         execute(config, cluster=cluster, say=lambda line: print(line, flush=True))
     except Exception as error:
-        if reports:
+        if reports and config.mode == "train" and _stamp(config) != before:
             _note_failure(config, error)
         raise
     finally:
         if reports:
-            _report(config)
+            _report(config, before)
     return 0
 
 
 def _note_failure(config: RunConfig, error: Exception) -> None:
     """Keeps what has ended a run that no launcher watches."""
-    run_dir = RunDir(Path(config.run_dir))
-    if config.mode == "train" and run_dir.environment_file.exists():
-        with contextlib.suppress(OSError):  # a full disk, maybe
-            run_dir.write_results({"error": f"{type(error).__name__}: {error}"})
+    with contextlib.suppress(OSError):  # a full disk, maybe
+        RunDir(Path(config.run_dir)).write_results({"error": f"{type(error).__name__}: {error}"})
 
 
 def _serve(cluster: Cluster) -> NoReturn:

@@ -53,6 +53,16 @@ def test_run_that_died_has_one_too(tmp_path):
         assert "Failed." in page and "is not finite" in page
 
 
+def test_refused_run_leaves_the_earlier_ones_report(finished):
+    folder, _ = finished
+    before = {path: path.read_bytes() for path in (folder / "run").glob("*.*")}
+    for flags in (["--strategy=one_device"], ["--strategy=one_device", "--resume", "--recipe=wide_deep"]):
+        done = train(folder, *flags)
+        assert done.returncode == 2, done.stdout
+        assert "report" not in done.stdout
+    assert {path: path.read_bytes() for path in (folder / "run").glob("*.*")} == before
+
+
 def test_none_is_written_where_none_is_wanted(tmp_path):
     done = train(tmp_path, "--report=off", *SHORT)
     assert done.returncode == 0 and "report" not in done.stdout

@@ -125,16 +125,25 @@ def _storage(folder):
     return f"sqlite:///{folder / 'a sweep/study.db'}"
 
 
-def test_interrupted_sweep_lets_its_trials_save(folder):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_sweep_lets_its_trials_save(folder, number):
     words = write_space(folder, **{"set.rate": [0.1]})
     command = [sys.executable, "-m", "tfdist.sweep", *words, "--epochs=100000", "--trials=1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # As in the background of a shell, where SIGINT is ignored.
+    process = subprocess.Popen(
+        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     metrics = folder / "a sweep/trial-0000/metrics.jsonl"
     while not metrics.exists():
         assert process.poll() is None
         time.sleep(0.1)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     _, errors = process.communicate(timeout=100)
-    assert process.returncode == 130 and errors.splitlines()[-1].startswith("tfdist.sweep: interrupted")
+    assert process.returncode == 128 + number and errors.splitlines()[-1].startswith(
+        "tfdist.sweep: interrupted"
+    )
     assert list((folder / "a sweep/trial-0000/checkpoints").glob("*.npz"))
     assert states(folder) == ["RUNNING"]

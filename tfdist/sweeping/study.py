@@ -73,7 +73,7 @@ class Sweep:
         self._say = say
         self._mark = f"sweep-{os.getpid()}-{secrets.token_hex(4)}"
         self._lock = threading.Lock()
-        self._stopped_by: BaseException | str | None = None
+        self._stopped_by: BaseException | signal.Signals | None = None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         options.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -96,16 +96,22 @@ class Sweep:
                 f"{self.study.direction.name.lower()} its metric; name another, or ask for the same."
             )
 
-    def run(self) -> None:
-        """Runs trials until there are enough.
+    def run(self) -> signal.Signals | None:
+        """Runs trials until there are enough, or a signal comes; the same command then goes on.
+
+        Returns:
+            The signal; None if there are enough.
 
         Raises:
-            ConfigError: If a trial ends with a mistake in the settings, or does not have the metric.
-            KeyboardInterrupt: If it was interrupted; the same command goes on.
+            BaseException: If a trial ends with a mistake in the settings, does not have the metric, or cannot be run.
         """
         self._try_lost_again()
         guard = Reaper(self._mark)
-        previous = signal.signal(signal.SIGTERM, lambda number, frame: self._stop("SIGTERM"))
+        # SIGINT too: whoever starts us in the background lets us ignore it, and Python would.
+        previous = {
+            number: signal.signal(number, lambda number, frame: self._stop(signal.Signals(number)))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         threads = [
             threading.Thread(target=self._work, args=(guard,), name=f"tfdist-sweep-{i}")
             for i in range(self._options.num_parallel)
@@ -115,17 +121,13 @@ class Sweep:
                 thread.start()
             for thread in threads:
                 thread.join()
-        except KeyboardInterrupt as error:
-            self._stop(error)
-            for thread in threads:
-                thread.join()
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
             guard.dismiss()
         if isinstance(self._stopped_by, BaseException):
             raise self._stopped_by
-        if self._stopped_by:
-            raise KeyboardInterrupt(self._stopped_by)
+        return self._stopped_by
 
     @property
     def finished(self) -> list[optuna.trial.FrozenTrial]:
@@ -137,7 +139,7 @@ class Sweep:
         """Returns the folder of a trial's run."""
         return self._options.folder / f"trial-{number:04d}"
 
-    def _stop(self, reason: BaseException | str) -> None:
+    def _stop(self, reason: BaseException | signal.Signals) -> None:
         self._stopped_by = self._stopped_by or reason
 
     def _work(self, guard: Reaper) -> None:

@@ -78,6 +78,7 @@ def test_browser_shows_it(finished, tmp_path, width):
             "--headless",
             "--no-sandbox",
             "--disable-gpu",
+            "--disable-dev-shm-usage",
             "--hide-scrollbars",
             f"--user-data-dir={tmp_path}/profile",
         ),

@@ -6,19 +6,13 @@ python -m tfdist.report runs/a runs/b --output=both.html   # compares them
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from tfdist.config.parser import OneLineParser
 from tfdist.config.run_dir import write_atomically
 from tfdist.errors import ConfigError, TfdistError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see --help)")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -30,7 +24,7 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 for a mistake in the flags.
     """
-    parser = _Parser(prog="tfdist.report", usage=__doc__, allow_abbrev=False)
+    parser = OneLineParser(prog="tfdist.report", usage=__doc__, allow_abbrev=False)
     parser.add_argument(
         "run_dirs", nargs="+", metavar="RUN_DIR", help="folders of runs, also of such that died"
     )

@@ -12,14 +12,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from tfdist.config.parser import OneLineParser
 from tfdist.errors import ConfigError, TfdistError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see --help)")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -83,8 +79,8 @@ def _run(flags: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _build_parser() -> _Parser:
-    parser = _Parser(prog="tfdist.sweep", usage=__doc__, allow_abbrev=False)
+def _build_parser() -> OneLineParser:
+    parser = OneLineParser(prog="tfdist.sweep", usage=__doc__, allow_abbrev=False)
     add: Any = parser.add_argument
     add(
         "--space",

@@ -156,10 +156,14 @@ class Cluster:
         return not self.addresses
 
     @property
+    def hosts(self) -> list[str]:
+        """The hosts of all tasks, each once, in order of their names."""
+        return sorted({split_address(address)[0] for tasks in self.addresses.values() for address in tasks})
+
+    @property
     def is_loopback(self) -> bool:
         """Whether every task has an address that only this machine can reach."""
-        hosts = [split_address(address)[0] for tasks in self.addresses.values() for address in tasks]
-        return bool(hosts) and all(host in _LOOPBACK for host in hosts)
+        return bool(self.hosts) and all(host in _LOOPBACK for host in self.hosts)
 
     @property
     def is_single(self) -> bool:

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 import tfdist
 from tfdist.cluster.cores import count_cores
-from tfdist.cluster.spec import Cluster, split_address
+from tfdist.cluster.spec import Cluster
 from tfdist.recipe import Recipe
 
 _PACKAGES = ("tensorflow", "keras", "numpy")
@@ -29,13 +29,12 @@ def describe_environment(cluster: Cluster, recipe: Recipe) -> dict[str, Any]:
         cluster: The run's.
         recipe: Whose batch size and epochs are its defaults.
     """
-    hosts = {split_address(address)[0] for own in cluster.addresses.values() for address in own}
     gpus = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.list_physical_devices("GPU")]
     return {
         "begun": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "tfdist.train", *sys.argv[1:]]),
         "host": socket.gethostname(),
-        "hosts": sorted(hosts),
+        "hosts": cluster.hosts,
         "tasks": {role: len(addresses) for role, addresses in cluster.addresses.items()},
         "cores": count_cores(),
         "processor": _read_processor(),

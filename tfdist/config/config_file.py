@@ -56,22 +56,8 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: If it cannot be read.
     """
-    # Here: most commands read no such file.
-    import yaml
-
     path = Path(path).expanduser()
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
-        raise ConfigError(f"config={str(path)!r} cannot be read ({reason}); correct the path.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or "it cannot be parsed"
-        raise ConfigError(
-            f"config={str(path)!r} is no YAML: {what}{where}; write `name: value` lines."
-        ) from None
+    values = read_yaml(path, FLAG)
     if not isinstance(values, dict):
         raise ConfigError(f"config={str(path)!r} holds no settings; write `name: value` lines.")
     named = {str(name).replace("-", "_"): value for name, value in values.items() if value is not None}
@@ -80,6 +66,33 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     if "overrides" in named:  # a run's name for them
         named["set"] = named.pop("overrides")
     return named
+
+
+def read_yaml(path: Path, flag: str) -> Any:
+    """Reads a YAML file.
+
+    Args:
+        path: The file.
+        flag: Which has named it.
+
+    Raises:
+        ConfigError: If it cannot be read, or is none.
+    """
+    # Here: most commands read no such file.
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise ConfigError(f"{flag}={str(path)!r} cannot be read ({reason}); correct the path.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or "it cannot be parsed"
+        raise ConfigError(
+            f"{flag}={str(path)!r} is no YAML: {what}{where}; write `name: value` lines."
+        ) from None
 
 
 def render_flags(values: Mapping[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from tfdist.cluster.environments.slurm import describe_unused
 from tfdist.cluster.environments.tf_config import VARIABLE
 from tfdist.cluster.gpus import VISIBLE_VARIABLE, deal_gpus, list_gpus
 from tfdist.cluster.peer_allowlist import is_open
-from tfdist.cluster.spec import Cluster, split_address
+from tfdist.cluster.spec import Cluster
 from tfdist.diagnostics.rendezvous import Rendezvous, nearest_folder
 from tfdist.errors import ConfigError, TfdistError
 from tfdist.launcher.process.memory import read_available_bytes
@@ -106,8 +106,7 @@ def find_proxied(env: Mapping[str, str], cluster: Cluster) -> list[str]:
     # gRPC reads the first of these that is set.
     spared = next((env[name] for name in _NO_PROXIES if env.get(name)), "")
     endings = [word.strip().lstrip(".") for word in spared.split(",") if word.strip()]
-    hosts = {split_address(address)[0] for own in cluster.addresses.values() for address in own}
-    return sorted(host for host in hosts if not any(host.endswith(ending) for ending in endings))
+    return sorted(host for host in cluster.hosts if not any(host.endswith(ending) for ending in endings))
 
 
 def main() -> int:

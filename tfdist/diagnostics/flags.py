@@ -1,13 +1,12 @@
 """The doctor's command line."""
 
-import argparse
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
 
 from tfdist.cluster.environments import detect_cluster
 from tfdist.cluster.spec import canonical_strategy
+from tfdist.config.parser import OneLineParser
 from tfdist.diagnostics.facts import FactsRequest
 from tfdist.diagnostics.survey import build_command
 from tfdist.errors import ConfigError
@@ -30,11 +29,6 @@ class DoctorFlags:
     asked: FactsRequest = FactsRequest()
     job: Job | None = None
     is_json: bool = False
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see --help)")
 
 
 def parse_flags(words: Sequence[str], env: Mapping[str, str], usage: str) -> DoctorFlags:
@@ -93,15 +87,15 @@ def _canonical(word: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
-def _build_logs_parser(usage: str) -> _Parser:
-    parser = _Parser(prog="tfdist.doctor logs", usage=usage, allow_abbrev=False)
+def _build_logs_parser(usage: str) -> OneLineParser:
+    parser = OneLineParser(prog="tfdist.doctor logs", usage=usage, allow_abbrev=False)
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument("--json", action="store_true")
     return parser
 
 
-def _build_parser(usage: str) -> _Parser:
-    parser = _Parser(prog="tfdist.doctor", usage=usage, allow_abbrev=False)
+def _build_parser(usage: str) -> OneLineParser:
+    parser = OneLineParser(prog="tfdist.doctor", usage=usage, allow_abbrev=False)
     add = parser.add_argument
     add("--hosts", "-H", metavar="LIST", help="machines to look at by ssh: h1:2,h2:4, with slots for workers")
     add("--hostfile", metavar="FILE", help="the same from a file: a line `h1 slots=2` for each")

@@ -1,6 +1,5 @@
 """The command line of the launcher: its own flags, then somebody else's command, untouched."""
 
-import argparse
 import dataclasses
 import importlib.util
 import os
@@ -8,11 +7,12 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tfdist.cluster.spec import find_nearest
 from tfdist.config.config_file import render_flags, take_config
 from tfdist.config.job_options import TRAIN_DEFAULTS, JobOptions
+from tfdist.config.parser import OneLineParser
 from tfdist.config.run_config import RunConfig
 from tfdist.config.settings import settings_of, types_of
 from tfdist.errors import ConfigError
@@ -57,10 +57,7 @@ class LaunchFlags:
     place: Any
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see --help)")
-
+class _Parser(OneLineParser):
     def format_help(self) -> str:
         listing = super().format_help()
         return f"{_EXAMPLES}\n{listing[listing.index('flags:') :]}"

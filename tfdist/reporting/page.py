@@ -41,11 +41,9 @@ def render_page(records: Sequence[Record]) -> str:
     Args:
         records: The runs.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tfdist.reporting", ""), autoescape=True, trim_blocks=True
-    )
     speeds = [draw_curves(records, [name], title) for name, title in _SPEEDS.items()]
-    return environment.get_template("page.html.j2").render(
+    return fill_template(
+        "tfdist.reporting",
         title=records[0].title if len(records) == 1 else f"{len(records)} runs",
         version=tfdist.__version__,
         records=records,
@@ -65,6 +63,14 @@ def render_page(records: Sequence[Record]) -> str:
         said=list(dict.fromkeys(name for record in records for name in record.said_settings)),
         environment=list(dict.fromkeys(name for record in records for name in record.environment)),
     )
+
+
+def fill_template(package: str, **values: Any) -> str:
+    """Renders a package's `page.html.j2`; texts among the values are escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(package, ""), autoescape=True, trim_blocks=True
+    )
+    return environment.get_template("page.html.j2").render(values)
 
 
 def _metric_names(records: Sequence[Record]) -> list[list[str]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-import jinja2
 import optuna
 
 from tfdist.config.run_dir import write_atomically
 from tfdist.errors import ConfigError
 from tfdist.reporting.figures import draw_bars, draw_curves
+from tfdist.reporting.page import fill_template
 from tfdist.reporting.record import Record, read_record
 from tfdist.sweeping.space import render_choice
 from tfdist.sweeping.study import Sweep, SweepOptions, describe_importance
@@ -34,11 +34,9 @@ def write_sweep_report(sweep: Sweep, options: SweepOptions) -> str:
     best = trials[0]
     command = shlex.join(["python", "-m", "tfdist.train", *options.flags, *render_choice(best.params)])
     importance = describe_importance(sweep.study)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tfdist.sweeping", ""), autoescape=True, trim_blocks=True
-    )
     records = _read_records(sweep, trials[:_MAX_CURVES])
-    page = environment.get_template("page.html.j2").render(
+    page = fill_template(
+        "tfdist.sweeping",
         metric=options.metric,
         trials=trials,
         all_trials=sweep.study.get_trials(deepcopy=False),

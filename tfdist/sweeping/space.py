@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tfdist.config.config_file import render_flags
+from tfdist.config.config_file import read_yaml, render_flags
 from tfdist.errors import ConfigError
 
 _KEYS = {"low", "high", "step", "log", "choices"}
@@ -61,19 +61,7 @@ def read_space(path: str) -> dict[str, Range]:
     Raises:
         ConfigError: If the file cannot be read, or a range is none.
     """
-    # Here: `--help` reads no file.
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"space={path!r} cannot be read ({getattr(error, 'strerror', error)}); correct the path."
-        ) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"space={path!r} is no YAML: {getattr(error, 'problem', error)}{where}.") from None
+    values = read_yaml(Path(path).expanduser(), "space")
     if not isinstance(values, dict) or not values:
         raise ConfigError(f"space={path!r} names no setting: {_HOW}.")
     return {_canonical(str(name)): _read_range(path, name, value) for name, value in values.items()}

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tfdist.api.initialize import initialize
     from tfdist.api.run import Run
     from tfdist.cluster.spec import Cluster, Task, parse_tf_config, render_tf_config
+    from tfdist.config.privacy_options import PrivacyOptions
     from tfdist.config.ps_options import PsOptions
     from tfdist.config.sync_options import SyncOptions
     from tfdist.data import tfds_split
@@ -46,6 +47,7 @@ _HOMES = {
     "initialize": "api.initialize",
     "SyncOptions": "config.sync_options",
     "PsOptions": "config.ps_options",
+    "PrivacyOptions": "config.privacy_options",
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "LaunchError",
     "NonFiniteError",
     "Preempted",
+    "PrivacyOptions",
     "PsOptions",
     "Recipe",
     "Run",

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from absl import flags
 
 from tfdist.cluster.environments import detect_cluster
-from tfdist.cluster.spec import Cluster, check_strategy, render_tf_config
+from tfdist.cluster.spec import EVALUATOR, Cluster, check_strategy, render_tf_config
 from tfdist.commands.flags import build_config, collect_settings, parse_flags, resolve_run, settle_words
 from tfdist.config.config_file import render_config_file
 from tfdist.config.job_options import JobOptions
@@ -47,6 +47,8 @@ from tfdist.reporting import is_wanted
 _PRELOAD = ("tensorflow", "keras", "tfdist.commands.execute", "tfdist.runtime.server")
 # How long the others wait for the chief to say what is wrong, and to be ended for it.
 _CHIEF_SPEAKS_FIRST_SECS = 20.0
+# How long the one who evaluates it waits for a run.
+_RUN_BEGINS_SECS = 600.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,11 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _write_config(values)
             return 0
         cluster = detect_cluster(os.environ, strategy=values.strategy, num_ps=values.num_ps)
-        fields = resolve_run(values, cluster, os.environ)
-        if cluster is not None:
-            # Again: an earlier run's strategy may be what deals the roles.
-            cluster = detect_cluster(os.environ, strategy=fields["strategy"], num_ps=fields["num_ps"])
-            fields |= _count_workers(cluster, fields["strategy"])
+        cluster, fields = _settle_place(values, cluster)
         if fields["strategy"] in ("multiworker", "ps") and cluster is None:
             return _launch(words, fields, values)
         if values.dry_run:
@@ -95,6 +93,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tfdist.train: interrupted", file=sys.stderr)
         return 130
+
+
+def _settle_place(values: flags.FlagValues, cluster: Cluster | None) -> tuple[Cluster | None, dict[str, Any]]:
+    """Returns the cluster that this process is a part of, and what is known of the run."""
+    if cluster is not None and cluster.task is not None and cluster.task.type == EVALUATOR:
+        values["mode"].value = "follow"
+    if values.mode == "follow":
+        _wait_for_run(values.run_dir or os.environ.get("TFDIST_RUN_DIR"))
+        return None, resolve_run(values, None, os.environ)
+    fields = resolve_run(values, cluster, os.environ)
+    if cluster is not None:
+        # Again: an earlier run's strategy may be what deals the roles.
+        cluster = detect_cluster(os.environ, strategy=fields["strategy"], num_ps=fields["num_ps"])
+        fields |= _count_workers(cluster, fields["strategy"])
+    return cluster, fields
+
+
+def _wait_for_run(folder: str | None) -> None:
+    """Waits for a run that begins at the same time elsewhere; of none the one who asks for it says so."""
+    deadline = time.monotonic() + _RUN_BEGINS_SECS
+    while folder and not RunDir(Path(folder)).config_file.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 def _write_config(values: flags.FlagValues) -> None:

@@ -18,6 +18,7 @@ COMMANDS = [
     "sync.py --only=mlp",
     "sync_less.py --only=link",
     "compression.py",
+    "evaluator.py",
 ]
 
 

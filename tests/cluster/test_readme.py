@@ -31,6 +31,8 @@ DOCS = (
     "config_files.md",
     "report.md",
     "sweep.md",
+    "privacy.md",
+    "evaluator.md",
     "strategies.md",
     "guarantees.md",
     "tables.md",
@@ -46,6 +48,15 @@ TRAINS = {
     "python -m tfdist.train --strategy=ps": "training digits_cnn under ps",
     "python -m tfdist.train --recipe=wide_deep --strategy=multiworker --num_workers=2": (
         "training wide_deep under multiworker"
+    ),
+    "python -m tfdist.train --strategy=multiworker --evaluator --keep_best=val_accuracy": (
+        "evaluator: epoch 1: val_loss"
+    ),
+    "python -m tfdist.train --recipe=private_tabular --dp_target_epsilon=3": (
+        "training private_tabular under one_device"
+    ),
+    "python -m tfdist.train --recipe=private_tabular --strategy=multiworker --num_workers=2 --dp_target_epsilon=1": (
+        "training private_tabular under multiworker"
     ),
 }
 # Each command that answers at once, and a word of its answer.
@@ -86,6 +97,11 @@ REPORTS = {
     "python -m tfdist.report runs/a runs/b --output=both.html": "both.html",
 }
 WRITES_FILE = "python -m tfdist.train --recipe=wide_deep --strategy=ps --epochs=3 --write_config=run.yaml"
+# On two machines, the second of which waits for the first.
+TRAINS_FOLLOWED = (
+    "python -m tfdist.train --strategy=multiworker --run_dir=runs/my_run --evaluator=elsewhere",
+    "python -m tfdist.train --mode=follow --run_dir=runs/my_run",
+)
 READS_LOGS = "python -m tfdist.doctor logs runs/my_run"
 INSTALLS = "pip install ."
 TESTS = "python -m pytest -n 2 --dist loadfile"
@@ -135,7 +151,17 @@ def explain(done):
 def test_commands_are_all_known():
     """A new command in the README or the docs needs a test here; one that has gone needs none."""
     found = {command for page in PAGES for command in find_commands(page)}
-    one_by_one = [SURVIVES, SWEEPS, EVALUATES, LAUNCHES, READS_LOGS, WRITES_FILE, INSTALLS, *CI_RUNS]
+    one_by_one = [
+        *TRAINS_FOLLOWED,
+        SURVIVES,
+        SWEEPS,
+        EVALUATES,
+        LAUNCHES,
+        READS_LOGS,
+        WRITES_FILE,
+        INSTALLS,
+        *CI_RUNS,
+    ]
     assert found == {*TRAINS, *ANSWERS, *OWN_RECIPE, *FROM_FILE, *REPORTS, *one_by_one}
 
 
@@ -191,6 +217,15 @@ def test_sweep_finds_the_best(tmp_path):
     done = run(SWEEPS, tmp_path, "--trials=2", "--sweep_dir=here", *SHORT)
     assert done.returncode == 0, explain(done)
     assert "best: trial" in done.stdout and (tmp_path / "here/report.html").exists()
+
+
+def test_followed_run_is_evaluated_elsewhere(tmp_path):
+    done = run(TRAINS_FOLLOWED[0], tmp_path, *SHORT)
+    assert done.returncode == 0, explain(done)
+    assert not (tmp_path / "runs/my_run/eval.jsonl").exists()
+    done = run(TRAINS_FOLLOWED[1], tmp_path)
+    assert done.returncode == 0, explain(done)
+    assert "evaluator: epoch 1: val_loss" in done.stdout
 
 
 def test_run_survives_its_failure(tmp_path):

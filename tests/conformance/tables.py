@@ -47,6 +47,9 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     ),
     "bags": ({"combiner": "mean"}, lambda: optimizers.Adagrad(0.3, global_clipnorm=0.05)),
     "accumulate": ({}, lambda: optimizers.Adagrad(0.3, gradient_accumulation_steps=2)),
+    "adam": ({}, lambda: optimizers.Adam(0.05)),
+    "adam_together": ({}, lambda: optimizers.Adam(0.05)),
+    "rmsprop_clip": ({"combiner": "mean"}, lambda: optimizers.RMSprop(0.05, global_clipnorm=0.05)),
     "lazy_adam": ({}, lambda: LazyAdam(0.05)),
     "bfloat16": ({"dtype": "mixed_bfloat16"}, lambda: optimizers.Adagrad(0.3)),
 }
@@ -87,6 +90,8 @@ def measure(run: Any, name: str) -> dict[str, Any]:
     else:
         with run.strategy.scope():
             model = build(name, one_hot=False)
+        if run.strategy_name == "ps" and name.endswith("_together"):
+            options |= {"ps": "sync", "on_nan": "stop"}
         history = run.fit(model, (x, y), batch_size=cases.BATCH, **options)
         outputs = run.predict(model, x, batch_size=cases.BATCH)
     layer = model.get_layer("table")

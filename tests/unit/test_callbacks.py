@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 import tfdist
+from tfdist.commands.keep_best import KeepBest, read_best
 from tfdist.config.run_config import RunConfig
 from tfdist.config.run_dir import RunDir
 from tfdist.training.monitoring.callbacks import ConfigFile, MetricsFile, TensorBoardScalars, split_callbacks
@@ -293,3 +294,45 @@ def test_early_stopping_of_a_resumed_run_is_that_of_the_uninterrupted(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit_with_patience(tmp_path / "run", die_in=3)
     assert fit_with_patience(tmp_path / "run") == wanted
+
+
+def test_keep_best_keeps_what_keras_calls_better(run_dir):
+    model = build_model()
+    fit(model, [])  # or it has no metrics yet
+    keep = KeepBest(run_dir=run_dir, metric="val_mae")
+    keep.set_model(model)
+    for epoch, value in enumerate((0.5, 0.7, 0.2, 0.3)):
+        model.set_weights([np.full((3, 1), value), np.zeros(1)])
+        keep.on_epoch_end(epoch, {"loss": 1.0, "val_mae": value})
+    assert read_best(run_dir) == {"metric": "val_mae", "value": 0.2, "epoch": 2}
+    np.testing.assert_allclose(keras.models.load_model(run_dir.best_model_file).get_weights()[0], 0.2)
+    # Another process goes on: what was better than now stays.
+    again = KeepBest(run_dir=run_dir, metric="val_mae")
+    again.set_model(model)
+    again.on_epoch_end(4, {"val_mae": 0.25})
+    assert read_best(run_dir)["epoch"] == 2
+    again.on_epoch_end(5, {"val_mae": 0.1})
+    assert read_best(run_dir)["epoch"] == 5
+    assert sorted(path.name for path in run_dir.path.iterdir()) == ["best.json", "best.keras"]
+
+
+def test_keep_best_of_a_number_that_is_not_there_names_those_that_are(run_dir):
+    keep = KeepBest(run_dir=run_dir, metric="val_acuracy")
+    keep.set_model(build_model())
+    keep.on_epoch_end(0, {"loss": 1.0})  # not validated
+    with pytest.raises(tfdist.ConfigError, match="choose one of loss, val_accuracy"):
+        keep.on_epoch_end(1, {"loss": 1.0, "val_accuracy": 0.5})
+
+
+def test_keep_best_is_told_what_is_better_of_a_metric_of_ones_own(run_dir):
+    with pytest.raises(tfdist.ConfigError, match="max:NAME or min:NAME"):
+        KeepBest(run_dir=run_dir, metric="most:val_f1")
+    model = build_model()
+    unknown, told = (KeepBest(run_dir=run_dir, metric=metric) for metric in ("val_f1", "max:val_f1"))
+    unknown.set_model(model)
+    with pytest.raises(tfdist.ConfigError, match="say max:val_f1 or min:val_f1"):
+        unknown.on_epoch_end(0, {"val_f1": 0.5})
+    told.set_model(model)
+    for epoch, value in enumerate((0.5, 0.7, 0.6)):
+        told.on_epoch_end(epoch, {"val_f1": value})
+    assert read_best(run_dir) == {"metric": "val_f1", "value": 0.7, "epoch": 1}

@@ -3,7 +3,7 @@
 import pytest
 
 from tfdist.cluster.spec import Cluster, Task
-from tfdist.commands.flags import parse_flags, resolve_run
+from tfdist.commands.flags import build_config, parse_flags, resolve_run
 from tfdist.config.run_dir import RunDir
 
 WORKERS = Cluster(addresses={"worker": ("h:1", "h:2")}, task=Task("worker", 0))
@@ -58,3 +58,36 @@ def test_resume_auto_goes_on_where_there_is_something(tmp_path):
 @pytest.mark.parametrize("name", ["preemption_grace_secs", "preemption-grace-secs", "grace_secs"])
 def test_preemption_grace_is_the_launchers(name):
     assert parse_flags([f"--{name}=90"]).grace_secs == 90
+
+
+@pytest.mark.parametrize(
+    ("flags", "evaluator"),
+    [
+        ([], "off"),
+        (["--evaluator"], "on"),
+        (["--noevaluator"], "off"),
+        (["--evaluator=elsewhere"], "elsewhere"),
+        (["--evaluator=on"], "on"),
+        (["--evaluator=false"], "off"),
+    ],
+)
+def test_evaluator_is_a_switch_with_a_third_place(flags, evaluator):
+    fields = resolve(*flags)
+    assert build_config(fields, None).evaluator == evaluator
+
+
+def test_follower_is_alone_with_the_runs_settings(tmp_path):
+    fields = resolve(
+        f"--run_dir={tmp_path}", "--strategy=ps", "--num_workers=3", "--set=dropout=0.1", "--epochs=2"
+    )
+    RunDir(tmp_path).write_config(build_config(fields, None))
+    follows = [
+        "--mode=follow",
+        f"--run_dir={tmp_path}",
+        "--strategy=ps",
+        "--keep_best=val_loss",
+        "--epochs=9",
+    ]
+    config = build_config(resolve(*follows, cluster=None), None)
+    assert (config.strategy, config.num_workers, config.mode) == ("one_device", 1, "follow")
+    assert (config.overrides, config.epochs, config.keep_best) == (("dropout=0.1",), 2, "val_loss")

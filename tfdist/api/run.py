@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
-import logging
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +11,26 @@ import keras
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.api.arguments import FitData, epoch_ends, read_data, read_fit_data
-from tfdist.api.checks import check_batches, check_callbacks, check_sync, choose_steps_per_loop
+from tfdist.api.arguments import read_data
+from tfdist.api.fitting import FitArguments, Fitting
 from tfdist.api.former import takes_former_names
-from tfdist.api.loops import Loops
+from tfdist.api.run_state import RunState
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.membership import Membership
 from tfdist.cluster.spec import Cluster, Task
+from tfdist.config.privacy_options import PrivacyOptions
 from tfdist.config.ps_options import PsOptions
-from tfdist.config.run_config import check_jit
 from tfdist.config.sync_options import SyncOptions
-from tfdist.data.read_errors import readable_faults
-from tfdist.data.service import DataService
-from tfdist.errors import PeerLost, Regroup
-from tfdist.runtime.strategies import is_peer_loss, wait_for_workers
-from tfdist.training.checkpoint.saver import Saver
 from tfdist.training.checkpoint.snapshot import Snapshot
 from tfdist.training.checkpoint.state import blocks_of_large
 from tfdist.training.checkpoint.store import Checkpoints
-from tfdist.training.loop import Fit, FitOptions, Loop, plan_steps
+from tfdist.training.loop import plan_steps
 from tfdist.training.monitoring.callbacks import split_callbacks
-from tfdist.training.on_nan import OnNan
 from tfdist.training.plan import BatchPlan
-from tfdist.training.ps.loop import CoordinatorLoop
-from tfdist.training.sync.loop import SyncLoop
-
-_log = logging.getLogger("tfdist")
 
 
 class Run:
     """A program's handle on its cluster.
-
-    Attributes:
-        strategy: Build and compile the model inside `strategy.scope()`.
-        strategy_name: Canonical name.
-        cluster: All tasks.
-        seed: Of order, initial weights and random layers.
 
     Examples:
         >>> import keras, numpy, tfdist
@@ -78,20 +57,33 @@ class Run:
         seed: int,
         heartbeat: Heartbeat,
     ) -> None:
-        self._heartbeat = heartbeat
-        self._members: Membership | None = None
-        self._carried: Snapshot | None = None
-        self.strategy = strategy
-        self.strategy_name = strategy_name
-        self.cluster = cluster
-        self.seed = seed
-        self._loops = Loops(
+        self._state = RunState(
             strategy=strategy,
             strategy_name=strategy_name,
-            num_workers=cluster.num_workers,
-            is_chief=cluster.is_chief,
+            cluster=cluster,
+            seed=seed,
             heartbeat=heartbeat,
         )
+
+    @property
+    def strategy(self) -> tf.distribute.Strategy:
+        """TensorFlow's: build and compile the model inside `strategy.scope()`."""
+        return self._state.strategy
+
+    @property
+    def strategy_name(self) -> str:
+        """Its name: `one_device`, `mirrored`, `multiworker` or `ps`."""
+        return self._state.strategy_name
+
+    @property
+    def cluster(self) -> Cluster:
+        """Which processes take part."""
+        return self._state.cluster
+
+    @property
+    def seed(self) -> int:
+        """Of order, initial weights and random layers."""
+        return self._state.seed
 
     def join(self, members: Membership, carried: Snapshot | None) -> None:
         """Lets `fit` watch for changes of the cluster, and go on from what this process has brought along.
@@ -100,7 +92,7 @@ class Run:
             members: Of this run's cluster.
             carried: The state that `Regroup` carried; None for a process that is new.
         """
-        self._members, self._carried = members, carried
+        self._state.members, self._state.carried = members, carried
 
     @property
     def task(self) -> Task | None:
@@ -143,6 +135,7 @@ class Run:
         jit_compile: str | None = None,
         sync: str | SyncOptions = "every_step",
         ps: str | PsOptions = "async",
+        privacy: PrivacyOptions | None = None,
     ) -> keras.callbacks.History:
         """Trains as `keras.Model.fit` does, over the whole cluster, with its arguments in its order.
 
@@ -209,6 +202,9 @@ class Run:
                 compression, has the answer of one device.
             ps: Under `ps`, whether workers step each for itself ("async") or all together ("sync"), or
                 `tfdist.PsOptions(…)` for all there is to choose.
+            privacy: `tfdist.PrivacyOptions(…)` trains with differential privacy (DP-SGD), under all strategies but
+                `ps`: the logs of each epoch have `epsilon`, what this model was trained with in this run before
+                included. None: without.
 
         Returns:
             The history, equal on every task that runs the program.
@@ -220,92 +216,37 @@ class Run:
             Preempted: A `SystemExit` with code 143: a process was told to end by SIGTERM, and `checkpoints` hold
                 the state.
         """
-        data = read_fit_data(
-            model,
-            (x, y, sample_weight),
+        arguments = FitArguments(
+            model=model,
+            x=x,
+            y=y,
             batch_size=batch_size,
-            class_weight=class_weight,
+            epochs=epochs,
+            verbose=verbose,
+            callbacks=callbacks,
             validation_split=validation_split,
             validation_data=validation_data,
-            validation_batch_size=validation_batch_size,
-        )
-        loop = self._loops.find(model, data.source)
-        if data.validation is not None:
-            self._loops.check_elements(model, data.validation)
-        if steps_per_loop is None and model.steps_per_execution > 1:
-            steps_per_loop = model.steps_per_execution
-        is_elastic = self._members is not None
-        lines = [self._configure(loop, sync, ps, steps_per_loop)]
-        if isinstance(loop, SyncLoop):
-            steps_per_loop = choose_steps_per_loop(
-                steps_per_loop, on_nan=on_nan, max_loss_spike=max_loss_spike, is_elastic=is_elastic
-            )
-        lines.append(self._choose_compiler(loop, jit_compile, data))
-        if self.is_chief and verbose != 0:
-            print("".join(f"tfdist: {line}\n" for line in lines if line), end="", flush=True)
-        check_batches(
-            loop,
-            data.source,
-            self.strategy_name,
-            batch_size=data.batch_size,
-            drop_remainder=drop_remainder,
-            on_nan=on_nan,
-        )
-        check_callbacks(callbacks, self.strategy_name)
-        data, service = self._share(loop, data, shard, data_service)
-        steps = plan_steps(data.source, data.batch_size, steps_per_epoch, drop_remainder=drop_remainder)
-        options = FitOptions(
-            global_batch_size=data.batch_size,
-            epochs=epochs,
-            initial_epoch=initial_epoch,
-            steps_per_epoch=steps_per_epoch or steps,
             shuffle=shuffle,
-            seed=self.seed,
-            validation_batch_size=data.validation_batch_size,
+            class_weight=class_weight,
+            sample_weight=sample_weight,
+            initial_epoch=initial_epoch,
+            steps_per_epoch=steps_per_epoch,
             validation_steps=validation_steps,
+            validation_batch_size=validation_batch_size,
             validation_freq=validation_freq,
-            shown=verbose not in (0, 2),
-            drop_remainder=drop_remainder,
-            steps_per_loop=steps_per_loop,
-        )
-        given = [*split_callbacks(callbacks, is_chief=self.is_chief)[0], *epoch_ends(x)]
-        callback_list = keras.callbacks.CallbackList(
-            [*given, *self._progress(given, verbose)], add_history=True, model=model
-        )
-        callback_list.set_params(_callback_params(loop, options, steps, verbose))
-        saver = Saver(
             checkpoints=checkpoints,
-            loop=loop,
-            model=model,
-            callbacks=callback_list,
-            is_chief=self.is_chief,
-            say=_log.info if verbose == 0 else functools.partial(print, flush=True),
-            num_steps=steps,
-            order=options.order_of(data.source, num_readers=loop.num_readers),
-            members=self._members,
-            carried=self._carried,
+            on_nan=on_nan,
+            max_loss_spike=max_loss_spike,
+            drop_remainder=drop_remainder,
+            shard=shard,
+            data_service=data_service,
+            steps_per_loop=steps_per_loop,
+            jit_compile=jit_compile,
+            sync=sync,
+            ps=ps,
+            privacy=privacy,
         )
-        with self._working(), service, self._answering(model), saver:
-            Fit(
-                loop=loop,
-                model=model,
-                source=data.source,
-                validation=data.validation,
-                options=options,
-                callbacks=callback_list,
-                saver=saver,
-                heartbeat=self._heartbeat,
-                on_nan=OnNan(
-                    policy=on_nan,
-                    max_loss_spike=max_loss_spike,
-                    loop=loop,
-                    model=model,
-                    source=data.source,
-                    saver=saver,
-                    is_chief=self.is_chief,
-                ),
-            ).run()
-        return model.history
+        return Fitting(self._state, arguments).run()
 
     @takes_former_names
     def evaluate(
@@ -340,12 +281,12 @@ class Run:
             Metric name → value, or the values, on every task that runs the program.
         """
         source, size = read_data(model, x, y, sample_weight, batch_size=batch_size)
-        loop = self._loops.find(model, source)
+        loop = self._state.loops.find(model, source)
         source = loop.shard_source_of(source, shard)
         plan = BatchPlan(global_batch_size=size, num_steps=plan_steps(source, size, steps))
         given, _ = split_callbacks(callbacks, is_chief=self.is_chief)
         callback_list = keras.callbacks.CallbackList(given, model=model)
-        with self._working():
+        with self._state.working():
             callback_list.on_test_begin()
             logs = loop.evaluate(source, plan)
             callback_list.on_test_end(logs)
@@ -375,11 +316,11 @@ class Run:
         """
         del verbose
         source, size = read_data(model, x, batch_size=batch_size)
-        loop = self._loops.find(model, source, is_trained=False)
+        loop = self._state.loops.find(model, source, is_trained=False)
         plan = BatchPlan(global_batch_size=size, num_steps=plan_steps(source, size, steps))
         given, _ = split_callbacks(callbacks, is_chief=self.is_chief)
         callback_list = keras.callbacks.CallbackList(given, model=model)
-        with self._working():
+        with self._state.working():
             callback_list.on_predict_begin()
             outputs = loop.predict(source, plan)
             callback_list.on_predict_end()
@@ -393,7 +334,7 @@ class Run:
             data: As `fit`'s `x`; two examples are read.
             batch_size: As for `fit`.
         """
-        self._loops.find(model, read_data(model, data, batch_size=batch_size)[0])
+        self._state.loops.find(model, read_data(model, data, batch_size=batch_size)[0])
 
     def save(self, model: keras.Model, path: str | Path) -> None:
         """Writes the model on the chief, as `model.save` does, in blocks; other tasks return at once.
@@ -416,91 +357,5 @@ class Run:
 
     def wait_for_others(self) -> None:
         """Returns once every process that runs the program has called it, so that none leaves while another writes."""
-        with self._working():
+        with self._state.working():
             pass  # All leave it together.
-
-    @contextlib.contextmanager
-    def _working(self) -> Iterator[None]:
-        """Steps follow each other inside; if others are gone, a step ends this task too, else all leave together."""
-        is_regrouping = False
-        try:
-            with readable_faults():
-                yield
-        except Regroup:
-            # In another cluster. The launcher, which may see a peer's death later than we, must not find us resting.
-            is_regrouping = True
-            raise
-        except tf.errors.OpError as error:
-            if not is_peer_loss(error) or self.cluster.is_single:
-                raise
-            print("tfdist: other tasks are gone in the middle of a step", file=sys.stderr, flush=True)
-            raise PeerLost from error
-        finally:
-            if not is_regrouping:
-                self._heartbeat.rest()
-        wait_for_workers(self.strategy)
-
-    def _configure(
-        self, loop: Loop, sync: str | SyncOptions, ps: str | PsOptions, steps_per_loop: int | None
-    ) -> str:
-        """Tells the loop how steps are shared out; returns a line on it, or ""."""
-        ps_options = PsOptions(ps_mode=ps) if isinstance(ps, str) else ps
-        if steps_per_loop is not None:
-            ps_options = dataclasses.replace(ps_options, steps_per_loop=steps_per_loop)
-        ps_options.check_strategy(self.strategy_name)
-        sync_options = SyncOptions(sync=sync) if isinstance(sync, str) else sync
-        check_sync(sync_options, self.strategy_name, is_elastic=self._members is not None)
-        if isinstance(loop, CoordinatorLoop):
-            loop.configure(ps_options)
-            return ""
-        assert isinstance(loop, SyncLoop)
-        return loop.configure(sync_options)
-
-    def _choose_compiler(self, loop: Loop, jit_compile: str | None, data: FitData) -> str:
-        check_jit(self.strategy_name, jit_compile)
-        if not isinstance(loop, SyncLoop):
-            return ""
-        return loop.choose_compiler(jit_compile, data.source, data.batch_size)
-
-    def _share(
-        self, loop: Loop, data: FitData, shard: str, data_service: str | None
-    ) -> tuple[FitData, contextlib.AbstractContextManager[Any]]:
-        """Returns what this process reads of the data, and the service that prepares them, or a stand-in for it."""
-        validation = None if data.validation is None else loop.shard_source_of(data.validation, shard)
-        if data_service is None:
-            source = loop.shard_source_of(data.source, shard)
-            return dataclasses.replace(data, source=source, validation=validation), contextlib.nullcontext()
-        service = DataService(data_service, loop=loop, cluster=self.cluster)
-        return dataclasses.replace(data, source=service.share(data.source), validation=validation), service
-
-    def _answering(self, model: keras.Model) -> contextlib.AbstractContextManager[None]:
-        """Lets callbacks call the model's own `predict` and `evaluate`."""
-        if self.strategy_name == "one_device":
-            return contextlib.nullcontext()
-        return keras_internals.answering_alone(model, self.strategy)
-
-    def _progress(self, given: Sequence[Any], verbose: int | str) -> list[keras.callbacks.Callback]:
-        if (
-            not self.is_chief
-            or verbose == 0
-            or any(isinstance(c, keras.callbacks.ProgbarLogger) for c in given)
-        ):
-            return []
-        # Here, since drawing brings rich, which a silent run need not load.
-        from tfdist.training.monitoring.progress import ProgressBar
-
-        return [] if any(isinstance(c, ProgressBar) for c in given) else [ProgressBar()]
-
-
-def _callback_params(
-    loop: Loop, options: FitOptions, steps: int | None, verbose: int | str
-) -> dict[str, Any]:
-    """Returns Keras's parameters for callbacks, and ours."""
-    return {
-        "epochs": options.epochs,
-        "steps": steps,
-        "verbose": verbose,
-        "global_batch_size": options.global_batch_size,
-        "input_wait": lambda: loop.input_wait.share,
-        "measures": loop.measures,
-    }

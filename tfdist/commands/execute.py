@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import os
 import re
 import time
@@ -20,7 +22,10 @@ from tfdist.api.run import Run
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.membership import Membership
 from tfdist.cluster.spec import Cluster
+from tfdist.commands.companion import PARENT_VARIABLE, Companion
 from tfdist.commands.environment import describe_environment
+from tfdist.commands.follow import Follower
+from tfdist.commands.keep_best import KeepBest, read_best
 from tfdist.commands.samples import predict_samples, write_samples
 from tfdist.config.run_config import RunConfig, parse_profile
 from tfdist.config.run_dir import RunDir
@@ -37,6 +42,7 @@ from tfdist.training.monitoring.callbacks import ConfigFile, MetricsFile, Tensor
 from tfdist.training.monitoring.profile import ProfileSteps
 from tfdist.training.monitoring.progress import ProgressBar
 
+_log = logging.getLogger("tfdist")
 # How long a task waits for the launcher to say who goes on: as long as another takes to start.
 _REGROUP_SECS = 300.0
 
@@ -65,6 +71,9 @@ def execute(
     if members is not None and members.is_joining:
         Heartbeat.from_environment(os.environ).wait()
         cluster = members.wait_for_cluster(timeout_secs=_REGROUP_SECS)
+    if config.mode == "follow":
+        _follow(recipe, overrides, config, say)
+        return {}
     while True:
         try:
             return _carry_out_in(cluster, recipe, overrides, config, say, members, carried)
@@ -75,6 +84,30 @@ def execute(
         keras_internals.forget_cluster()
         forget_readers()
         cluster = members.wait_for_cluster(timeout_secs=_REGROUP_SECS)
+
+
+def _follow(
+    recipe: Recipe,
+    overrides: tuple[dict[str, Any], dict[str, Any]],
+    config: RunConfig,
+    say: Callable[[str], None],
+) -> None:
+    """Evaluates what another process trains."""
+    if PARENT_VARIABLE in os.environ:
+        os.nice(19)  # what the training leaves
+    run = initialize(
+        strategy="one_device",
+        seed=config.seed,
+        mixed_precision=config.mixed_precision,
+        cluster=Cluster(),
+        gpu_memory_gb=config.gpu_memory_gb,
+        deterministic=config.deterministic,
+    )
+    model_kwargs, data_kwargs = overrides
+    test = build_source(_with_data_dir(recipe.build_data("test", **data_kwargs), config))
+    model = recipe.build_model(**model_kwargs)
+    run.build(model, test, config.global_batch_size)
+    Follower(run, model, test, config, say).follow()
 
 
 def _carry_out_in(
@@ -175,7 +208,8 @@ class _RecipeRun:
                 keras_internals.set_optimizer(model, self._build_optimizer(config.optimizer, source))
         run.build(model, source, config.global_batch_size)
         start = time.monotonic()
-        self._fit(model, source, test)
+        with self._evaluator():
+            self._fit(model, source, test)
         results = self._evaluate(model, test)
         secs = time.monotonic() - start
         samples = predict_samples(run, model, build_source(test)) if is_wanted(config.report) else None
@@ -184,7 +218,10 @@ class _RecipeRun:
             if run.is_chief:
                 if samples is not None:
                     write_samples(run_dir.samples_file, samples)
-                run_dir.write_results({"test": results, "trained_secs": round(secs, 1)})
+                best = read_best(run_dir)
+                run_dir.write_results(
+                    {"test": results, "trained_secs": round(secs, 1)} | ({"best": best} if best else {})
+                )
         except OSError as error:
             raise TfdistError(
                 f"{run_dir.model_file} could not be written ({error.strerror or error}): make room, and run the same "
@@ -194,6 +231,11 @@ class _RecipeRun:
             self._export(test)
         self._say(f"trained in {secs:.1f} s; the run is in {run_dir.path}")
         return results
+
+    def _evaluator(self) -> contextlib.AbstractContextManager[Any]:
+        if self._config.evaluator != "on" or not self._run.is_chief:
+            return contextlib.nullcontext()
+        return Companion(self._config, _log.warning)
 
     def _build_optimizer(self, name: str, source: Source) -> keras.optimizers.Optimizer:
         config = self._config
@@ -238,7 +280,7 @@ class _RecipeRun:
             batch_size=config.global_batch_size,
             epochs=config.epochs,
             steps_per_epoch=config.steps_per_epoch,
-            validation_data=test,
+            validation_data=test if config.evaluator == "off" else None,
             callbacks=[
                 ProgressBar(),
                 ConfigFile(
@@ -249,6 +291,7 @@ class _RecipeRun:
                 MetricsFile(run_dir=run_dir),
                 TensorBoardScalars(run_dir=run_dir),
                 *_profile(run_dir, config),
+                *_keep_best(run_dir, config),
             ],
             verbose=config.verbose,
             checkpoints=checkpoints,
@@ -261,6 +304,7 @@ class _RecipeRun:
             steps_per_loop=1 if config.profile and config.strategy != "ps" else config.steps_per_loop,
             ps=config.ps_options,
             sync=config.sync_options,
+            privacy=config.privacy_options,
             jit_compile=config.jit_compile,
         )
 
@@ -323,6 +367,12 @@ def _profile(run_dir: RunDir, config: RunConfig) -> list[ProfileSteps]:
         return []
     first, last = parse_profile(config.profile)
     return [ProfileSteps(log_dir=run_dir.tensorboard_dir, first=first, last=last)]
+
+
+def _keep_best(run_dir: RunDir, config: RunConfig) -> list[KeepBest]:
+    if config.keep_best is None or config.evaluator != "off":
+        return []
+    return [KeepBest(run_dir=run_dir, metric=config.keep_best)]
 
 
 def _input_spec(batch: tf.Tensor) -> keras.InputSpec:

@@ -15,7 +15,7 @@ from tfdist.cluster.spec import Cluster, canonical_strategy, find_nearest
 from tfdist.config.config_file import render_flags, take_config
 from tfdist.config.job_options import TRAIN_DEFAULTS, JobOptions
 from tfdist.config.ps_options import PsOptions
-from tfdist.config.run_config import RunConfig, default_num_tasks, default_run_dir
+from tfdist.config.run_config import EVALUATORS, RunConfig, default_num_tasks, default_run_dir
 from tfdist.config.run_dir import RunDir
 from tfdist.config.settings import Setting, settings_of, types_of
 from tfdist.config.sync_options import SyncOptions
@@ -37,8 +37,10 @@ _UNKNOWN_BATCH_SIZE = 2**31
 _SIZES = ("num_workers", "num_ps", "num_replicas", *settings_of(PsOptions), *settings_of(SyncOptions))
 # Where the command line says nothing, these are found out: from the environment, the recipe, an earlier run.
 _DEFAULTS: dict[str, Any] = {"recipe": "digits_cnn", "strategy": None, "num_ps": None}
+# What may be said to a task that evaluates beside the training.
+OF_A_FOLLOWER = ("global_batch_size", "data_dir", "keep_best")
 # Flags that take more than their setting's values.
-_DEFINED_APART = ("resume", "overrides", "verbose", "num_workers")
+_DEFINED_APART = ("resume", "evaluator", "overrides", "verbose", "num_workers")
 # What a setting's own module does not know: names, some of which take a number, and choices.
 _NAMES = {"optimizer": ", ".join(OPTIMIZERS), "schedule": ", ".join(SCHEDULES)}
 _CHOICES = {"lr_scaling": tuple(LR_SCALINGS)}
@@ -56,6 +58,18 @@ class _ResumeFlag(flags.BooleanFlag):
 
     def _parse(self, argument: Any) -> Any:
         return "auto" if argument == "auto" else super()._parse(argument)
+
+
+class _EvaluatorFlag(flags.BooleanFlag):
+    """A boolean flag that may also be `elsewhere`; its value is the setting's."""
+
+    def __init__(self) -> None:
+        super().__init__("evaluator", "off", _help_of("evaluator"))
+
+    def _parse(self, argument: Any) -> Any:
+        if argument in EVALUATORS:
+            return argument
+        return "on" if super()._parse(argument) else "off"
 
 
 def _help_of(name: str) -> str:
@@ -90,6 +104,7 @@ def define_flags() -> flags.FlagValues:
             default = None if field.default is dataclasses.MISSING else field.default
             _define(values, name, kinds[name], _DEFAULTS.get(name, default), rule)
     flags.DEFINE_flag(_ResumeFlag(), **own)
+    flags.DEFINE_flag(_EvaluatorFlag(), **own)
     flags.DEFINE_multi_string("set", [], _help_of("overrides"), **own)
     flags.DEFINE_string("verbose", "auto", _help_of("verbose"), **own)
     flags.DEFINE_string("num_workers", None, _help_of("num_workers"), **own)
@@ -198,6 +213,12 @@ def resolve_run(
             what = "--resume" if values.resume else f"--mode={values.mode}"
             raise ConfigError(f"{what} needs a finished or interrupted run; name its folder with --run_dir.")
         earlier = RunDir(Path(run_dir)).read_config().to_dict()
+    if values.mode == "follow":
+        # Alone, whatever the run that it follows: its settings, but for the few that are its own.
+        kept = {name: value for name, value in earlier.items() if name not in _SIZES}
+        kept |= {name: given[name] for name in OF_A_FOLLOWER if name in given}
+        kept |= {"mode": "follow", "strategy": "one_device", "resume": False}
+        return kept | {"run_dir": str(Path(str(run_dir)))}
     told = values.strategy or environ.get("TFDIST_STRATEGY") or earlier.get("strategy")
     hosts = read_hosts(values.hosts, values.hostfile)
     alone = "multiworker" if hosts else "one_device"

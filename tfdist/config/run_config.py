@@ -10,12 +10,13 @@ from pathlib import PurePath
 from typing import Any
 
 from tfdist.cluster.spec import STRATEGIES, find_nearest, split_address
+from tfdist.config.privacy_options import PrivacyOptions
 from tfdist.config.ps_options import PsOptions
 from tfdist.config.settings import check_settings, setting, settings_of
 from tfdist.config.sync_options import SyncOptions
 from tfdist.errors import ConfigError
 
-MODES = ("train", "eval", "predict", "export")
+MODES = ("train", "eval", "predict", "export", "follow")
 PRECISIONS = ("bfloat16", "float16")
 SHARDS = ("auto", "file", "data", "off")
 LOCAL_SERVICE = "local"
@@ -23,6 +24,7 @@ ON_NAN = ("stop", "skip", "rollback", "ignore")
 JIT_COMPILE = ("off", "on", "auto")
 EXPORTS = ("savedmodel",)
 REPORTS = ("on", "off")
+EVALUATORS = ("off", "on", "elsewhere")
 VERBOSITIES = (0, 1, 2, "auto")
 
 
@@ -63,11 +65,11 @@ def check_deterministic(strategy: str, deterministic: bool) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig(SyncOptions, PsOptions):
+class RunConfig(SyncOptions, PsOptions, PrivacyOptions):
     """Everything that decides what a run computes and where it leaves it, by the names of the flags.
 
-    Each field tells of itself; those of `SyncOptions` and `PsOptions` belong to it too. Names of recipes, optimizers
-    and schedules are checked by those who know them.
+    Each field tells of itself; those of `SyncOptions`, `PsOptions` and `PrivacyOptions` belong to it too. Names of
+    recipes, optimizers and schedules are checked by those who know them.
 
     Raises:
         ConfigError: If a value has another type or breaks its rule.
@@ -154,6 +156,15 @@ class RunConfig(SyncOptions, PsOptions):
         False, help="Go on from run_dir's checkpoint; --resume=auto starts anew where there is no run yet."
     )
     overrides: tuple[str, ...] = setting((), help="A recipe's own setting, name=value; repeatable.")
+    evaluator: str = setting(
+        "off",
+        choices=EVALUATORS,
+        help="Evaluate beside the training, in one more process, and not between epochs. --evaluator=elsewhere: "
+        "another task does (--mode=follow, or an evaluator in TF_CONFIG).",
+    )
+    keep_best: str | None = setting(
+        None, help="Keep the model that is best by this number, such as val_accuracy, as best.keras."
+    )
     report: str = setting("on", choices=REPORTS, help="Write a page that tells of the run, at its end.")
     verbose: int | str = setting(
         "auto", choices=VERBOSITIES, help="0 silent, 1 progress, 2 a line per epoch, auto."
@@ -163,6 +174,11 @@ class RunConfig(SyncOptions, PsOptions):
         check_settings(self)
         self.check_sync()
         self.check_ps()
+        self.check_privacy()
+        if self.mode == "train":
+            self.privacy_options.check_run(
+                self.strategy, sync=self.sync_options, on_nan=self.on_nan, jit_compile=self.jit_compile
+            )
         self._check_numbers()
         self._check_sizes()
         self._check_devices()
@@ -189,6 +205,11 @@ class RunConfig(SyncOptions, PsOptions):
     def ps_options(self) -> PsOptions:
         """What parameter servers' workers do together, checked."""
         return PsOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(PsOptions)})
+
+    @property
+    def privacy_options(self) -> PrivacyOptions:
+        """What private training is to be, checked."""
+        return PrivacyOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(PrivacyOptions)})
 
     def _first_sync_setting(self) -> str:
         default = SyncOptions()

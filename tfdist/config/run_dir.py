@@ -60,6 +60,21 @@ class RunDir:
         return self.path / "model.keras"
 
     @property
+    def evaluations_file(self) -> Path:
+        """One JSON object per checkpoint that an evaluator beside the training has seen."""
+        return self.path / "eval.jsonl"
+
+    @property
+    def best_model_file(self) -> Path:
+        """The model that `--keep_best` keeps."""
+        return self.path / "best.keras"
+
+    @property
+    def best_file(self) -> Path:
+        """Which one that is: `{"metric": name, "value": number, "epoch": zero-based}`."""
+        return self.path / "best.json"
+
+    @property
     def results_file(self) -> Path:
         """How the run ended: `{"test": {name: number}, …}`, or `{"error": text}`; one that was killed has none."""
         return self.path / "results.json"
@@ -164,10 +179,15 @@ class RunDir:
             record: Numbers by name; NumPy's and TensorFlow's scalars too. NaN and the infinities are
                 written as the strings "NaN", "Infinity" and "-Infinity", which `float` reads back.
         """
-        line = json.dumps({name: _to_json_value(value) for name, value in record.items()}, allow_nan=False)
-        # One write of a whole line: a reader that follows the file never sees half of one.
-        with open(self.metrics_file, "ab", buffering=0) as file:
-            file.write(line.encode() + b"\n")
+        _append(self.metrics_file, record)
+
+    def append_evaluation(self, record: Mapping[str, Any]) -> None:
+        """Adds one line to `evaluations_file`, as `append_metrics` does to its file."""
+        _append(self.evaluations_file, record)
+
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """Reads `evaluations_file`, as `read_metrics` does its file."""
+        return _read_records(self.evaluations_file)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Reads `metrics_file`, without a last line that a crash cut short.
@@ -175,9 +195,7 @@ class RunDir:
         Returns:
             One record per line; none if there is no file.
         """
-        if not self.metrics_file.exists():
-            return []
-        return list(_whole_records(self.metrics_file.read_text(encoding="utf-8")))
+        return _read_records(self.metrics_file)
 
     def drop_metrics_from(self, epoch: int) -> list[dict[str, Any]]:
         """Forgets the lines of epochs that are about to be trained again.
@@ -262,6 +280,17 @@ def open_atomically(path: Path) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    line = json.dumps({name: _to_json_value(value) for name, value in record.items()}, allow_nan=False)
+    # One write of a whole line: a reader that follows the file never sees half of one.
+    with open(path, "ab", buffering=0) as file:
+        file.write(line.encode() + b"\n")
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    return list(_whole_records(path.read_text(encoding="utf-8"))) if path.exists() else []
 
 
 def _whole_records(text: str) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ from tfdist.data.addressed import forget_readers
 from tfdist.data.batches import local_batches
 from tfdist.data.iterators import open_iterator, untuned
 from tfdist.data.order import epoch_indices, num_steps, part_slice, step_size, step_start
+from tfdist.data.poisson import poisson_batches
 from tfdist.data.segment import Segment
 from tfdist.data.shard import shard_source
 from tfdist.data.sources.batched import BatchedSource
@@ -44,6 +45,7 @@ __all__ = [
     "num_steps",
     "open_iterator",
     "part_slice",
+    "poisson_batches",
     "shard_source",
     "step_size",
     "step_start",

@@ -258,6 +258,12 @@ class Embedding(keras.layers.Layer):
             )
 
 
+def shards_of(model: keras.Model) -> set[int]:
+    """Returns the ids of the variables that are shards of a model's tables."""
+    tables = keras_internals.find_layers(model, Embedding)
+    return {id(shard) for table in tables if table.built for shard in table.shards}
+
+
 def _check(input_dim: Any, output_dim: Any, combiner: Any, num_shards: Any, partition: Any) -> None:
     for name, value in (("input_dim", input_dim), ("output_dim", output_dim), ("num_shards", num_shards)):
         if name == "num_shards" and value is None:

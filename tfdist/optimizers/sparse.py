@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from tfdist import keras_internals
 from tfdist.errors import ConfigError
 from tfdist.optimizers.rows import RowOptimizer
 
@@ -113,6 +114,35 @@ def with_sparse_rows(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.
         # Not a copy from its config: that would lose what lies beside it (variables excluded from weight decay).
         optimizer.__class__ = sparse
     return optimizer
+
+
+def with_summed_rows(
+    optimizer: keras.optimizers.Optimizer, apply: Callable[..., Any], tables: Set[int]
+) -> Callable[[Sequence[Any], Any], Any]:
+    """Returns an optimizer's `apply` that sees each row of a table once, whatever the replicas' parts of a batch.
+
+    One replica's gradient of a `tfdist.layers.Embedding` has each row once; gathered from several it has a row as often
+    as replicas have met it, and Keras's classes square such parts one by one. Row-sparse ones sum them by themselves;
+    the others go over the whole table anyway.
+
+    Args:
+        optimizer: That of the gradients.
+        apply: Its own, or one that ends in it.
+        tables: Ids of the Keras variables that are tables' shards.
+    """
+    inner = getattr(optimizer, "inner_optimizer", optimizer)  # of one that scales the loss
+    if not tables or isinstance(inner, RowOptimizer):
+        return apply
+
+    def apply_summed(grads: Sequence[Any], trainable_variables: Any = None) -> Any:
+        variables = trainable_variables or keras_internals.trainable_variables_of(optimizer)
+        grads = [
+            _densify(g) if isinstance(g, tf.IndexedSlices) and id(v) in tables else g
+            for g, v in zip(grads, variables, strict=True)
+        ]
+        return apply(grads, trainable_variables)
+
+    return apply_summed
 
 
 def describe_dense_rows(optimizer: keras.optimizers.Optimizer) -> str | None:

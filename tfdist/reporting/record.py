@@ -106,7 +106,7 @@ def read_record(folder: str) -> Record:
     return Record(
         path=run_dir.path,
         config=config.to_dict(),
-        metrics=run_dir.read_metrics(),
+        metrics=_with_evaluations(run_dir),
         events=read_events(folder),
         environment=_read_json(run_dir.environment_file),
         results=results,
@@ -121,6 +121,16 @@ def as_number(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None
+
+
+def _with_evaluations(run_dir: RunDir) -> list[dict[str, Any]]:
+    """Returns the lines of the epochs, with what an evaluator beside the training has found of each."""
+    found: dict[Any, dict[str, Any]] = {}
+    for line in run_dir.read_evaluations():
+        found.setdefault(line.get("epoch"), {}).update(
+            {name: value for name, value in line.items() if name.startswith("val_")}
+        )
+    return [line | found.get(line.get("epoch"), {}) for line in run_dir.read_metrics()]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -172,6 +172,25 @@ def apply_snapshot(snapshot: Snapshot, model: keras.Model) -> None:
         array.assign(arrays[name])
 
 
+def apply_weights(snapshot: Snapshot, model: keras.Model) -> None:
+    """Assigns a snapshot's weights to a built model, whose optimizer may be another.
+
+    Args:
+        snapshot: What `take_snapshot` took.
+        model: A built model of the same architecture.
+
+    Raises:
+        ConfigError: If the snapshot is of another model.
+    """
+    for name, array in named_state(model, with_optimizers=False).items():
+        if name not in snapshot.variables or array.shape != snapshot.variables[name].shape:
+            raise ConfigError(
+                f"the checkpoint is of another model, which has no {name!r} of shape {array.shape}: take the recipe "
+                "and settings that wrote it."
+            )
+        array.assign(snapshot.variables[name])
+
+
 def write_checkpoint(path: Path, snapshot: Snapshot) -> None:
     """Writes a snapshot.
 

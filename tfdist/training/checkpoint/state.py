@@ -136,13 +136,13 @@ def blocks_of_large(variable: Any) -> Iterator[np.ndarray] | None:
     return array.blocks() if is_large else None
 
 
-def named_state(model: keras.Model) -> dict[str, StateArray]:
+def named_state(model: keras.Model, *, with_optimizers: bool = True) -> dict[str, StateArray]:
     """Returns a built model's weights, optimizer slots, counters and seed generators.
 
     Names hold place and path: paths alone need not be unique. The shards of a table are one array, and so are the slots
     of these shards.
     """
-    optimizers = keras_internals.find_optimizers(model)
+    optimizers = keras_internals.find_optimizers(model) if with_optimizers else []
     metrics = {id(v) for v in model.metrics_variables}
     kept = [v for v in keras_internals.all_variables(model, optimizers) if id(v) not in metrics]
     tables = keras_internals.find_layers(model, Embedding)

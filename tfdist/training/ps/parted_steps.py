@@ -140,7 +140,10 @@ class PartedSteps:
                 ),
                 autograph=False,
             )
-        # Not on a worker, where it might be run again if that dies; nor on the chief, past which all weights would go.
-        with tf.device(keras_internals.native(self._model.trainable_variables[0]).device):
+        # Not on a worker, where it might be run again if that dies. A ps, which spares the chief's part, does not see
+        # the others: where there are several the chief calls them, and what is computed of a weight is beside it.
+        state = keras_internals.all_variables(self._model, keras_internals.find_optimizers(self._model))
+        places = {keras_internals.native(v).device for v in state}
+        with tf.device(places.pop() if len(places) == 1 else "/job:chief/task:0/device:CPU:0"):
             args = tf.constant(shares, tf.float32), tf.constant(loss, tf.float32)
             return self._apply_functions[key](*args, *limits).numpy()

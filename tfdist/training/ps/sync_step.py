@@ -11,7 +11,7 @@ Source: Chen et al. 2016.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -19,6 +19,8 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.errors import ConfigError
+from tfdist.layers.embedding import shards_of
+from tfdist.optimizers.sparse import with_summed_rows
 from tfdist.training.capturing import CapturingScope
 from tfdist.training.metrics import returned_names, scalar_logs
 from tfdist.training.ps.async_step import AsyncPsStep, as_single_device
@@ -164,7 +166,9 @@ class SyncPsStep(AsyncPsStep):
         changes = [(v, self._sum_slots(v, num_parts, shares)) for v in self._with_changes]
 
         def update() -> None:
-            optimizer.apply(gradients, self._with_gradients)
+            apply = with_summed_rows(optimizer, optimizer.apply, shards_of(self._model))
+            with keras_internals.updating_with(optimizer, _beside_its_weight(optimizer.update_step)):
+                apply(gradients, self._with_gradients)
             for variable, change in changes:
                 keras_internals.native(variable).assign_add(change)
 
@@ -231,6 +235,16 @@ class SyncPsStep(AsyncPsStep):
             # Not times 0: what a late part has left may be anything.
             tensors = [tf.where(shares[k] > 0, t, tf.zeros_like(t)) for k, t in enumerate(tensors)]
             return _weighted(tf.add_n(tensors), 1.0 / tf.reduce_sum(shares))
+
+
+def _beside_its_weight(update_step: Callable[..., None]) -> Callable[..., None]:
+    """Returns an optimizer's `update_step` that computes where the weight lies: it and its gradient stay there."""
+
+    def update(gradient: Any, variable: Any, learning_rate: Any) -> None:
+        with tf.device(variable.device):
+            update_step(gradient, variable, learning_rate)
+
+    return update
 
 
 def _weighted(grad: Any, share: Any) -> Any:

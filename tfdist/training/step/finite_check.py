@@ -110,7 +110,10 @@ def side_variables(model: keras.Model) -> list[keras.Variable]:
 def _all_finite(grads: Sequence[Any]) -> Any:
     """Adds everything up, one pass over memory: NaN and infinities survive in a sum whatever they meet."""
     values = [g.values if isinstance(g, tf.IndexedSlices) else g for g in grads if g is not None]
-    sums = [tf.reduce_sum(tf.cast(v, tf.float32)) for v in values]
+    sums = []
+    for value in values:
+        with tf.device(value.device):  # that of a ps, beside the weight
+            sums.append(tf.reduce_sum(tf.cast(value, tf.float32)))
     return tf.math.is_finite(tf.add_n(sums)) if sums else tf.constant(True)
 
 

@@ -42,7 +42,8 @@ class AllReducedGradients:
             present = [i for i, g in enumerate(grads) if g is not None]
             # The loss travels with the gradients: one exchange, after which all replicas decide alike.
             loss = tf.constant(0.0) if sole.check is None else sole.weighted(sole.check.own_loss)
-            weighted = [sole.weighted(grads[i]) for i in present]
+            contributions = sole.contributions(grads)
+            weighted = [contributions[i] for i in present]
             sole.note_ready(weighted)
             variables = trainable_variables or keras_internals.trainable_variables_of(optimizer)
             sums, total = self._sum(sole, weighted, [variables[i] for i in present], loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +13,12 @@ import tensorflow as tf
 from tfdist import keras_internals
 from tfdist.collectives import Communicator, gather_all, reduce_all
 from tfdist.errors import ConfigError
+from tfdist.layers.embedding import shards_of
 from tfdist.optimizers.one_pass import in_one_pass
+from tfdist.optimizers.sparse import with_summed_rows
 from tfdist.training.metrics import metric_results, returned_names, scalar_logs
 from tfdist.training.monitoring.clock import on_host, step_time_after
+from tfdist.training.privacy.gradients import PrivateGradients
 from tfdist.training.step.compute import Compute, Computed, time_calls, touch
 from tfdist.training.step.finite_check import UNCHECKED, StepCheck, side_variables
 from tfdist.training.step.gradient_aggregation import (
@@ -40,6 +44,7 @@ class ReplicaStep:
             old one.
         communicator: What sums between replicas go by; None: the strategy.
         num_seen: Examples that this process's replicas have trained on by themselves.
+        private: What stands for their gradients in private training; functions traced before keep the old one.
     """
 
     def __init__(
@@ -57,10 +62,12 @@ class ReplicaStep:
         self.returned: dict[str, list[str] | None] = {}
         self.gradient_aggregation: GradientAggregation = AllReducedGradients()
         self.communicator: Communicator | None = None
+        self.private: PrivateGradients | None = None
         self.num_seen = tf.Variable(0, dtype=tf.int64, trainable=False)
         self._model = model
         self._optimizers = list(optimizers)
         self._variables = keras_internals.all_variables(model, self._optimizers)
+        self._tables = shards_of(model)
         self._side_ids = {id(v) for v in side_variables(model)}
         self._average_fn: Callable[[], Any] | None = None
         self._waiting_fns: dict[bool, Callable[..., Any]] = {}
@@ -145,7 +152,7 @@ class ReplicaStep:
         self._bind(sole, local_index)
         result: Any
         if kind == "train":
-            result = self._train_part(sole, part, jit)
+            result = self._train_part(sole, local_index, part, jit)
         else:
             with sole.guarding(self.metrics.partial_ids), after_reading(part), sole:
                 outputs = getattr(self._model, f"{kind}_step")(_at_least_one(part, sole))
@@ -162,7 +169,7 @@ class ReplicaStep:
             variables=local,
             optimizers=self._optimizers,
             apply=lambda optimizer, apply: self.gradient_aggregation.wrap_apply(
-                sole, optimizer, in_one_pass(optimizer, apply)
+                sole, optimizer, in_one_pass(optimizer, with_summed_rows(optimizer, apply, self._tables))
             ),
             loss_correction=sole.loss_correction,
             model=self._model,
@@ -180,7 +187,7 @@ class ReplicaStep:
         return update_state
 
     def _train_part(
-        self, sole: KerasReplicaContext, part: Any, jit: Compute | None
+        self, sole: KerasReplicaContext, local_index: int, part: Any, jit: Compute | None
     ) -> tuple[dict[str, Any], Any, Any]:
         check = sole.check
         side = [] if check is None else [own for v, own in sole.bound if id(v) in self._side_ids]
@@ -189,7 +196,17 @@ class ReplicaStep:
         with sole.guarding(self.metrics.partial_ids), after_reading(part), sole:
             if isinstance(self.gradient_aggregation, DelayedGradients):
                 self.gradient_aggregation.begin_step(sole)
-            outputs, self.returned["train"] = self._step(sole, _at_least_one(part, sole), jit)
+            part = _at_least_one(part, sole)
+            if self.private is not None:
+                sole.private = functools.partial(
+                    self.private.contribute,
+                    part=part,
+                    num_examples=sole.local_size,
+                    batch_size=sole.global_size,
+                    is_first=self.replicas.first + local_index == 0,
+                    local=sole.bound,
+                )
+            outputs, self.returned["train"] = self._step(sole, part, jit)
         if not sole.num_applied and self._model.trainable_variables:
             raise ConfigError(
                 f"{type(self._model).__name__}.train_step changed no weights through a Keras optimizer; "

@@ -50,6 +50,8 @@ class KerasReplicaContext(tf.distribute.ReplicaContext):
         self.binding: keras_internals.ReplicaBinding | None = None
         self.num_applied = 0
         self.bound: list[tuple[keras.Variable, tf.Variable]] = []
+        # Makes what this replica adds to the sums, of its gradients, where that is not their share.
+        self.private: Callable[[Sequence[Any]], list[Any]] | None = None
         self._graph = current_graph()
         with on_host():
             self.ready_at = self.exchanged_at = tf.constant(0.0, tf.float64)
@@ -154,6 +156,12 @@ class KerasReplicaContext(tf.distribute.ReplicaContext):
             return tf.IndexedSlices(self.weighted(grad.values), grad.indices, grad.dense_shape)
         # multiply_no_nan: a replica without examples contributes zero, whatever its model made of padding.
         return tf.math.multiply_no_nan(grad, tf.cast(self.share, grad.dtype))
+
+    def contributions(self, gradients: Sequence[Any]) -> list[Any]:
+        """Returns what this replica adds to the sum of each gradient; None where there is none."""
+        if self.private is not None:
+            return self.private(gradients)
+        return [None if g is None else self.weighted(g) for g in gradients]
 
     def loss_correction(self, values: Any, sample_weight: Any, mask: Any, reduction: str | None) -> Any:
         """Returns the factor that makes Σ share·loss over replicas the loss of the whole batch.

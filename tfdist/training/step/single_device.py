@@ -12,6 +12,7 @@ import tensorflow as tf
 from tfdist import keras_internals
 from tfdist.training.metric_parts import start_state
 from tfdist.training.metrics import metric_results, returned_names, scalar_logs
+from tfdist.training.privacy.gradients import PrivateGradients
 from tfdist.training.step.compute import Compute, time_calls, touch
 from tfdist.training.step.finite_check import UNCHECKED, StepCheck, run_if, side_variables
 from tfdist.training.step.replica import after_reading
@@ -22,6 +23,7 @@ class SingleDeviceStep:
 
     def __init__(self, model: keras.Model) -> None:
         self._model = model
+        self.private: PrivateGradients | None = None
         self.returned: dict[str, list[str] | None] = {}
         self.metrics = SingleDeviceMetrics(model)
         self.metric_names = set(metric_results(model, self.metrics.origins))
@@ -34,28 +36,37 @@ class SingleDeviceStep:
             when the step is computed.
         """
         del global_size, never_empty
-        if limit is None:
-            with after_reading(parts[0]):
-                logs = self._logs("train", self._model.train_step(parts[0]))
-            weights = [keras_internals.native(v) for v in self._model.trainable_variables]
-            smallest = min(weights, key=lambda v: math.prod(v.shape), default=tf.constant(0.0))
-            return logs, tf.constant(UNCHECKED), tf.identity(smallest)
-        check = StepCheck(limit)
-        binding = self._bind(check)
-        side = [keras_internals.native(v) for v in side_variables(self._model)]
+        check = None if limit is None else StepCheck(limit)
+        side = [] if check is None else [keras_internals.native(v) for v in side_variables(self._model)]
         before = [tf.identity(v) for v in side]
-        binding.install()
+        binding = None if check is None and self.private is None else self._bind(check, parts[0])
+        if binding is not None:
+            binding.install()
         try:
             with after_reading(parts[0]):
                 outputs = self._model.train_step(parts[0])
         finally:
-            binding.remove()
-        check.undo(side, before)
-        return self._logs("train", outputs), check.verdict, check.verdict
+            if binding is not None:
+                binding.remove()
+        logs = self._logs("train", outputs)
+        if check is not None:
+            check.undo(side, before)
+            return logs, check.verdict, check.verdict
+        weights = [keras_internals.native(v) for v in self._model.trainable_variables]
+        smallest = min(weights, key=lambda v: math.prod(v.shape), default=tf.constant(0.0))
+        return logs, tf.constant(UNCHECKED), tf.identity(smallest)
 
-    def _bind(self, check: StepCheck) -> keras_internals.ReplicaBinding:
+    def _bind(self, check: StepCheck | None, part: Any) -> keras_internals.ReplicaBinding:
         def wrap(optimizer: keras.optimizers.Optimizer, apply: Any) -> Any:
             def apply_sound(grads: Sequence[Any], trainable_variables: Any = None) -> None:
+                if self.private is not None:
+                    size = tf.shape(tf.nest.flatten(part)[0])[0]
+                    grads = self.private.contribute(
+                        grads, part, num_examples=size, batch_size=size, is_first=True
+                    )
+                if check is None:
+                    apply(grads, trainable_variables)
+                    return
                 is_sound = check.judge(optimizer, grads, check.own_loss)
                 run_if(is_sound, lambda: apply(grads, trainable_variables))
 
@@ -67,7 +78,7 @@ class SingleDeviceStep:
             apply=wrap,
             loss_correction=lambda *args: None,
             model=self._model,
-            note_loss=check.note_loss,
+            note_loss=None if check is None else check.note_loss,
         )
 
     def time_compute(self, compute: Compute, parts: Sequence[Any], *, jit: bool) -> float:

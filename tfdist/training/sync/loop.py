@@ -30,6 +30,7 @@ from tfdist.training.monitoring import clock
 from tfdist.training.monitoring.input_wait import InputWait
 from tfdist.training.monitoring.step_times import StepTimes
 from tfdist.training.plan import BatchPlan, FinishedStep
+from tfdist.training.privacy.gradients import Mechanism, PrivateGradients
 from tfdist.training.step.compiler import Compiler
 from tfdist.training.step.finite_check import SOUND, UNCHECKED
 from tfdist.training.step.graphs import StepGraphs
@@ -93,12 +94,14 @@ class SyncLoop:
         self._is_inside_loop = False
         self._steps_per_loop = 1
         self._synchronizer: GradientSynchronizer | None = None
+        self._mechanism: Mechanism | None = None
 
-    def configure(self, options: SyncOptions) -> str:
+    def configure(self, options: SyncOptions, mechanism: Mechanism | None = None) -> str:
         """Says how the next epochs' replicas share what they learn.
 
         Args:
             options: What crosses between workers.
+            mechanism: What private training does to gradients; None: nothing.
 
         Returns:
             A line that says what carries it; empty where there is nothing to say.
@@ -106,6 +109,10 @@ class SyncLoop:
         Raises:
             ConfigError: If this model's or this strategy's cannot be.
         """
+        if mechanism != self._mechanism:
+            self._step.private = None if mechanism is None else PrivateGradients(self._model, mechanism)
+            self._mechanism = mechanism
+            self._graphs.forget()
         if isinstance(self._step, SingleDeviceStep) or self._num_workers == 1:
             return ""
         if self._synchronizer is not None and self._synchronizer.options == options:

@@ -74,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if values.write_config:
             _write_config(values)
             return 0
-        cluster = detect_cluster(os.environ, strategy=values.strategy, num_ps=values.num_ps)
-        cluster, fields = _settle_place(values, cluster)
+        cluster, fields = _settle_place(values)
         if fields["strategy"] in ("multiworker", "ps") and cluster is None:
             return _launch(words, fields, values)
         if values.dry_run:
@@ -95,8 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _settle_place(values: flags.FlagValues, cluster: Cluster | None) -> tuple[Cluster | None, dict[str, Any]]:
+def _settle_place(values: flags.FlagValues) -> tuple[Cluster | None, dict[str, Any]]:
     """Returns the cluster that this process is a part of, and what is known of the run."""
+    cluster = None
+    if values.mode != "follow":  # who does is nobody's peer, wherever it was started
+        cluster = detect_cluster(os.environ, strategy=values.strategy, num_ps=values.num_ps)
     if cluster is not None and cluster.task is not None and cluster.task.type == EVALUATOR:
         values["mode"].value = "follow"
     if values.mode == "follow":

@@ -69,7 +69,8 @@ class Companion:
         self._thread.join()
         code = self._process.wait()
         while kind is None and code < 0 and self._num_starts < _MAX_STARTS:
-            self._warn(f"the evaluator was killed by signal {-code}; starting it again for what is left")
+            if code != -signal.SIGTERM:  # else it had not even begun to listen
+                self._warn(f"the evaluator was killed by signal {-code}; starting it again for what is left")
             code = self._start({LAST_VARIABLE: "1"}).wait()
 
     def _start(self, more: dict[str, str] | None = None) -> subprocess.Popen[bytes]:

@@ -18,8 +18,9 @@ class PrivacyOptions:
 
     The gradient of each example is cut to a norm of at most `dp_clip_norm`; to the sum over a batch one Gaussian is
     added, of the standard deviation `dp_noise_multiplier` × `dp_clip_norm`; the sum is divided by the batch's size.
-    Neighbours are data sets of which one holds one example more. What training prints of the examples themselves (loss
-    and metrics on the training data) is not covered by ε: keep it to yourself.
+    Neighbours are data sets of which one holds one example more, or, with `dp_sampling="shuffle"`, nothing in the place
+    of one; how many examples there are is no secret. What training prints of the examples themselves (loss and metrics
+    on the training data) is not covered by ε: keep it to yourself.
 
     Args:
         dp_noise_multiplier: None with `dp_target_epsilon`: the smallest that keeps within it over all epochs. 0 adds
@@ -30,7 +31,8 @@ class PrivacyOptions:
         dp_sampling: "poisson" draws each example for each step by itself, with the probability batch size / examples,
             so that batches differ in size: what the accountant assumes when it lets chance protect the examples, too.
             It needs arrays, or data that are read by number. "shuffle" takes each example once per pass, in the usual
-            batches, and counts one Gaussian for each pass: chance is not counted, so that ε is larger.
+            batches, and counts one Gaussian for each pass: chance is not counted, so that ε is larger; a stream or a
+            generator must not yield an example twice in one.
         dp_micro_batch_size: Examples whose gradients are in memory at a time; None: as many as 256 MB hold.
         dp_noise_seed: None draws the noise, and the samples, from the operating system's cryptographic generator. A
             seed makes a run repeatable, and unsafe: who knows it can take the noise away.

@@ -34,8 +34,8 @@ def count_epsilon(spent: Sequence[Sequence[float]], delta: float) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def _count(spent: tuple[Spent, ...], delta: float) -> float:
-    # Here: it brings SciPy's statistics, which no other run needs.
     try:
+        # Here: it brings SciPy's statistics, which no other run needs.
         import dp_accounting
         from dp_accounting import pld
     except ImportError:

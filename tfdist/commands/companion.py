@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from tfdist.cluster.environments.mpi import drop_rank
 from tfdist.cluster.heartbeat import VARIABLE as HEARTBEAT_VARIABLE
 from tfdist.commands.flags import OF_A_FOLLOWER
 from tfdist.config.run_config import RunConfig
@@ -19,7 +20,7 @@ from tfdist.config.run_config import RunConfig
 PARENT_VARIABLE, LAST_VARIABLE = "TFDIST_FOLLOWED_BY", "TFDIST_FOLLOW_LAST"
 _MAX_STARTS = 4
 # It is nobody's task, and has no accelerator: its numbers are not worth a step's time.
-_LEFT_OUT = ("TF_CONFIG", HEARTBEAT_VARIABLE, "PMI_RANK", "PMI_SIZE", "PMI_FD")
+_LEFT_OUT = ("TF_CONFIG", HEARTBEAT_VARIABLE)
 _OWN = {
     "CUDA_VISIBLE_DEVICES": "-1",
     "OMP_NUM_THREADS": "1",
@@ -75,7 +76,7 @@ class Companion:
 
     def _start(self, more: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         self._num_starts += 1
-        env = {name: value for name, value in os.environ.items() if name not in _LEFT_OUT}
+        env = {name: value for name, value in drop_rank(os.environ).items() if name not in _LEFT_OUT}
         env |= _OWN | {PARENT_VARIABLE: str(os.getpid())} | (more or {})
         return subprocess.Popen(self._command, env=env, stdin=subprocess.DEVNULL)
 

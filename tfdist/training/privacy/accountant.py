@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -61,12 +62,11 @@ def most_epochs(before: Sequence[Spent], epoch: Spent, *, delta: float, target: 
         epochs: Not more than so many.
     """
     noise, share, count = epoch
-    low, high = 0, epochs
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = count_epsilon([*before, (noise, share, middle * count)], delta) <= target
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low
+
+    def epsilon_of(num_epochs: int) -> float:
+        return count_epsilon([*before, (noise, share, num_epochs * count)], delta)
+
+    return bisect.bisect_right(range(1, epochs + 1), target, key=epsilon_of)
 
 
 def least_noise(before: Sequence[Spent], *, share: float, count: int, delta: float, target: float) -> float:
@@ -83,24 +83,23 @@ def least_noise(before: Sequence[Spent], *, share: float, count: int, delta: flo
         ConfigError: If none does.
     """
 
-    def fits(hundredths: int) -> bool:
-        return count_epsilon([*before, (hundredths / 100, share, count)], delta) <= target
+    def epsilon_of(hundredths: int) -> float:
+        return count_epsilon([*before, (hundredths / 100, share, count)], delta)
 
     # From above: little noise is what takes long to count.
     high = 100
-    while not fits(high):
+    while epsilon_of(high) > target:
         high *= 2
         if high > 10**6:
             raise ConfigError(
                 f"dp_target_epsilon={target} cannot be reached with any noise; take fewer epochs, or a larger ε."
             )
     low = high // 2
-    while low > 1 and fits(low):
+    while low > 1 and epsilon_of(low) <= target:
         low, high = low // 2, low
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high / 100
+    # More noise is a smaller ε: the first that fits.
+    between = range(low + 1, high)
+    return (low + 1 + bisect.bisect_left(between, -target, key=lambda noise: -epsilon_of(noise))) / 100
 
 
 class PrivacyBudget(keras.callbacks.Callback):

@@ -57,7 +57,7 @@ class ClippedGradients:
         """
         own = {id(variable): value for variable, value in local}
         weights = [tf.convert_to_tensor(own.get(id(v), keras_internals.native(v))) for v in self._variables]
-        total = _num_rows(part)
+        total = num_rows(part)
         # Each example draws its own masks and noise, as the examples of a batch do.
         seeds = [
             tf.random.stateless_uniform(
@@ -184,7 +184,7 @@ def _without_remarks() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _num_rows(part: Any) -> Any:
+def num_rows(part: Any) -> Any:
     """Returns how many examples there are, a number where it is known."""
     first = tf.nest.flatten(part)[0]
     return tf.shape(first)[0] if first.shape[0] is None else first.shape[0]

@@ -19,6 +19,7 @@ from tfdist.optimizers.sparse import with_summed_rows
 from tfdist.training.metrics import metric_results, returned_names, scalar_logs
 from tfdist.training.monitoring.clock import on_host, step_time_after
 from tfdist.training.privacy.gradients import PrivateGradients
+from tfdist.training.privacy.per_example import num_rows
 from tfdist.training.step.compute import Compute, Computed, time_calls, touch
 from tfdist.training.step.finite_check import UNCHECKED, StepCheck, side_variables
 from tfdist.training.step.gradient_aggregation import (
@@ -129,8 +130,7 @@ class ReplicaStep:
         outer = tf.distribute.get_replica_context()
         local_index = self.replicas.index_of(outer)
         part = parts[local_index]
-        first = tf.nest.flatten(part)[0]
-        local_size = tf.shape(first)[0] if first.shape[0] is None else first.shape[0]
+        local_size = num_rows(part)
         num_more = None
         if global_size is None:
             # In one exchange: how many examples there are now, and who has any for another step.

@@ -13,6 +13,7 @@ from tfdist import keras_internals
 from tfdist.training.metric_parts import start_state
 from tfdist.training.metrics import metric_results, returned_names, scalar_logs
 from tfdist.training.privacy.gradients import PrivateGradients
+from tfdist.training.privacy.per_example import num_rows
 from tfdist.training.step.compute import Compute, time_calls, touch
 from tfdist.training.step.finite_check import UNCHECKED, StepCheck, run_if, side_variables
 from tfdist.training.step.replica import after_reading
@@ -60,7 +61,7 @@ class SingleDeviceStep:
         def wrap(optimizer: keras.optimizers.Optimizer, apply: Any) -> Any:
             def apply_sound(grads: Sequence[Any], trainable_variables: Any = None) -> None:
                 if self.private is not None:
-                    size = tf.shape(tf.nest.flatten(part)[0])[0]
+                    size = num_rows(part)
                     grads = self.private.contribute(
                         grads, part, num_examples=size, batch_size=size, is_first=True
                     )

@@ -44,8 +44,9 @@ def explain(done):
 
 
 def accuracy(output):
-    (last,) = re.findall(r"test .*\baccuracy (\d\.\d+)", output)
-    return float(last)
+    found = re.findall(r"test .*\baccuracy (\d\.\d+)", output)
+    assert found, output[-4000:]
+    return float(found[-1])
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -165,4 +166,5 @@ def test_job_that_is_told_saves_requeues_and_goes_on(run, tmp_path, strategy):
     assert re.search(r"SIGTERM: the state after epoch \d+.* is saved", read())
     assert re.search(r"resumed after epoch [1-9]", read()), read()[-4000:]
     assert len(re.findall(r"epoch +1/8", read())) == 1  # not from the beginning
+    assert read().count("tfdist: requeued") == 1, read()[-4000:]
     assert accuracy(read()) > METRIC

@@ -1,5 +1,7 @@
 """Iterators: nobody waits for their end."""
 
+import subprocess
+import sys
 import time
 
 import tensorflow as tf
@@ -35,3 +37,42 @@ def test_end_of_a_tuned_pipeline_holds_nobody_up():
 
 def test_own_pipelines_are_not_tuned():
     assert not untuned(tuned()).options().autotune.enabled
+
+
+ENDS = """
+import atexit, threading, time
+
+def show():  # behind all that was registered later
+    time.sleep(0.15)  # time for one more to begin
+    print("in TensorFlow:", Held.begun - Held.done)
+
+atexit.register(show)
+
+import tensorflow as tf
+from tfdist.data import iterators
+
+class Held(list):
+    begun = done = 0
+
+    def clear(self):
+        Held.begun += 1
+        time.sleep(0.2)
+        Held.done += 1
+
+for i in range(20):
+    iterators._ended().put(Held())
+time.sleep({secs})
+"""
+
+
+def test_nothing_is_taken_down_while_the_process_ends():
+    """A thread that came back from TensorFlow while Python ended has aborted processes with all their work done."""
+    for secs in (0.0, 0.1, 0.2):
+        done = subprocess.run(
+            [sys.executable, "-c", ENDS.replace("{secs}", str(secs))],
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "in TensorFlow: 0" in done.stdout

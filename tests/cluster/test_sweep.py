@@ -62,13 +62,16 @@ def test_sweep_goes_on_after_it_was_killed(folder):
     process.kill()
     process.wait()
     process.stdout.close()  # whatever it has started must be gone too: the fixture of all tests looks
+    num_before = states(folder).count(
+        "COMPLETE"
+    )  # of a slow start the first may have ended before the second began
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     # The two are tried again, with what they had chosen, and one more.
     assert states(folder).count("COMPLETE") == 3 and states(folder).count("FAIL") == 2
     values = [float(value) for value in re.findall(r"^trial \d+: val_loss (\S+);", done.stdout, re.MULTILINE)]
     (best,) = re.findall(r"^best: trial \d+, val_loss (\S+)$", done.stdout, re.MULTILINE)
-    assert float(best) == min(values) and len(values) == 3
+    assert float(best) <= min(values) and len(values) == 3 - num_before
     page = (folder / "a sweep/report.html").read_text()
     assert page.count("<tr") >= 4 and "<svg" in page
     # Enough: nothing is started.

@@ -49,6 +49,7 @@ _PRELOAD = ("tensorflow", "keras", "tfdist.commands.execute", "tfdist.runtime.se
 _CHIEF_SPEAKS_FIRST_SECS = 20.0
 # How long the one who evaluates it waits for a run.
 _RUN_BEGINS_SECS = 600.0
+_TELL_SECS = 2.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,8 +115,14 @@ def _settle_place(values: flags.FlagValues) -> tuple[Cluster | None, dict[str, A
 
 def _wait_for_run(folder: str | None) -> None:
     """Waits for a run that begins at the same time elsewhere; of none the one who asks for it says so."""
-    deadline = time.monotonic() + _RUN_BEGINS_SECS
-    while folder and not RunDir(Path(folder)).config_file.exists() and time.monotonic() < deadline:
+    start, has_said = time.monotonic(), False
+    while folder and not RunDir(Path(folder)).config_file.exists():
+        waited_secs = time.monotonic() - start
+        if waited_secs > _RUN_BEGINS_SECS:
+            return
+        if waited_secs > _TELL_SECS and not has_said:
+            print(f"evaluator: waiting for a run in {folder}, which is not there yet", flush=True)
+            has_said = True
         time.sleep(0.2)
 
 

@@ -14,6 +14,7 @@ import pytest
 from everything import rarely
 
 import tfdist.launch
+import tfdist.plan
 import tfdist.train
 from tfdist.commands.flags import build_config, parse_flags, resolve_run
 
@@ -31,6 +32,7 @@ DOCS = (
     "config_files.md",
     "report.md",
     "sweep.md",
+    "plan.md",
     "privacy.md",
     "evaluator.md",
     "strategies.md",
@@ -92,6 +94,15 @@ SWEEPS = (
     "python -m tfdist.sweep --recipe=digits_cnn --space=space.yaml --trials=20 --parallel=2 --metric=val_accuracy "
     "--epochs=5"
 )
+# Each plan, and what it says at its end. The hosts of one are not here.
+PLANS = {
+    "python -m tfdist.plan --recipe=digits_cnn": "fastest with one device's answer",
+    "python -m tfdist.plan --recipe=digits_cnn --link=1gbit,1ms --workers=2,4,8 --simulate=1000": "in plan.svg",
+}
+PLANNED = (
+    "python -m tfdist.train --recipe=digits_cnn --strategy=multiworker --num_workers=2 --global_batch_size=64"
+)
+PLANS_ELSEWHERE = "python -m tfdist.plan --recipe=digits_cnn --hosts=a,b,c"
 REPORTS = {
     "python -m tfdist.report runs/my_run": "runs/my_run/report.html",
     "python -m tfdist.report runs/a runs/b --output=both.html": "both.html",
@@ -155,6 +166,8 @@ def test_commands_are_all_known():
         *TRAINS_FOLLOWED,
         SURVIVES,
         SWEEPS,
+        PLANS_ELSEWHERE,
+        PLANNED,
         EVALUATES,
         LAUNCHES,
         READS_LOGS,
@@ -162,7 +175,7 @@ def test_commands_are_all_known():
         INSTALLS,
         *CI_RUNS,
     ]
-    assert found == {*TRAINS, *ANSWERS, *OWN_RECIPE, *FROM_FILE, *REPORTS, *one_by_one}
+    assert found == {*TRAINS, *ANSWERS, *OWN_RECIPE, *FROM_FILE, *REPORTS, *PLANS, *one_by_one}
 
 
 @pytest.mark.parametrize("command", TRAINS)
@@ -217,6 +230,25 @@ def test_sweep_finds_the_best(tmp_path):
     done = run(SWEEPS, tmp_path, "--trials=2", "--sweep_dir=here", *SHORT)
     assert done.returncode == 0, explain(done)
     assert "best: trial" in done.stdout and (tmp_path / "here/report.html").exists()
+
+
+@pytest.mark.parametrize("command", PLANS)
+def test_plan_says_what_is_best(tmp_path, command):
+    # The shortest that shows what the page says: all ways are tried in test_plan.py.
+    done = run(command, tmp_path, "--ways=every_step" if "--simulate" in command else "--ways=one_device")
+    assert done.returncode == 0, explain(done)
+    assert PLANS[command] in done.stdout
+    # What it says is best can be trained in.
+    (best,) = re.findall(r"one device's answer.*\n +(python .*)", done.stdout)
+    resolved = resolve_run(parse_flags(shlex.split(best)[3:]), None, {})
+    assert resolved["recipe"] == "digits_cnn"
+    assert (tmp_path / "plan.svg").exists() == ("--simulate" in command)
+
+
+def test_hosts_of_a_plan_are_read():
+    """They are not here: `benchmarks/plan.py` plans for hosts that are. What it says of them is a command."""
+    assert resolve_run(parse_flags(shlex.split(PLANNED)[3:]), None, {})["num_workers"] == 2
+    assert tfdist.plan.main([*shlex.split(PLANS_ELSEWHERE)[3:], "--workers=4"]) == 2
 
 
 def test_followed_run_is_evaluated_elsewhere(tmp_path):

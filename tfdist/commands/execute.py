@@ -175,11 +175,10 @@ class _RecipeRun:
         if run.is_chief:
             self._run_dir.create(config)
         test = _with_data_dir(recipe.build_data("test", **data_kwargs), config)
+        if config.mode == "train":
+            return self._train(*build_for_training(run, recipe, config, overrides), test)
         with run.strategy.scope():
             model = recipe.build_model(**model_kwargs)
-        if config.mode == "train":
-            train = _with_data_dir(recipe.build_data("train", **data_kwargs), config)
-            return self._train(model, build_source(train), test)
         self._load(model, test)
         if config.mode == "predict":
             self._predict(model, test)
@@ -203,10 +202,6 @@ class _RecipeRun:
 
     def _train(self, model: keras.Model, source: Source, test: Any) -> dict[str, Any]:
         run, config, run_dir = self._run, self._config, self._run_dir
-        if config.optimizer is not None:
-            with run.strategy.scope():
-                keras_internals.set_optimizer(model, self._build_optimizer(config.optimizer, source))
-        run.build(model, source, config.global_batch_size)
         start = time.monotonic()
         with self._evaluator():
             self._fit(model, source, test)
@@ -236,21 +231,6 @@ class _RecipeRun:
         if self._config.evaluator != "on" or not self._run.is_chief:
             return contextlib.nullcontext()
         return Companion(self._config, _log.warning)
-
-    def _build_optimizer(self, name: str, source: Source) -> keras.optimizers.Optimizer:
-        config = self._config
-        steps = plan_steps(
-            source, config.global_batch_size, config.steps_per_epoch, drop_remainder=config.drop_remainder
-        )
-        return build_optimizer(
-            name,
-            learning_rate=config.learning_rate,
-            rate_factor=_rate_factor(config),
-            schedule=config.schedule or "constant",
-            warmup_steps=config.warmup_steps,
-            weight_decay=config.weight_decay,
-            total_steps=None if steps is None else steps * config.epochs,
-        )
 
     def _fit(self, model: keras.Model, source: Source, test: Any) -> None:
         run, config, run_dir = self._run, self._config, self._run_dir
@@ -342,6 +322,46 @@ class _RecipeRun:
             signature = [tf.nest.map_structure(_input_spec, inputs)]
         plain.export(str(self._run_dir.export_dir), verbose=False, input_signature=signature)
         self._say(f"the SavedModel is in {self._run_dir.export_dir}")
+
+
+def build_for_training(
+    run: Run, recipe: Recipe, config: RunConfig, overrides: tuple[dict[str, Any], dict[str, Any]]
+) -> tuple[keras.Model, Source]:
+    """Builds a recipe's model, with the config's optimizer, and opens the data that it is trained on.
+
+    Args:
+        run: Where.
+        recipe: The recipe.
+        config: How it is to be trained.
+        overrides: Of the recipe's own settings, the model's and the data's.
+
+    Raises:
+        ConfigError: If the recipe, or the cluster, does not take a setting.
+    """
+    model_kwargs, data_kwargs = overrides
+    with run.strategy.scope():
+        model = recipe.build_model(**model_kwargs)
+    source = build_source(_with_data_dir(recipe.build_data("train", **data_kwargs), config))
+    if config.optimizer is not None:
+        with run.strategy.scope():
+            keras_internals.set_optimizer(model, _build_optimizer(config.optimizer, config, source))
+    run.build(model, source, config.global_batch_size)
+    return model, source
+
+
+def _build_optimizer(name: str, config: RunConfig, source: Source) -> keras.optimizers.Optimizer:
+    steps = plan_steps(
+        source, config.global_batch_size, config.steps_per_epoch, drop_remainder=config.drop_remainder
+    )
+    return build_optimizer(
+        name,
+        learning_rate=config.learning_rate,
+        rate_factor=_rate_factor(config),
+        schedule=config.schedule or "constant",
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        total_steps=None if steps is None else steps * config.epochs,
+    )
 
 
 def _rate_factor(config: RunConfig) -> float:

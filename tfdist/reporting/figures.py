@@ -140,6 +140,23 @@ def draw_bars(values: Mapping[str, float], title: str) -> str:
     return _render(figure)
 
 
+def draw_efficiency(curves: Mapping[str, Mapping[int, float]]) -> str:
+    """Draws efficiency by the number of workers, a curve for each name.
+
+    Args:
+        curves: Name → number of workers → share of what so many single devices would do.
+    """
+    figure, axes = _new_figure()
+    for (name, values), colour in zip(curves.items(), itertools.cycle(_COLOURS), strict=False):
+        axes.plot(list(values), list(values.values()), marker=".", color=colour, label=name)
+    axes.set_xscale("log")
+    axes.set_ylim(0, 1.05)
+    axes.set_xlabel("workers")
+    axes.set_title("Efficiency: 1 is as many times one device")
+    _put_legend_below(figure, num_columns=5)
+    return _render(figure)
+
+
 def read_samples(path: Path) -> list[Mapping[str, Any]]:
     """Returns predictions right and wrong as pictures: `image` (a data URL), `label`, `predicted`, `is_right`."""
     if not path.is_file():

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tfdist.cluster.cores import count_cores
-from tfdist.config.parser import OneLineParser
+from tfdist.config.parser import OneLineParser, canonical_flag
 from tfdist.errors import ConfigError, TfdistError
 from tfdist.launcher.hosts import SSH_FLAGS, read_hosts
 from tfdist.planning.link import parse_link
@@ -52,15 +52,12 @@ def main(args: Sequence[str] | None = None) -> int:
         0, 1 if a trial failed, 2 for a mistake in the settings, 130 if interrupted.
     """
     try:
-        words = [_canonical(word) for word in (sys.argv[1:] if args is None else args)]
+        words = [canonical_flag(word) for word in (sys.argv[1:] if args is None else args)]
         flags, rest = _build_parser().parse_known_args(words)
         return _run(flags, rest)
-    except ConfigError as error:
-        print(f"tfdist.plan: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except TfdistError as error:
         print(f"tfdist.plan: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print("tfdist.plan: interrupted", file=sys.stderr)
         return 130
@@ -130,12 +127,11 @@ def _progress(num_trials: int) -> Iterator[tuple[Callable[[str], None], Callable
 
 
 def _read_place(flags: argparse.Namespace) -> list[str]:
-    """Returns the flags of the launcher that say where, after looking at them."""
+    """Returns the flags of the launcher that say where."""
     if flags.link and (flags.hosts or flags.hostfile):
         raise ConfigError(
             f"link={flags.link!r} with hosts: between machines that are there the link is measured; leave one out."
         )
-    read_hosts(flags.hosts, flags.hostfile)
     names = ["hosts", "hostfile", *(flag.removeprefix("--") for flag in SSH_FLAGS)]
     return [f"--{name}={getattr(flags, name)}" for name in names if getattr(flags, name) is not None]
 
@@ -206,11 +202,6 @@ def _build_parser() -> OneLineParser:
     add("--verbose", action="store_true", help="show what the trials print")
     parser.epilog = "All other flags are those of tfdist.train, for every trial."
     return parser
-
-
-def _canonical(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tfdist.config.parser import OneLineParser
+from tfdist.config.parser import OneLineParser, canonical_flag
 from tfdist.errors import ConfigError, TfdistError
 
 
@@ -29,7 +29,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     try:
         flags, rest = _build_parser().parse_known_args(
-            [_canonical(word) for word in (sys.argv[1:] if args is None else args)]
+            [canonical_flag(word) for word in (sys.argv[1:] if args is None else args)]
         )
         return _run(flags, rest)
     except TfdistError as error:
@@ -136,11 +136,6 @@ def _positive(text: str) -> int:
     if number < 1:
         raise ValueError(text)
     return number
-
-
-def _canonical(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from tfdist.cluster.environments.ranks import read_num_ps
 from tfdist.cluster.spec import Cluster, canonical_strategy, find_nearest
 from tfdist.config.config_file import render_flags, take_config
 from tfdist.config.job_options import TRAIN_DEFAULTS, JobOptions
+from tfdist.config.parser import canonical_flag
 from tfdist.config.ps_options import PsOptions
 from tfdist.config.run_config import EVALUATORS, RunConfig, default_num_tasks, default_run_dir
 from tfdist.config.run_dir import RunDir
@@ -274,6 +275,5 @@ def _normalise(word: str) -> str:
     """Accepts `-` for `_` in flag names, and the names that other tools use."""
     if not word.startswith("--"):
         return word
-    name, equals, value = word[2:].partition("=")
-    name = name.replace("-", "_")
+    name, equals, value = canonical_flag(word)[2:].partition("=")
     return f"--{_ALIASES.get(name, name)}{equals}{value}"

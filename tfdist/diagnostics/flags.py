@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from tfdist.cluster.environments import detect_cluster
 from tfdist.cluster.spec import canonical_strategy
-from tfdist.config.parser import OneLineParser
+from tfdist.config.parser import OneLineParser, canonical_flag
 from tfdist.diagnostics.facts import FactsRequest
 from tfdist.diagnostics.survey import build_command
 from tfdist.errors import ConfigError
@@ -45,7 +45,7 @@ def parse_flags(words: Sequence[str], env: Mapping[str, str], usage: str) -> Doc
     Raises:
         ConfigError: If a flag is unknown or malformed.
     """
-    words = [_canonical(word) for word in words]
+    words = [canonical_flag(word) for word in words]
     if words[:1] == ["logs"]:
         flags = _build_logs_parser(usage).parse_args(words[1:])
         return DoctorFlags(logs_of=flags.run_dir, is_json=flags.json)
@@ -80,11 +80,6 @@ def _has_cluster(env: Mapping[str, str], asked: FactsRequest) -> bool:
         return detect_cluster(env, strategy=asked.strategy, num_ps=asked.num_ps) is not None
     except ConfigError:  # one that contradicts itself is what the doctor is for
         return True
-
-
-def _canonical(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
 def _build_logs_parser(usage: str) -> OneLineParser:

@@ -93,7 +93,7 @@ def draw_efficiency(curves: Curves, path: Path) -> None:
 
     Args:
         curves: What was simulated.
-        path: Of the picture, whose ending says which kind.
+        path: Of the picture, an SVG.
 
     Raises:
         ConfigError: If it cannot be written.

@@ -63,22 +63,19 @@ def render_best(
     """
     comparable = [p for p in predictions if p.way.batch_size == batch_size]
     alone = next(p for p in comparable if p.way.name == "one_device")
-    lines: list[str] = []
-    exact = find_best(comparable, is_exact=True)
-    any_way = find_best(comparable)
-    for best, words in (
-        (exact, "fastest with one device's answer"),
-        (any_way, "fastest of all; its answer differs"),
-    ):
-        if best is any_way and best is exact and lines:
-            continue
+    exact, any_way = find_best(comparable, is_exact=True), find_best(comparable)
+    best_ones = [(exact, "fastest with one device's answer")]
+    if any_way is not exact:
+        best_ones.append((any_way, "fastest of all; its answer differs"))
+    lines = []
+    for best, words in best_ones:
         way = best.way
         own = [w for w in flags_of(way.kind.strategy, train) if not w.startswith("--global_batch_size=")]
-        where = place if way.kind.strategy in ("multiworker", "ps") else ()
+        where = place if way.kind.has_workers else ()
         command = shlex.join(["python", "-m", "tfdist.train", *own, *where, *way.flags()])
         factor = alone.step_secs / best.step_secs
         times = f", {factor:.2g} times as fast as one_device" if best is not alone else ""
-        size = f" with {way.num_workers} workers" if way.kind.strategy in ("multiworker", "ps") else ""
+        size = f" with {way.num_workers} workers" if way.kind.has_workers else ""
         lines.append(f"{words}: {way.name}{size}{times}\n  {command}")
     return "\n".join(lines)
 

@@ -31,6 +31,11 @@ class Kind:
     num_exchanges: int = 1
 
     @property
+    def has_workers(self) -> bool:
+        """Whether several processes make up its cluster."""
+        return self.strategy in ("multiworker", "ps")
+
+    @property
     def period(self) -> int:
         """Steps between two exchanges."""
         return DEFAULT_PERIODS.get(self.settings.get("sync", ""), 1)
@@ -75,7 +80,7 @@ class Way:
         """Returns the flags of `tfdist.train` that ask for it."""
         kind = self.kind
         words = [f"--strategy={kind.strategy}"]
-        if kind.strategy in ("multiworker", "ps"):
+        if kind.has_workers:
             words.append(f"--num_workers={self.num_workers}")
         words += [f"--{name}={value}" for name, value in kind.settings.items()]
         return [*words, f"--global_batch_size={self.batch_size}"]

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tfdist.cluster.cores import count_cores
 from tfdist.config.parser import OneLineParser, canonical_flag
 from tfdist.errors import ConfigError, TfdistError
-from tfdist.launcher.hosts import SSH_FLAGS, read_hosts
+from tfdist.launcher.hosts import SSH_FLAGS, add_host_flags, read_hosts
 from tfdist.planning.link import parse_link
 from tfdist.planning.measure import Worlds
 from tfdist.planning.predict import Plan
@@ -179,15 +179,7 @@ def _build_parser() -> OneLineParser:
         help="numbers of workers (default: those that the hosts, or this machine, have)",
     )
     add("--ways", metavar="NAME,NAME", help=f"of {', '.join(KINDS)} (default: {', '.join(DEFAULT_WAYS)})")
-    add(
-        "--hosts",
-        "-H",
-        metavar="LIST",
-        help="try on these machines by ssh: h1:2,h2:4, with slots for workers",
-    )
-    add("--hostfile", metavar="FILE", help="the same from a file: a line `h1 slots=2` for each")
-    for flag, keywords in SSH_FLAGS.items():
-        add(flag, *(["-i"] if flag == "--identity_file" else []), **keywords)
+    add_host_flags(parser, "try on these machines by ssh")
     add(
         "--link",
         metavar="RATE,TIME",

@@ -10,7 +10,7 @@ from tfdist.config.parser import OneLineParser, canonical_flag
 from tfdist.diagnostics.facts import FactsRequest
 from tfdist.diagnostics.survey import build_command
 from tfdist.errors import ConfigError
-from tfdist.launcher.hosts import SSH_FLAGS, read_hosts, read_ssh_options
+from tfdist.launcher.hosts import add_host_flags, read_hosts, read_ssh_options
 from tfdist.launcher.job import Job
 
 
@@ -92,8 +92,7 @@ def _build_logs_parser(usage: str) -> OneLineParser:
 def _build_parser(usage: str) -> OneLineParser:
     parser = OneLineParser(prog="tfdist.doctor", usage=usage, allow_abbrev=False)
     add = parser.add_argument
-    add("--hosts", "-H", metavar="LIST", help="machines to look at by ssh: h1:2,h2:4, with slots for workers")
-    add("--hostfile", metavar="FILE", help="the same from a file: a line `h1 slots=2` for each")
+    add_host_flags(parser, "machines to look at by ssh")
     add("--num_workers", type=int, metavar="N", help="as for tfdist.train (default: all slots, or 1)")
     add("--num_ps", type=int, metavar="N", help="as for tfdist.train")
     add("--strategy", metavar="NAME", help="as for tfdist.train")
@@ -101,8 +100,6 @@ def _build_parser(usage: str) -> OneLineParser:
     add("--recipe", metavar="NAME", help="look whether all have the same file")
     add("--data_files", metavar="GLOB", help="look whether all have these, and enough of them")
     add("--wait_secs", type=float, default=10.0, metavar="SECS", help="for each other (default: 10)")
-    for flag, keywords in SSH_FLAGS.items():
-        add(flag, *(["-i"] if flag == "--identity_file" else []), **keywords)
     add("--listen_interface", metavar="NAME", help="as for tfdist.train")
     add("--json", action="store_true", help="print a list of findings as JSON")
     return parser

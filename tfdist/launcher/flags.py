@@ -17,7 +17,7 @@ from tfdist.config.run_config import RunConfig
 from tfdist.config.settings import settings_of, types_of
 from tfdist.errors import ConfigError
 from tfdist.launcher.backends import BACKENDS, Backend, choose_backend, count_workers
-from tfdist.launcher.hosts import SSH_FLAGS, read_hosts, read_ssh_options
+from tfdist.launcher.hosts import SSH_FLAGS, add_host_flags, read_hosts, read_ssh_options
 from tfdist.launcher.job import Job, build_python_command, parse_num_workers
 
 _EXAMPLES = """\
@@ -120,15 +120,7 @@ def _build_parser() -> _Parser:
     add("--strategy", metavar="NAME", help="one_device, mirrored, multiworker or ps, handed to the tasks")
     add("--run_dir", metavar="DIR", help="folder of the run; each task's output is kept in DIR/logs")
     add("--num_threads", type=int, metavar="N", help="threads of each task (default: cores / workers)")
-    add(
-        "--hosts",
-        "-H",
-        metavar="LIST",
-        help="run on these machines by ssh: h1:2,h2:4, with slots for workers",
-    )
-    add("--hostfile", metavar="FILE", help="the same from a file: a line `h1 slots=2` for each")
-    for flag, keywords in SSH_FLAGS.items():
-        add(flag, *(["-i"] if flag == "--identity_file" else []), **keywords)
+    add_host_flags(group, "run on these machines by ssh")
     add("--exchange", default="auto", metavar="NAME",
         help="what carries gradients: collective, mpi (needs mpi4py) or auto (default: auto)")  # fmt: skip
     for name in _OPTIONS:

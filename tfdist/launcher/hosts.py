@@ -51,6 +51,21 @@ SSH_FLAGS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+def add_host_flags(parser: Any, what: str) -> None:
+    """Adds the flags that name hosts and say how ssh gets there.
+
+    Args:
+        parser: Or a group of one, as argparse has them.
+        what: Is done on the hosts.
+    """
+    parser.add_argument("--hosts", "-H", metavar="LIST", help=f"{what}: h1:2,h2:4, with slots for workers")
+    parser.add_argument(
+        "--hostfile", metavar="FILE", help="the same from a file: a line `h1 slots=2` for each"
+    )
+    for flag, keywords in SSH_FLAGS.items():
+        parser.add_argument(flag, *(["-i"] if flag == "--identity_file" else []), **keywords)
+
+
 def read_ssh_options(flags: Any) -> SshOptions:
     """Takes the values of `SSH_FLAGS` from a parsed command line."""
     return SshOptions(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
+import random
 import shutil
 import signal
 import socket
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 OTHER_PORT = 2022
-_COUNT = itertools.count()
+_NETWORKS = 250  # 10.77.0.0/24 and on
 
 
 class SshHost:
@@ -73,8 +73,8 @@ def ssh_hosts(folder: Path, count: int) -> Iterator[SshHosts]:
             pytest.skip(f"hosts with ssh need the command {program} (package {package})")
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         pytest.skip("hosts with ssh need Linux and root")
-    number = (os.getpid() + next(_COUNT)) % 60_000
-    bridge, network = f"b{number}", f"10.77.{number % 250}"
+    number = _claim_number()
+    bridge, network = _bridge(number), f"10.77.{number}"
     hosts = [
         SshHost(
             f"t{number}n{i}",
@@ -83,12 +83,8 @@ def ssh_hosts(folder: Path, count: int) -> Iterator[SshHosts]:
         )
         for i in range(1, count + 1)
     ]
-    config = _write_files(folder, hosts)
     try:
-        try:
-            _run("ip", "link", "add", bridge, "type", "bridge")
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"this machine makes no bridges: {error.stderr.strip()}")
+        config = _write_files(folder, hosts)
         _run("ip", "address", "add", f"{network}.254/24", "dev", bridge)
         if socket.has_dualstack_ipv6():
             _run("ip", "address", "add", f"fd00:77:{number:x}::ff/64", "dev", bridge, "nodad")
@@ -106,6 +102,27 @@ def ssh_hosts(folder: Path, count: int) -> Iterator[SshHosts]:
             subprocess.run(["ip", "netns", "delete", host.name], capture_output=True, timeout=30)
             subprocess.run(["ip", "link", "delete", host.wire], capture_output=True, timeout=30)
         subprocess.run(["ip", "link", "delete", bridge], capture_output=True, timeout=30)
+
+
+def _claim_number() -> int:
+    """Returns a number that no other hosts on this machine have, by making the bridge of that number.
+
+    Only the kernel knows what runs beside: a number made of the process's id met that of another test process.
+    """
+    first = random.randrange(_NETWORKS)
+    for number in ((first + i) % _NETWORKS for i in range(_NETWORKS)):
+        try:
+            _run("ip", "link", "add", _bridge(number), "type", "bridge")
+        except subprocess.CalledProcessError as error:
+            if "exists" not in error.stderr:
+                pytest.skip(f"this machine makes no bridges: {error.stderr.strip()}")
+        else:
+            return number
+    raise AssertionError(f"bridges {_bridge(0)} to {_bridge(_NETWORKS - 1)} are all there: delete what was left")
+
+
+def _bridge(number: int) -> str:
+    return f"tfdist-b{number}"
 
 
 def _write_files(folder: Path, hosts: list[SshHost]) -> Path:

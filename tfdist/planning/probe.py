@@ -42,6 +42,8 @@ from tfdist.training.sync.loop import SyncLoop
 _TRIAL_SECS = 1.0
 _NUM_MEETINGS = 5
 _WARM_STEPS, _LEAST_STEPS, _USUAL_STEPS, _MOST_STEPS = 3, 4, 16, 64
+# Of several steps: between them lie two times.
+_LEAST_CALLS = 3
 # Longer than any trial.
 _NEVER = 10**6
 
@@ -117,19 +119,31 @@ class Trial:
             guess := self._loop.step_secs
         ) is not None:  # alike on all workers, as the number of steps must be
             num_steps = min(max(math.ceil(_TRIAL_SECS / guess), _LEAST_STEPS), _MOST_STEPS)
-        self._run(num_steps)  # where several steps in one call pay they are compiled now
+        size, samples = 0, []
+        # Whether several steps in one call pay is known after some, and the first such call compiles: what has it is
+        # timed again.
+        while size != self._steps_per_call:
+            size = self._steps_per_call
+            self._run(num_steps)
+            samples = self._time_each(max(num_steps, _LEAST_CALLS * size))
+        return sum(samples) / len(samples), samples
+
+    def _time_each(self, num_steps: int) -> list[float]:
         samples: list[float] = []
-        num_left = num_steps
-        while num_left > 0:
+        while num_steps > 0:
             start = time.perf_counter()
-            moments = self._run(num_left)
-            size = self._loop.measures().get("steps_per_loop", 1)
+            moments = self._run(num_steps)
+            size = self._steps_per_call
             ends = moments[size - 1 :: size]
             if len(ends) < 2:  # a short pass has no two whole calls
                 size, ends = len(moments), [start, moments[-1]]
             samples += [(after - before) / size for before, after in zip(ends, ends[1:], strict=False)]
-            num_left -= len(moments)
-        return sum(samples) / len(samples), samples
+            num_steps -= len(moments)
+        return samples
+
+    @property
+    def _steps_per_call(self) -> int:
+        return int(self._loop.measures().get("steps_per_loop", 1))
 
     def _time_passes(self) -> float:
         """Returns the time of passes by their steps: several workers' overlap, and a pass waits for the last one."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tfdist.api.initialize import initialize
     from tfdist.api.run import Run
     from tfdist.cluster.spec import Cluster, Task, parse_tf_config, render_tf_config
+    from tfdist.config.pipeline_options import PipelineOptions
     from tfdist.config.privacy_options import PrivacyOptions
     from tfdist.config.ps_options import PsOptions
     from tfdist.config.sync_options import SyncOptions
@@ -46,6 +47,7 @@ _HOMES = {
     "Checkpoints": "training.checkpoint.store",
     "initialize": "api.initialize",
     "SyncOptions": "config.sync_options",
+    "PipelineOptions": "config.pipeline_options",
     "PsOptions": "config.ps_options",
     "PrivacyOptions": "config.privacy_options",
 }
@@ -58,6 +60,7 @@ __all__ = [
     "LaunchError",
     "NonFiniteError",
     "Preempted",
+    "PipelineOptions",
     "PrivacyOptions",
     "PsOptions",
     "Recipe",

@@ -7,8 +7,10 @@ Nothing else in tfdist may name one. Each function says which private name it le
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +18,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.backend import compute_output_spec
+from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.losses import loss as keras_loss
+from keras.src.models.functional import Functional
+from keras.src.optimizers import base_optimizer
 from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
 from keras.src.saving import saving_lib
 from keras.src.trainers import data_adapters
@@ -827,6 +832,9 @@ def saving_in_blocks(blocks_of: Callable[[keras.Variable], Iterator[Any] | None]
         if not store._h5_entry_initialized:
             store._create_h5_group(store._h5_entry_path)
         dataset = store._h5_entry_group.create_dataset(key, tuple(value.shape), value.dtype)
+        if not value.shape:
+            (dataset[()],) = blocks
+            return
         start = 0
         for block in blocks:
             dataset[start : start + len(block)] = block
@@ -887,3 +895,231 @@ def adapt_batches(data: Any) -> tuple[tf.data.Dataset, int | None]:
 def flatten_logs(model: keras.Model, logs: dict[str, Any]) -> Any:
     """Returns what `keras.Model.evaluate` does without `return_dict`. Leans on `Trainer._flatten_metrics_in_order`."""
     return model._flatten_metrics_in_order(logs)
+
+
+@contextlib.contextmanager
+def deferring_variables() -> Iterator[list[tuple[keras.Variable, keras.Variable]]]:
+    """Lets variables that have an initializer be made without memory: `materialize` gives them their first value.
+
+    It is the one that they would have had, since every initializer has a seed of its own. An optimizer's slots need not
+    lie beside a weight, which has no place yet.
+
+    Leans on `Variable._initialize_with_initializer`, `._deferred_initialize`, `._initializer` and `._value`, and on
+    what `TFOptimizer` asks of a weight when it is built: `_var_key`, `add_variable_from_reference`.
+
+    Yields:
+        The optimizers' slots that are made while it is in force, each with its weight.
+    """
+    slots: list[tuple[keras.Variable, keras.Variable]] = []
+    own = {
+        (keras.Variable, "_initialize_with_initializer"): _keep_initializer,
+        (keras.Variable, "_deferred_initialize"): lambda variable: None,
+        (TFOptimizer, "_var_key"): _key_of_any(TFOptimizer._var_key),
+        (TFOptimizer, "add_variable_from_reference"): _add_slot(slots),
+    }
+    saved = {place: getattr(*place) for place in own}
+    for (owner, name), function in own.items():
+        setattr(owner, name, function)
+    try:
+        yield slots
+    finally:
+        for (owner, name), function in saved.items():
+            setattr(owner, name, function)
+
+
+def _keep_initializer(variable: keras.Variable, initializer: Callable[..., Any]) -> None:
+    variable._value = None
+    variable._initializer = initializer
+
+
+def _key_of_any(var_key: Callable[..., Any]) -> Callable[..., Any]:
+    def key_of(optimizer: keras.optimizers.Optimizer, variable: Any) -> Any:
+        is_absent = isinstance(variable, keras.Variable) and variable._value is None
+        return id(variable) if is_absent else var_key(optimizer, variable)
+
+    return key_of
+
+
+def _add_slot(slots: list[tuple[keras.Variable, keras.Variable]]) -> Callable[..., Any]:
+    def add(optimizer: Any, reference_variable: Any, *args: Any, **kwargs: Any) -> Any:
+        slot = super(TFOptimizer, optimizer).add_variable_from_reference(reference_variable, *args, **kwargs)
+        slots.append((slot, reference_variable))
+        return slot
+
+    return add
+
+
+def has_memory(variable: keras.Variable) -> bool:
+    """Tells whether a variable has its value here. Leans on `Variable._value`."""
+    return variable._value is not None
+
+
+def materialize(variable: keras.Variable) -> None:
+    """Gives a variable that was made within `deferring_variables` its first value; one that has it keeps it.
+
+    Leans on `Variable._deferred_initialize`.
+    """
+    if variable._value is None:
+        variable._deferred_initialize()
+
+
+class _Refusing:
+    """An initializer that computes nothing but what is built, or traced to see shapes."""
+
+    def __init__(self, initializer: Callable[..., Any], why: str) -> None:
+        self._initializer = initializer
+        self._why = why
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if keras.Variable._initialize_with_initializer is not _keep_initializer:
+            raise RuntimeError(self._why)
+        return self._initializer(*args, **kwargs)
+
+
+def refuse_reading(variable: keras.Variable, why: str) -> None:
+    """Lets whoever reads a variable that has no value be told so; Keras would make up its first value.
+
+    Leans on `Variable._initializer`.
+    """
+    if not isinstance(variable._initializer, _Refusing):
+        variable._initializer = _Refusing(variable._initializer, why)
+
+
+@contextlib.contextmanager
+def loading_present() -> Iterator[None]:
+    """Lets what is assigned to a variable without a value be dropped, as when a whole model's file is read.
+
+    Leans on `Variable._direct_assign`.
+    """
+    assign = keras.Variable._direct_assign
+
+    def assign_if_present(variable: keras.Variable, value: Any) -> None:
+        if variable._value is not None:
+            assign(variable, value)
+
+    keras.Variable._direct_assign = assign_if_present
+    try:
+        yield
+    finally:
+        keras.Variable._direct_assign = assign
+
+
+@contextlib.contextmanager
+def updating_only(
+    optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable], *, norm: Any = None
+) -> Iterator[None]:
+    """Lets an optimizer that was built for all weights of a model update some, as if there were no others.
+
+    Leans on `Optimizer._trainable_variables`, `._accumulated_gradients` and `._model_variables_moving_average`, lists
+    of which Keras walks through all, and on `base_optimizer.global_norm`.
+
+    Args:
+        optimizer: Built for all.
+        variables: Those that have their values here, in their order.
+        norm: Of the gradients by all weights, by which a global norm is clipped; None: of those that are updated.
+
+    Yields:
+        While it is in force.
+    """
+    wanted = {id(v) for v in variables}
+    is_kept = [id(v) in wanted for v in optimizer._trainable_variables]
+    names = ("_trainable_variables", "_accumulated_gradients", "_model_variables_moving_average")
+    saved = {name: optimizer.__dict__[name] for name in names if name in optimizer.__dict__}
+    found = {name: list(itertools.compress(values, is_kept)) for name, values in saved.items()}
+    if (
+        "_accumulated_gradients" in saved
+    ):  # Keras finds these by a weight's place among all, and passes over None
+        pairs = zip(saved["_accumulated_gradients"], is_kept, strict=False)
+        found["_accumulated_gradients"] = [value if kept else None for value, kept in pairs]
+    global_norm = base_optimizer.global_norm
+    try:
+        # Straight into __dict__: Keras's __setattr__ would track the value.
+        optimizer.__dict__.update(found)
+        if norm is not None:
+            base_optimizer.global_norm = lambda gradients: norm
+        yield
+    finally:
+        optimizer.__dict__.update(saved)
+        base_optimizer.global_norm = global_norm
+
+
+def square_norm(gradients: Sequence[Any]) -> Any:
+    """Returns the sum of the squares of gradients, as an optimizer that clips by the global norm counts them.
+
+    Leans on `base_optimizer.global_norm`.
+    """
+    return tf.square(base_optimizer.global_norm(list(gradients))) if gradients else tf.constant(0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCall:
+    """A call of a layer, or of an operation between layers, in a functional model's graph.
+
+    Attributes:
+        operation: The layer or operation.
+        inputs: Symbolic tensors that it takes.
+        outputs: Symbolic tensors that it makes.
+    """
+
+    operation: Any
+    inputs: Sequence[keras.KerasTensor]
+    outputs: Sequence[keras.KerasTensor]
+    _node: Any
+
+    def run(self, values: dict[int, Any]) -> None:
+        """Makes the call.
+
+        Args:
+            values: What stands for each symbolic tensor, by its id; the outputs are added.
+        """
+        args, kwargs = self._node.arguments.fill_in(values)
+        made = keras.tree.flatten(self.operation(*args, **kwargs))
+        values.update((id(tensor), value) for tensor, value in zip(self.outputs, made, strict=True))
+
+
+def layer_calls(model: keras.Model) -> list[LayerCall] | None:
+    """Returns the calls of a functional or `Sequential` model in an order in which they can be made; None of others.
+
+    Leans on `Sequential._functional`, `Function._nodes_by_depth`, and on `Node`.
+    """
+    functional = getattr(model, "_functional", None) or model
+    if not isinstance(functional, Functional):
+        return None
+    depths = sorted(functional._nodes_by_depth, reverse=True)
+    nodes = [node for depth in depths for node in functional._nodes_by_depth[depth] if not node.is_input]
+    return [LayerCall(n.operation, list(n.input_tensors), list(n.outputs), n) for n in nodes]
+
+
+def has_mask(tensor: keras.KerasTensor) -> bool:
+    """Tells whether a symbolic tensor carries a mask by the side. Leans on `_keras_mask`."""
+    return getattr(tensor, "_keras_mask", None) is not None
+
+
+def compiled_loss(model: keras.Model) -> Callable[..., Any]:
+    """Returns the loss that a model was compiled with, `(y, y_pred, sample_weight) → scalar`, without its layers' own.
+
+    Leans on `Trainer._compile_loss`.
+    """
+    return model._compile_loss
+
+
+def loss_tracker(model: keras.Model) -> keras.metrics.Mean:
+    """Returns the metric that is logged as `loss`. Leans on `Trainer._loss_tracker`."""
+    return model._loss_tracker
+
+
+def output_structure(model: keras.Model) -> Any:
+    """Returns the nest in which a functional or `Sequential` model returns its outputs.
+
+    Leans on `Sequential._functional`, and on `Functional.call` returning a list of one as that one.
+    """
+    structure = (getattr(model, "_functional", None) or model).output
+    return structure[0] if isinstance(structure, (list, tuple)) and len(structure) == 1 else structure
+
+
+def standard_inputs(model: keras.Model, x: Any) -> list[Any]:
+    """Returns a batch's inputs as a functional or `Sequential` model takes them, in the order of `model.inputs`.
+
+    Leans on `Sequential._functional` and `Functional._standardize_inputs`.
+    """
+    return (getattr(model, "_functional", None) or model)._standardize_inputs(x)

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tfdist.cluster.cores import count_cores
+from tfdist.cluster.spec import CLUSTER_STRATEGIES
 from tfdist.config.parser import OneLineParser, canonical_flag
 from tfdist.errors import ConfigError, TfdistError
 from tfdist.launcher.hosts import SSH_FLAGS, add_host_flags, read_hosts
@@ -102,7 +103,7 @@ def _make_trials(plan: Plan, flags: argparse.Namespace, place: Sequence[str], re
         Worlds(launch=place or ["--preload"], train=rest, note=note, hear=hear) as worlds,
     ):
         for strategy, size, trials in plan.clusters():
-            begin(f"{strategy} with {size} workers" if strategy in ("multiworker", "ps") else strategy)
+            begin(f"{strategy} with {size} workers" if strategy in CLUSTER_STRATEGIES else strategy)
             plan.worlds[strategy, size] = worlds.run(strategy, size, trials)
 
 

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from absl import flags
 
 from tfdist.cluster.environments import detect_cluster
-from tfdist.cluster.spec import EVALUATOR, Cluster, check_strategy, render_tf_config
+from tfdist.cluster.spec import CLUSTER_STRATEGIES, EVALUATOR, Cluster, check_strategy, render_tf_config
 from tfdist.commands.flags import build_config, collect_settings, parse_flags, resolve_run, settle_words
 from tfdist.config.config_file import render_config_file
 from tfdist.config.job_options import JobOptions
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _write_config(values)
             return 0
         cluster, fields = _settle_place(values)
-        if fields["strategy"] in ("multiworker", "ps") and cluster is None:
+        if fields["strategy"] in CLUSTER_STRATEGIES and cluster is None:
             return _launch(words, fields, values)
         if values.dry_run:
             print(_render_place(cluster))
@@ -164,12 +164,24 @@ def _launch(words: Sequence[str], fields: Mapping[str, Any], values: flags.FlagV
     )
     if values.dry_run:
         print(render_dry_run_local(job))
+        if config.strategy == "pipeline":
+            _print_stages(fields)
         return 0
     before = _stamp(config)
     try:
         return run_local(job)
     finally:
         _report(config, before)
+
+
+def _print_stages(fields: Mapping[str, Any]) -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with quiet_imports():
+        # Here, as in `_execute`.
+        from tfdist.commands.stages import describe_stages
+        from tfdist.recipe import load_recipe
+
+        print(describe_stages(build_config(fields, load_recipe(fields["recipe"]))))
 
 
 def _stamp(config: RunConfig) -> tuple[int, int] | None:
@@ -193,7 +205,7 @@ def _report(config: RunConfig, before: tuple[int, int] | None) -> None:
 
 def _count_workers(cluster: Cluster | None, strategy: str) -> dict[str, int]:
     """Returns how many there are, for a config that shall tell the truth; the launcher has told those it started."""
-    if cluster is None or strategy not in ("multiworker", "ps") or "TFDIST_LAUNCHED" in os.environ:
+    if cluster is None or strategy not in CLUSTER_STRATEGIES or "TFDIST_LAUNCHED" in os.environ:
         return {}
     return {"num_workers": (cluster.num_workers if strategy == "ps" else len(cluster.tasks)) or 1}
 

@@ -37,6 +37,7 @@ DOCS = (
     "evaluator.md",
     "strategies.md",
     "guarantees.md",
+    "pipeline.md",
     "tables.md",
     "gpus.md",
     "troubleshooting.md",
@@ -53,6 +54,9 @@ TRAINS = {
     ),
     "python -m tfdist.train --strategy=multiworker --evaluator --keep_best=val_accuracy": (
         "evaluator: epoch 1: val_loss"
+    ),
+    "python -m tfdist.train --recipe=text_lm --strategy=pipeline --num_stages=2 --num_micro_batches=8": (
+        "training text_lm under pipeline"
     ),
     "python -m tfdist.train --recipe=private_tabular --dp_target_epsilon=3": (
         "training private_tabular under one_device"

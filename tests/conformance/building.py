@@ -6,6 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
+
+
+def start(strategy: str, parts: str | None) -> Any:
+    """Joins the cluster of a world: `parts` are the replicas of `mirrored`, or the micro-batches of `pipeline`."""
+    # Here: plain Keras does without.
+    import tfdist
+
+    if strategy == "pipeline":
+        options = tfdist.PipelineOptions(num_micro_batches=int(parts or 8))
+        return tfdist.initialize(strategy=strategy, seed=1, pipeline=options)
+    return tfdist.initialize(strategy=strategy, num_replicas=parts and int(parts), seed=1)
+
+
+def weights_of(run: Any, model: keras.Model) -> dict[str, np.ndarray]:
+    """Returns a model's weights by their places, wherever they are; run None: in plain Keras."""
+    # As they are kept: under a strategy a table may lie in several parts.
+    is_cut = run is not None and run.strategy_name == "pipeline"
+    weights = run.get_weights(model) if is_cut else [v.numpy() for v in model.weights]
+    return {f"weight_{i}": np.asarray(weight) for i, weight in enumerate(weights)}
 
 
 def build_in_scope(run: Any, build: Callable[[], keras.Model]) -> keras.Model:

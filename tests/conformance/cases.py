@@ -17,6 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
+from building import start, weights_of
 from chosen import chosen
 
 from tfdist.optimizers import LARS
@@ -191,6 +192,20 @@ def segmenter() -> keras.Model:
     return model
 
 
+def tied() -> keras.Model:
+    """Returns a model that reads and writes by one table, with a loss that a layer adds."""
+    ids = keras.Input((5,), dtype="int32")
+    table = layers.ReversibleEmbedding(20, 8)
+    x = table(ids)
+    for _ in range(2):
+        x = x + layers.Dense(8, activation="tanh", activity_regularizer="l2")(layers.LayerNormalization()(x))
+    model = keras.Model(ids, table(x, reverse=True))
+    model.compile(
+        optimizers.SGD(0.1, global_clipnorm=0.2), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    return model
+
+
 CASES = {
     "sgd": Case(lambda: classifier(lambda: optimizers.SGD(0.1)), (X, Y)),
     "batch_norm": Case(
@@ -247,6 +262,7 @@ CASES = {
     "own_step": Case(own_step, (X, Y)),
     "two_players": Case(two_players, (X, Y)),
     "dropout": Case(dropout, (X, Y)),
+    "tied": Case(tied, (IDS, np.roll(IDS, -1, axis=1))),
     "wide": Case(wide, (X, Y)),
     "lars": Case(lambda: classifier(lambda: LARS(20.0, weight_decay=1e-3)), (X, Y)),
     # A loss of each image, averaged over images: some have no lesion, and the parts of a batch differ in size.
@@ -275,12 +291,15 @@ def run_tfdist(run: Any, case: Case) -> dict[str, Any]:
         model, case.data, batch_size=BATCH, epochs=EPOCHS, shuffle=False, verbose=0, **case.options
     )
     results = run.evaluate(model, case.data, batch_size=BATCH, return_dict=True)
-    return collect(model, history, results, run.predict(model, case.data[:1], batch_size=BATCH))
+    outputs = run.predict(model, case.data[:1], batch_size=BATCH)
+    return collect(model, history, results, outputs, run)
 
 
-def collect(model: keras.Model, history: Any, results: dict[str, float], outputs: Any) -> dict[str, Any]:
+def collect(
+    model: keras.Model, history: Any, results: dict[str, float], outputs: Any, run: Any = None
+) -> dict[str, Any]:
     """Returns everything that must agree, flat."""
-    found = {f"weight_{i}": np.asarray(v.numpy()) for i, v in enumerate(model.weights)}
+    found: dict[str, Any] = weights_of(run, model)
     found |= {f"history_{name}": np.asarray(values) for name, values in history.history.items()}
     found |= {f"evaluate_{name}": np.asarray(value) for name, value in results.items()}
     found |= {f"predict_{i}": np.asarray(v) for i, v in enumerate(tf.nest.flatten(outputs))}
@@ -294,9 +313,7 @@ def main(path: str, strategy: str, replicas: str | None = None) -> None:
         results = {name: run_keras(case) for name, case in asked.items()}
         chief = True
     else:
-        import tfdist
-
-        run = tfdist.initialize(strategy=strategy, num_replicas=replicas and int(replicas), seed=1)
+        run = start(strategy, replicas)
         chief = run.is_chief
         results = {name: run_tfdist(run, case) for name, case in asked.items()}
     if chief:

@@ -21,7 +21,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
-from building import build_in_scope
+from building import build_in_scope, start, weights_of
 from chosen import chosen
 
 layers, losses, metrics = keras.layers, keras.losses, keras.metrics
@@ -493,12 +493,14 @@ def run_tfdist(run: Any, program: Program) -> dict[str, Any]:
         found = run.evaluate(model, whole, batch_size=batch, return_dict=True)
     elif program.asks == "predict":
         found = {"outputs": run.predict(model, (program.x,), batch_size=batch)}
-    return collect(model, history, found)
+    return collect(model, history, found, run)
 
 
-def collect(model: keras.Model, history: Any, asked: dict[str, Any] | None) -> dict[str, Any]:
+def collect(
+    model: keras.Model, history: Any, asked: dict[str, Any] | None, run: Any = None
+) -> dict[str, Any]:
     """Returns everything that must agree, flat."""
-    found = {f"weight_{i}": np.asarray(v.numpy()) for i, v in enumerate(model.weights)}
+    found: dict[str, Any] = weights_of(run, model)
     found |= {f"history_{name}": np.asarray(values) for name, values in history.history.items()}
     found |= {f"asked_{name}": np.asarray(value) for name, value in (asked or {}).items()}
     return found | {"iterations": np.asarray(model.optimizer.iterations.numpy())}
@@ -514,10 +516,7 @@ def main(path: str, strategy: str, replicas: str | None = None) -> None:
     if strategy != "keras":
         import tfdist
 
-        run, refusal = (
-            tfdist.initialize(strategy=strategy, num_replicas=replicas and int(replicas), seed=1),
-            tfdist.ConfigError,
-        )
+        run, refusal = start(strategy, replicas), tfdist.ConfigError
     found: dict[str, Any] = {}
     for name in sorted(chosen(os.environ.get("TFDIST_TEST_CASES", "").split())):
         program = draw(int(name))

@@ -15,16 +15,19 @@ def run_world(program, out, world):
     Args:
         program: The file.
         out: Its first argument.
-        world: `keras`, `one_device`, `mirrored-N`, `multiworker-N`, `ps-N`, or `ps-N-P` with P ps tasks.
+        world: `keras`, `one_device`, `mirrored-N`, `multiworker-N`, `ps-N`, `ps-N-P` with P ps tasks, or `pipeline-N-M`
+            with M micro-batches.
     """
     strategy, number, rest = [*world.split("-"), "", ""][:3]
     launch, replicas = [], []
-    if strategy in ("multiworker", "ps"):
+    if strategy in ("multiworker", "ps", "pipeline"):
         launch = ["-m", "tfdist.launch", "--preload", f"--strategy={strategy}", f"--num_workers={number}"]
     if strategy == "ps":
         launch.append(f"--num_ps={rest or 1}")
     if strategy == "mirrored":
         replicas = [number]
+    if strategy == "pipeline" and rest:
+        replicas = [rest]
     done = programs.run([*launch, program, out, strategy, *replicas], timeout=600)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-6000:]}"
 

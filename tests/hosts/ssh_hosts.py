@@ -118,7 +118,9 @@ def _claim_number() -> int:
                 pytest.skip(f"this machine makes no bridges: {error.stderr.strip()}")
         else:
             return number
-    raise AssertionError(f"bridges {_bridge(0)} to {_bridge(_NETWORKS - 1)} are all there: delete what was left")
+    raise AssertionError(
+        f"bridges {_bridge(0)} to {_bridge(_NETWORKS - 1)} are all there: delete what was left"
+    )
 
 
 def _bridge(number: int) -> str:

@@ -102,7 +102,7 @@ def check_batches(
         raise ConfigError(
             "on_nan='rollback' with a generator, which cannot be read again: choose 'skip', or pass what can be."
         )
-    if strategy == "multiworker":
+    if strategy in ("multiworker", "pipeline"):
         _check_same(loop, source)
 
 
@@ -129,6 +129,15 @@ def check_callbacks(callbacks: Any, strategy: str) -> None:
         ConfigError: If one cannot.
     """
     everyone, _ = split_callbacks(callbacks, is_chief=True)
+    if strategy == "pipeline":
+        for callback in everyone:
+            if isinstance(callback, keras.callbacks.ModelCheckpoint) or getattr(
+                callback, "restore_best_weights", False
+            ):
+                raise ConfigError(
+                    f"{type(callback).__name__} asks the model for all of its weights, and each stage has its own: "
+                    "pass checkpoints=tfdist.Checkpoints(directory=…) to fit, and call run.save."
+                )
     if strategy == "multiworker" and any(
         isinstance(callback, keras.callbacks.BackupAndRestore) for callback in everyone
     ):

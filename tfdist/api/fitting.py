@@ -26,6 +26,7 @@ from tfdist.training.checkpoint.store import Checkpoints
 from tfdist.training.loop import Fit, FitOptions, Loop, plan_steps
 from tfdist.training.monitoring.callbacks import split_callbacks
 from tfdist.training.on_nan import OnNan
+from tfdist.training.pipeline.loop import PipelineLoop
 from tfdist.training.ps.loop import CoordinatorLoop
 from tfdist.training.sync.loop import SyncLoop
 
@@ -167,6 +168,8 @@ class Fitting:
             # Noise is drawn outside of what XLA compiles.
             jit_compile = given.jit_compile if private is None else "off"
             lines.append(loop.choose_compiler(jit_compile, data.source, data.batch_size))
+        elif isinstance(loop, PipelineLoop):
+            lines.append(loop.describe())
         if state.cluster.is_chief and given.verbose != 0:
             print("".join(f"tfdist: {line}\n" for line in lines if line), end="", flush=True)
 
@@ -274,7 +277,7 @@ class Fitting:
 
     def _answering(self) -> contextlib.AbstractContextManager[None]:
         """Lets callbacks call the model's own `predict` and `evaluate`."""
-        if self._state.strategy_name == "one_device":
+        if self._state.strategy_name in ("one_device", "pipeline"):
             return contextlib.nullcontext()
         return keras_internals.answering_alone(self._given.model, self._state.strategy)
 

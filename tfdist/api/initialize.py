@@ -11,7 +11,8 @@ from tfdist.api.run import Run
 from tfdist.cluster.environments import detect_cluster
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.ports import check_reachable, meet_peers
-from tfdist.cluster.spec import Cluster, canonical_strategy, check_strategy
+from tfdist.cluster.spec import CLUSTER_STRATEGIES, Cluster, canonical_strategy, check_strategy
+from tfdist.config.pipeline_options import PipelineOptions
 from tfdist.config.run_config import check_deterministic
 from tfdist.errors import ConfigError
 from tfdist.runtime.devices import configure_devices, take_gpus
@@ -29,12 +30,13 @@ def initialize(
     start_timeout_secs: float = 300.0,
     gpu_memory_gb: float | None = None,
     deterministic: bool = False,
+    pipeline: PipelineOptions | None = None,
 ) -> Run:
     """Joins the cluster and builds the strategy. Worker and ps tasks of a `ps` run serve here and never return.
 
     Args:
-        strategy: `one_device`, `mirrored`, `multiworker`, `ps` or an alias; None takes what the launcher was told,
-            else `multiworker` in a cluster of workers, `ps` in one with ps tasks, `one_device` alone.
+        strategy: `one_device`, `mirrored`, `multiworker`, `ps`, `pipeline` or an alias; None takes what the launcher
+            was told, else `multiworker` in a cluster of workers, `ps` in one with ps tasks, `one_device` alone.
         num_replicas: Replicas of `mirrored`; None means every GPU, or two CPU replicas.
         seed: Seeds Python, NumPy, TensorFlow and Keras alike on every task.
         cluster: None reads it from the environment.
@@ -44,6 +46,7 @@ def initialize(
             one each of them; None: what it needs.
         deterministic: Let TensorFlow run deterministic operations alone, so that the same program gives the same bits
             on GPUs too; steps are slower then, without XLA, and their times are not taken.
+        pipeline: How models are divided under `pipeline`; None: into as many stages as there are workers.
 
     Returns:
         The run, on tasks that run the program.
@@ -62,7 +65,9 @@ def initialize(
     """
     cluster = cluster or detect_cluster(os.environ, strategy=strategy) or Cluster()
     name = canonical_strategy(strategy or os.environ.get("TFDIST_STRATEGY") or _default_strategy(cluster))
-    if cluster.is_local and name in ("multiworker", "ps"):
+    options = pipeline or PipelineOptions()
+    options.check_strategy(name)
+    if cluster.is_local and name in CLUSTER_STRATEGIES:
         raise ConfigError(
             f"strategy {name!r} needs a cluster, and this process is alone; start it with "
             f"'python -m tfdist.launch --strategy={name} --num_workers=2 your_script.py', or set TF_CONFIG."
@@ -80,14 +85,16 @@ def initialize(
     keras.utils.set_random_seed(seed)
     if mixed_precision:
         keras.mixed_precision.set_dtype_policy(f"mixed_{mixed_precision}")
-    if name == "multiworker":
+    if name in ("multiworker", "pipeline"):
         meet_peers(cluster, timeout_secs=start_timeout_secs)
     isolate_server(cluster)
     if name == "ps":
         servers = [t for t in cluster.tasks if t.type != "chief"]
         check_reachable(cluster, timeout_secs=start_timeout_secs, tasks=servers)
     built = build_strategy(strategy=name, cluster=cluster, num_replicas=num_replicas)
-    return Run(strategy=built, strategy_name=name, cluster=cluster, seed=seed, heartbeat=heartbeat)
+    return Run(
+        strategy=built, strategy_name=name, cluster=cluster, seed=seed, heartbeat=heartbeat, pipeline=options
+    )
 
 
 def _default_strategy(cluster: Cluster) -> str:

@@ -11,12 +11,16 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.cluster.heartbeat import Heartbeat
+from tfdist.cluster.spec import Cluster
+from tfdist.config.pipeline_options import PipelineOptions
 from tfdist.data import Source
 from tfdist.errors import ConfigError
 from tfdist.layers import Embedding
 from tfdist.optimizers import describe_dense_rows, with_sparse_rows
+from tfdist.runtime.strategies import StagedStrategy
 from tfdist.training.first_batch import check_elements, read_first_batch
 from tfdist.training.loop import Loop
+from tfdist.training.pipeline.loop import PipelineLoop
 from tfdist.training.ps.loop import CoordinatorLoop
 from tfdist.training.sync.loop import SyncLoop
 
@@ -33,24 +37,24 @@ class Loops:
     Args:
         strategy: The run's.
         strategy_name: Its canonical name.
-        num_workers: Of the cluster.
-        is_chief: Whether this process is to warn.
+        cluster: The run's.
+        pipeline: How models are divided under `pipeline`.
         heartbeat: For the loops.
     """
 
     def __init__(
         self,
         *,
-        strategy: tf.distribute.Strategy,
+        strategy: tf.distribute.Strategy | StagedStrategy,
         strategy_name: str,
-        num_workers: int,
-        is_chief: bool,
+        cluster: Cluster,
+        pipeline: PipelineOptions,
         heartbeat: Heartbeat,
     ) -> None:
         self._strategy = strategy
         self._strategy_name = strategy_name
-        self._num_workers = num_workers
-        self._is_chief = is_chief
+        self._cluster = cluster
+        self._pipeline = pipeline
         self._heartbeat = heartbeat
         self._kept: dict[int, tuple[Any, Loop]] = {}
         self._coordinator: tf.distribute.coordinator.ClusterCoordinator | None = None
@@ -71,6 +75,8 @@ class Loops:
                 f"the model {model.name!r} is not compiled; call model.compile(optimizer=…, loss=…) inside "
                 "run.strategy.scope() first."
             )
+        if self._strategy_name == "pipeline":
+            is_trained = keras_internals.is_compiled(model)
         self.check_elements(model, source)
         known = self._kept.pop(id(model), None)
         # compile() makes new state that an old loop would not see.
@@ -78,13 +84,14 @@ class Loops:
         if known is not None and all(a is b for a, b in zip(known[0], parts, strict=True)):
             self._kept[id(model)] = known
             return known[1]
-        batch = read_first_batch(
-            model, source, strategy=self._strategy_name, num_replicas=self._strategy.num_replicas_in_sync
-        )
+        is_staged = isinstance(self._strategy, StagedStrategy)
+        num_parts = self._pipeline.num_micro_batches if is_staged else self._strategy.num_replicas_in_sync
+        batch = read_first_batch(model, source, strategy=self._strategy_name, num_replicas=num_parts)
         self._check_scope(model)
-        with self._strategy.scope():
-            keras_internals.build_model(model, batch, is_trained=is_trained)
-        _use_sparse_rows(model, warn=_log.warning if self._is_chief else _log.debug)
+        if not is_staged:  # a loop of stages builds its own
+            with self._strategy.scope():
+                keras_internals.build_model(model, batch, is_trained=is_trained)
+        _use_sparse_rows(model, warn=_log.warning if self._cluster.is_chief else _log.debug)
         loop = self._build(model, batch)
         # A loop holds its model, so that an id stands for one model only. The latest last.
         self._kept[id(model)] = ((*keras_internals.compiled_parts(model), is_trained), loop)
@@ -94,9 +101,18 @@ class Loops:
 
     def check_elements(self, model: keras.Model, source: Source) -> None:
         """Makes sure that a stream's elements are what the model takes, as far as their shapes tell."""
-        check_elements(model, source, shares=self._strategy_name in ("mirrored", "multiworker"))
+        check_elements(model, source, shares=self._strategy_name in ("mirrored", "multiworker", "pipeline"))
 
     def _build(self, model: keras.Model, batch: Any) -> Loop:
+        if isinstance(self._strategy, StagedStrategy):
+            return PipelineLoop(
+                strategy=self._strategy,
+                model=model,
+                cluster=self._cluster,
+                options=self._pipeline,
+                heartbeat=self._heartbeat,
+                batch=batch,
+            )
         if self._strategy_name != "ps":
             return SyncLoop(strategy=self._strategy, model=model, heartbeat=self._heartbeat, batch=batch)
         if self._coordinator is None:
@@ -104,13 +120,20 @@ class Loops:
         return CoordinatorLoop(
             coordinator=self._coordinator,
             model=model,
-            num_workers=self._num_workers,
+            num_workers=self._cluster.num_workers,
             heartbeat=self._heartbeat,
             batch=batch,
         )
 
     def _check_scope(self, model: keras.Model) -> None:
         if self._strategy_name == "one_device":
+            return
+        if isinstance(self._strategy, StagedStrategy):
+            if all(keras_internals.has_memory(weight) for weight in model.weights):
+                raise ConfigError(
+                    f"the model {model.name!r} was made outside the strategy's scope, whole in this process; build and "
+                    "compile it inside 'with run.strategy.scope():'."
+                )
             return
         if keras_internals.creating_strategy(model) is not self._strategy:
             raise ConfigError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfdist import keras_internals
@@ -18,11 +19,13 @@ from tfdist.api.run_state import RunState
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.membership import Membership
 from tfdist.cluster.spec import Cluster, Task
+from tfdist.config.pipeline_options import PipelineOptions
 from tfdist.config.privacy_options import PrivacyOptions
 from tfdist.config.ps_options import PsOptions
 from tfdist.config.sync_options import SyncOptions
+from tfdist.runtime.strategies import StagedStrategy
+from tfdist.training.checkpoint.owners import blocks_to_save, sharing_state, state_array
 from tfdist.training.checkpoint.snapshot import Snapshot
-from tfdist.training.checkpoint.state import blocks_of_large
 from tfdist.training.checkpoint.store import Checkpoints
 from tfdist.training.loop import plan_steps
 from tfdist.training.monitoring.callbacks import split_callbacks
@@ -51,11 +54,12 @@ class Run:
     def __init__(
         self,
         *,
-        strategy: tf.distribute.Strategy,
+        strategy: tf.distribute.Strategy | StagedStrategy,
         strategy_name: str,
         cluster: Cluster,
         seed: int,
         heartbeat: Heartbeat,
+        pipeline: PipelineOptions | None = None,
     ) -> None:
         self._state = RunState(
             strategy=strategy,
@@ -63,16 +67,17 @@ class Run:
             cluster=cluster,
             seed=seed,
             heartbeat=heartbeat,
+            pipeline=pipeline or PipelineOptions(),
         )
 
     @property
-    def strategy(self) -> tf.distribute.Strategy:
-        """TensorFlow's: build and compile the model inside `strategy.scope()`."""
+    def strategy(self) -> tf.distribute.Strategy | StagedStrategy:
+        """TensorFlow's, or what stands for it under `pipeline`: build and compile the model inside its `scope()`."""
         return self._state.strategy
 
     @property
     def strategy_name(self) -> str:
-        """Its name: `one_device`, `mirrored`, `multiworker` or `ps`."""
+        """Its name: `one_device`, `mirrored`, `multiworker`, `ps` or `pipeline`."""
         return self._state.strategy_name
 
     @property
@@ -336,20 +341,42 @@ class Run:
         """
         self._state.loops.find(model, read_data(model, data, batch_size=batch_size)[0])
 
+    def get_weights(self, model: keras.Model) -> list[np.ndarray]:
+        """Returns the weights as `model.get_weights` does, wherever they are; every task calls it.
+
+        Args:
+            model: A built model.
+
+        Returns:
+            On the chief all of them, on other tasks none.
+
+        Examples:
+            >>> import keras, tfdist
+            >>> run = tfdist.initialize(strategy="one_device")
+            >>> with run.strategy.scope():
+            ...     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
+            >>> [weight.shape for weight in run.get_weights(model)]
+            [(2, 3), (3,)]
+        """
+        with sharing_state(model):
+            return [state_array(model, weight).read() for weight in model.weights] if self.is_chief else []
+
     def save(self, model: keras.Model, path: str | Path) -> None:
-        """Writes the model on the chief, as `model.save` does, in blocks; other tasks return at once.
+        """Writes the model on the chief, as `model.save` does, in blocks; every task calls it.
 
         Args:
             model: A built model.
             path: A `.keras` file for plain Keras; it is whole, or what it was before.
         """
-        if not self.is_chief:
-            return
-        path = Path(path)
+        with sharing_state(model):
+            if self.is_chief:
+                self._save(model, Path(path))
+
+    def _save(self, model: keras.Model, path: Path) -> None:
         # Keras tells the format by the name's end.
         temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
         try:
-            with keras_internals.saving_in_blocks(blocks_of_large):
+            with keras_internals.saving_in_blocks(blocks_to_save(model)):
                 model.save(temporary)
             os.replace(temporary, path)
         finally:

@@ -15,9 +15,10 @@ from tfdist.api.loops import Loops
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.membership import Membership
 from tfdist.cluster.spec import Cluster
+from tfdist.config.pipeline_options import PipelineOptions
 from tfdist.data.read_errors import readable_faults
 from tfdist.errors import PeerLost, Regroup
-from tfdist.runtime.strategies import is_peer_loss, wait_for_workers
+from tfdist.runtime.strategies import StagedStrategy, is_peer_loss, wait_for_workers
 from tfdist.training.checkpoint.snapshot import Snapshot
 from tfdist.training.privacy.accountant import Spent
 
@@ -32,16 +33,18 @@ class RunState:
         cluster: Of the run.
         seed: Of the order of the data.
         heartbeat: Is told of each step.
+        pipeline: How models are divided under `pipeline`.
         members: Of the run's cluster, where that may change in mid-training.
         carried: The state that this process has brought along from an earlier cluster.
         spent: What models were trained with privately.
     """
 
-    strategy: tf.distribute.Strategy
+    strategy: tf.distribute.Strategy | StagedStrategy
     strategy_name: str
     cluster: Cluster
     seed: int
     heartbeat: Heartbeat
+    pipeline: PipelineOptions
     members: Membership | None = None
     carried: Snapshot | None = None
     spent: weakref.WeakKeyDictionary[keras.Model, Sequence[Spent]] = dataclasses.field(
@@ -52,8 +55,8 @@ class RunState:
         self.loops = Loops(
             strategy=self.strategy,
             strategy_name=self.strategy_name,
-            num_workers=self.cluster.num_workers,
-            is_chief=self.cluster.is_chief,
+            cluster=self.cluster,
+            pipeline=self.pipeline,
             heartbeat=self.heartbeat,
         )
 

@@ -17,7 +17,9 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ROLES = ("chief", "worker", "ps")
 EVALUATOR = "evaluator"
 
-STRATEGIES = ("one_device", "mirrored", "multiworker", "ps")
+STRATEGIES = ("one_device", "mirrored", "multiworker", "ps", "pipeline")
+# Those whose processes need a cluster.
+CLUSTER_STRATEGIES = ("multiworker", "ps", "pipeline")
 STRATEGY_ALIASES = {
     "onedevice": "one_device",
     "single": "one_device",

@@ -127,6 +127,7 @@ def _carry_out_in(
         cluster=cluster,
         gpu_memory_gb=config.gpu_memory_gb,
         deterministic=config.deterministic,
+        pipeline=config.pipeline_options,
     )
     if members is not None:
         run.join(members, carried)
@@ -198,7 +199,8 @@ class _RecipeRun:
         with warnings.catch_warnings():
             # Its slots lie in other shards, as the tables may; nothing is trained here.
             warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
-            model.load_weights(self._run_dir.model_file)
+            with keras_internals.loading_present():
+                model.load_weights(self._run_dir.model_file)
 
     def _train(self, model: keras.Model, source: Source, test: Any) -> dict[str, Any]:
         run, config, run_dir = self._run, self._config, self._run_dir

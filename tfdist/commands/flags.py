@@ -15,13 +15,14 @@ from tfdist.cluster.spec import Cluster, canonical_strategy, find_nearest
 from tfdist.config.config_file import render_flags, take_config
 from tfdist.config.job_options import TRAIN_DEFAULTS, JobOptions
 from tfdist.config.parser import canonical_flag
+from tfdist.config.pipeline_options import PipelineOptions
 from tfdist.config.ps_options import PsOptions
 from tfdist.config.run_config import EVALUATORS, RunConfig, default_num_tasks, default_run_dir
 from tfdist.config.run_dir import RunDir
 from tfdist.config.settings import Setting, settings_of, types_of
 from tfdist.config.sync_options import SyncOptions
 from tfdist.errors import ConfigError
-from tfdist.launcher.hosts import read_hosts
+from tfdist.launcher.hosts import Host, read_hosts
 from tfdist.launcher.job import RESTART_VARIABLE, parse_num_workers
 from tfdist.optimizers import LR_SCALINGS, OPTIMIZERS, SCHEDULES
 from tfdist.recipe import Recipe, resolve_recipe_name
@@ -35,7 +36,10 @@ _ALIASES = {
 # Stands for a recipe's own batch size where the recipe is not loaded: larger than any number of replicas.
 _UNKNOWN_BATCH_SIZE = 2**31
 # What another strategy than the earlier run's cannot take over.
-_SIZES = ("num_workers", "num_ps", "num_replicas", *settings_of(PsOptions), *settings_of(SyncOptions))
+_SIZES = (
+    *("num_workers", "num_ps", "num_replicas"),
+    *(name for options in (PsOptions, SyncOptions, PipelineOptions) for name in settings_of(options)),
+)
 # Where the command line says nothing, these are found out: from the environment, the recipe, an earlier run.
 _DEFAULTS: dict[str, Any] = {"recipe": "digits_cnn", "strategy": None, "num_ps": None}
 # What may be said to a task that evaluates beside the training.
@@ -230,10 +234,7 @@ def resolve_run(
     num_ps = read_num_ps(environ, strategy) or num_ps
     fields = {"num_workers": num_workers, "num_ps": num_ps, "recipe": values.recipe} | earlier
     fields |= {name: value for name, value in given.items() if name in RunConfig.field_names()}
-    if hosts:
-        fields["num_workers"] = sum(host.num_slots for host in hosts)
-    if values.num_workers is not None:
-        fields["num_workers"] = parse_num_workers(values.num_workers)[1]
+    fields |= _count_workers(values, hosts, fields, strategy)
     fields |= {"mode": values.mode, "resume": resume, "strategy": strategy}
     if "set" in given:
         fields["overrides"] = tuple(values.set)
@@ -242,6 +243,22 @@ def resolve_run(
     fields["recipe"] = resolve_recipe_name(fields["recipe"])
     run_dir = run_dir or default_run_dir(fields["recipe"], strategy, datetime.datetime.now())
     return fields | {"run_dir": str(Path(run_dir))}
+
+
+def _count_workers(
+    values: flags.FlagValues, hosts: Sequence[Host], fields: Mapping[str, Any], strategy: str
+) -> dict[str, Any]:
+    """Returns how many workers a command line means, where it says so in whatever words."""
+    if values.num_workers is not None:
+        num_workers = parse_num_workers(values.num_workers)[1]
+    elif hosts:
+        num_workers = sum(host.num_slots for host in hosts)
+    elif strategy == "pipeline" and fields.get("num_stages"):
+        return {"num_workers": fields["num_stages"]}
+    else:
+        return {}
+    # An earlier run's stages were as many as its workers.
+    return {"num_workers": num_workers, "num_stages": values.num_stages}
 
 
 def build_config(fields: Mapping[str, Any], recipe: Recipe | None) -> RunConfig:

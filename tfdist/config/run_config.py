@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from tfdist.cluster.spec import STRATEGIES, find_nearest, split_address
+from tfdist.config.pipeline_options import PipelineOptions
 from tfdist.config.privacy_options import PrivacyOptions
 from tfdist.config.ps_options import PsOptions
 from tfdist.config.settings import check_settings, setting, settings_of
@@ -65,10 +66,11 @@ def check_deterministic(strategy: str, deterministic: bool) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig(SyncOptions, PsOptions, PrivacyOptions):
+class RunConfig(SyncOptions, PsOptions, PrivacyOptions, PipelineOptions):
     """Everything that decides what a run computes and where it leaves it, by the names of the flags.
 
-    Each field tells of itself; those of `SyncOptions`, `PsOptions` and `PrivacyOptions` belong to it too. Names of
+    Each field tells of itself; those of `SyncOptions`, `PsOptions`, `PrivacyOptions` and
+    `PipelineOptions` belong to it too. Names of
     recipes, optimizers and schedules are checked by those who know them.
 
     Raises:
@@ -80,7 +82,9 @@ class RunConfig(SyncOptions, PsOptions, PrivacyOptions):
     epochs: int = setting(least=1, help="Passes over the training data; the total, resumed ones included.")
     run_dir: str = setting(help="Folder of the run. Default: runs/RECIPE-STRATEGY-TIME.")
     strategy: str = setting(
-        "one_device", choices=STRATEGIES, help="one_device, mirrored, multiworker or ps (or an alias)."
+        "one_device",
+        choices=STRATEGIES,
+        help="one_device, mirrored, multiworker, ps or pipeline (or an alias).",
     )
     mode: str = setting("train", choices=MODES, help="What to do with the run in run_dir.")
     num_workers: int = setting(
@@ -175,6 +179,7 @@ class RunConfig(SyncOptions, PsOptions, PrivacyOptions):
         self.check_sync()
         self.check_ps()
         self.check_privacy()
+        self.check_pipeline()
         if self.mode == "train":
             self.privacy_options.check_run(
                 self.strategy, sync=self.sync_options, on_nan=self.on_nan, jit_compile=self.jit_compile
@@ -185,6 +190,7 @@ class RunConfig(SyncOptions, PsOptions, PrivacyOptions):
         self._check_text()
         self._check_optimizer()
         self.check_strategy(self.strategy)
+        self.pipeline_options.check_strategy(self.strategy)
         if self.sync_options != SyncOptions() and self.strategy != "multiworker":
             raise ConfigError(
                 f"{self._first_sync_setting()} with strategy={self.strategy!r}: only 'multiworker' has it; leave it "
@@ -210,6 +216,11 @@ class RunConfig(SyncOptions, PsOptions, PrivacyOptions):
     def privacy_options(self) -> PrivacyOptions:
         """What private training is to be, checked."""
         return PrivacyOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(PrivacyOptions)})
+
+    @property
+    def pipeline_options(self) -> PipelineOptions:
+        """How a model is divided into stages, checked."""
+        return PipelineOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(PipelineOptions)})
 
     def _first_sync_setting(self) -> str:
         default = SyncOptions()
@@ -286,12 +297,22 @@ class RunConfig(SyncOptions, PsOptions, PrivacyOptions):
                 f"num_workers={self.num_workers} with strategy={self.strategy!r}: that is one process; leave it out, "
                 "or choose 'multiworker' or 'ps'."
             )
+        if self.num_stages not in (None, self.num_workers):
+            raise ConfigError(
+                f"num_stages={self.num_stages} with num_workers={self.num_workers}: each stage is a worker; leave "
+                "num_workers out."
+            )
+        if self.strategy == "pipeline" and self.global_batch_size < self.num_micro_batches:
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size} with num_micro_batches={self.num_micro_batches}: every "
+                "micro-batch needs an example; give fewer."
+            )
         if self.num_replicas not in (None, 1) and self.strategy == "one_device":
             raise ConfigError(
                 f"num_replicas={self.num_replicas} with strategy='one_device': choose 'mirrored' for several."
             )
-        # An asynchronous ps worker takes a whole global batch.
-        takes_whole = self.strategy == "ps" and self.ps_mode == "async"
+        # A stage, and an asynchronous ps worker, takes a whole global batch.
+        takes_whole = self.strategy == "pipeline" or (self.strategy == "ps" and self.ps_mode == "async")
         num_parts = 1 if takes_whole else self.num_workers * (self.num_replicas or 1)
         if self.global_batch_size < num_parts:
             raise ConfigError(
@@ -384,7 +405,7 @@ def default_num_tasks(strategy: str) -> tuple[int, int]:
     Returns:
         The number of workers and the number of ps.
     """
-    return {"multiworker": (2, 0), "ps": (2, 1)}.get(strategy, (1, 0))
+    return {"multiworker": (2, 0), "ps": (2, 1), "pipeline": (2, 0)}.get(strategy, (1, 0))
 
 
 def default_run_dir(recipe: str, strategy: str, now: datetime) -> str:

@@ -252,7 +252,7 @@ def render_shared_env(job: Job, *, cores: int | None, cores_per_task: int | None
     if job.run_dir is not None:
         added["TFDIST_RUN_DIR"] = job.run_dir
     defaults = {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONUNBUFFERED": "1"} | ONEDNN
-    if job.strategy == "multiworker":
+    if job.strategy in ("multiworker", "pipeline"):
         defaults |= _ALLOCATOR
     if job.env.get("http_proxy") or job.env.get("https_proxy") or job.env.get("grpc_proxy"):
         # gRPC would ask the proxy for 127.0.0.1. This variable is gRPC's own, so nothing else changes.

@@ -202,8 +202,8 @@ class Probe:
         loops = Loops(
             strategy=run.strategy,
             strategy_name=run.strategy_name,
-            num_workers=run.cluster.num_workers,
-            is_chief=run.is_chief,
+            cluster=run.cluster,
+            pipeline=config.pipeline_options,
             heartbeat=Heartbeat.from_environment(os.environ),
         )
         self._loop = loops.find(self._model, source)

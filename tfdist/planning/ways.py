@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tfdist.cluster.spec import find_nearest
+from tfdist.cluster.spec import CLUSTER_STRATEGIES, find_nearest
 from tfdist.config.privacy_options import PrivacyOptions
 from tfdist.config.ps_options import PsOptions
 from tfdist.config.settings import settings_of
@@ -33,7 +33,7 @@ class Kind:
     @property
     def has_workers(self) -> bool:
         """Whether several processes make up its cluster."""
-        return self.strategy in ("multiworker", "ps")
+        return self.strategy in CLUSTER_STRATEGIES
 
     @property
     def period(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from typing import Any
 
 import tensorflow as tf
 
@@ -13,9 +14,31 @@ from tfdist.errors import ConfigError
 from tfdist.runtime.devices import has_own_gpus
 
 
+class StagedStrategy:
+    """What stands for a `tf.distribute.Strategy` where a model's layers lie in different processes.
+
+    Variables that are made in its scope have no memory until a stage wants them.
+
+    Args:
+        workers: The cluster's, by which processes tell each other of losses and states.
+
+    Attributes:
+        num_replicas_in_sync: Of the whole model.
+    """
+
+    num_replicas_in_sync = 1
+
+    def __init__(self, workers: tf.distribute.MultiWorkerMirroredStrategy) -> None:
+        self.workers = workers
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Models are built and compiled inside."""
+        return keras_internals.deferring_variables()
+
+
 def build_strategy(
     *, strategy: str, cluster: Cluster | None, num_replicas: int | None
-) -> tf.distribute.Strategy:
+) -> tf.distribute.Strategy | StagedStrategy:
     """Builds the strategy; under `multiworker` this waits for every peer.
 
     Args:
@@ -39,6 +62,8 @@ def build_strategy(
     resolver = _build_resolver(cluster)
     if strategy == "multiworker":
         return _build_multiworker(resolver)
+    if strategy == "pipeline":
+        return StagedStrategy(_build_multiworker(resolver))
     logging.getLogger("tensorflow").addFilter(_is_not_advice_on_datasets)
     ps_strategy = tf.distribute.ParameterServerStrategy(resolver)
     keras_internals.place_by_bytes(ps_strategy)
@@ -64,12 +89,13 @@ def is_peer_loss(error: tf.errors.OpError) -> bool:
     return isinstance(error, (tf.errors.UnavailableError, tf.errors.AbortedError))
 
 
-def wait_for_workers(strategy: tf.distribute.Strategy) -> None:
+def wait_for_workers(strategy: tf.distribute.Strategy | StagedStrategy) -> None:
     """Returns once every worker of a sync cluster has called it, or one is gone; elsewhere at once.
 
     A worker that has the result of a collective may still hold what another needs for the same one: where it left now,
     the other's would fail, in 3 of 100 runs on a busy machine.
     """
+    strategy = strategy.workers if isinstance(strategy, StagedStrategy) else strategy
     is_alone = not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
     if is_alone or strategy.num_replicas_in_sync == len(strategy.extended.worker_devices):
         return

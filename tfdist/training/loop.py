@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import keras
 
+from tfdist import keras_internals
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.data import BatchedSource, ShardedSource, Source, num_steps
 from tfdist.errors import ConfigError
@@ -146,7 +147,10 @@ class Fit:
                 break
         if self.model.optimizer is not None and options.epochs > options.initial_epoch:
             # Puts the averaged weights in place where the optimizer keeps some (EMA), as Keras does.
-            self.model.optimizer.finalize_variable_values(self.model.trainable_weights)
+            optimizer = self.model.optimizer
+            own = [v for v in self.model.trainable_weights if keras_internals.has_memory(v)]
+            with keras_internals.updating_only(optimizer, own):
+                optimizer.finalize_variable_values(own)
         self.callbacks.on_train_end(logs=logs)
         self.loop.release()
 

@@ -21,6 +21,7 @@ from tfdist.training.checkpoint.callback_state import restore_callbacks, take_ca
 from tfdist.training.checkpoint.input_position import check_order
 from tfdist.training.checkpoint.member import Loop as MemberLoop
 from tfdist.training.checkpoint.member import Member
+from tfdist.training.checkpoint.owners import sharing_state
 from tfdist.training.checkpoint.snapshot import Snapshot, apply_snapshot, read_checkpoint, take_snapshot
 from tfdist.training.checkpoint.store import Checkpoints, CheckpointWriter
 from tfdist.training.checkpoint.vote import Vote
@@ -257,13 +258,14 @@ class Saver:
         metrics = [] if at_epoch_end else self._loop.snapshot_metrics()
         self._vote.note_save()
         must = at_epoch_end or self._vote.is_stopping
-        if self._writer is not None and self._writer.is_busy and not must:
-            self._tell_of_slow_writing(epoch, step)
-        elif self._writer is not None:
-            # At an epoch's end too where the next one goes on with the same pass.
-            is_inside = not at_epoch_end or self.place.step > 0
-            input_state = self._loop.snapshot_input() if is_inside else b""
-            self._writer.write(self._take(epoch, step, metrics, input_state=input_state))
+        with sharing_state(self._model):
+            if self._writer is not None and self._writer.is_busy and not must:
+                self._tell_of_slow_writing(epoch, step)
+            elif self._writer is not None:
+                # At an epoch's end too where the next one goes on with the same pass.
+                is_inside = not at_epoch_end or self.place.step > 0
+                input_state = self._loop.snapshot_input() if is_inside else b""
+                self._writer.write(self._take(epoch, step, metrics, input_state=input_state))
         if self._vote.is_stopping:
             self._leave(epoch, step)
         if self._vote.is_regrouping:

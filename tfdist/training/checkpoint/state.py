@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import keras
@@ -114,6 +115,14 @@ class StateArray:
                         copy[first : first + count].assign(tf.cast(block[inside], copy.dtype))
             start += len(block)
 
+    def block_shapes(self) -> Iterator[tuple[int, ...]]:
+        """Yields the shapes of `blocks`."""
+        if not self.shape:
+            yield ()
+            return
+        for start, stop in self._runs():
+            yield stop - start, *self.shape[1:]
+
     def _runs(self) -> Iterator[tuple[int, int]]:
         num_rows = self.shape[0]
         size = max(1, BLOCK_BYTES * num_rows // max(1, self.num_bytes))
@@ -136,6 +145,17 @@ def blocks_of_large(variable: Any) -> Iterator[np.ndarray] | None:
     return array.blocks() if is_large else None
 
 
+# By the model: what stands for the variables that this process has no value of.
+_absent_arrays: weakref.WeakKeyDictionary[keras.Model, Callable[[Any], StateArray]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def set_absent_arrays(model: keras.Model, make: Callable[[Any], StateArray]) -> None:
+    """Says what stands for a variable of a model that has no value in this process."""
+    _absent_arrays[model] = make
+
+
 def named_state(model: keras.Model, *, with_optimizers: bool = True) -> dict[str, StateArray]:
     """Returns a built model's weights, optimizer slots, counters and seed generators.
 
@@ -153,7 +173,10 @@ def named_state(model: keras.Model, *, with_optimizers: bool = True) -> dict[str
     found = {}
     for place, (key, variables) in enumerate(groups.items()):
         table = key[0] if isinstance(key, tuple) else None
-        array = StateArray(variables, *((table.rows_of_shards(), table.input_dim) if table else ()))
+        if not keras_internals.has_memory(variables[0]):
+            array = _absent_arrays[model](variables[0])
+        else:
+            array = StateArray(variables, *((table.rows_of_shards(), table.input_dim) if table else ()))
         found[f"{place:05d} {_plain_path(variables[0].path)}"] = array
     return found
 

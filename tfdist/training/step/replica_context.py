@@ -174,14 +174,24 @@ class KerasReplicaContext(tf.distribute.ReplicaContext):
         grow = tf.math.divide_no_nan(1.0, self.share)
         if reduction == "sum":
             return grow
-        if reduction == "mean_with_sample_weight" and sample_weight is not None:
-            local = tf.reduce_sum(tf.cast(sample_weight, tf.float32))
-        elif mask is not None:
-            local = tf.reduce_sum(tf.cast(mask, tf.float32))
-        else:
-            return None
-        if self.is_local:  # Keras's own mean over this replica's valid elements.
+        local = own_divisor(sample_weight, mask, reduction)
+        if local is None or self.is_local:  # Keras's own mean over this replica's valid elements.
             return None
         local *= tf.cast(self.share > 0, local.dtype)  # An example of padding is none.
         (total,) = self.exchange([local])
         return tf.math.divide_no_nan(local, total) * grow
+
+
+def own_divisor(sample_weight: Any, mask: Any, reduction: str | None) -> Any:
+    """Returns by what Keras divides a loss where that is not the number of examples, a float32 scalar; else None.
+
+    Args:
+        sample_weight: As Keras's loss takes it.
+        mask: Of valid elements.
+        reduction: Of the loss.
+    """
+    if reduction == "mean_with_sample_weight" and sample_weight is not None:
+        return tf.reduce_sum(tf.cast(sample_weight, tf.float32))
+    if mask is not None and reduction not in (None, "none", "sum"):
+        return tf.reduce_sum(tf.cast(mask, tf.float32))
+    return None

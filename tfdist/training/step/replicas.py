@@ -11,6 +11,9 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 
+# Messages of 2 GiB are more than gRPC takes.
+_MESSAGE_BYTES = 1 << 27
+
 
 class Replicas:
     """Compiles what runs on every replica, and hands out what this process's have.
@@ -99,3 +102,21 @@ class Replicas:
             signature = [tf.TensorSpec([None], dtype)]  # one trace for every length
             self._sums[dtype] = self.compile(total, input_signature=signature)
         return self.first_local(self._sums[dtype](tf.convert_to_tensor(values))).numpy()
+
+    def broadcast(self, content: bytes, *, is_source: bool) -> bytes:
+        """Returns one process's bytes on every process; every one must call it.
+
+        Args:
+            content: Of the source; others' do not matter.
+            is_source: Whether this process is the one.
+        """
+        if not is_source:
+            content = b""
+        size = int(self.sum_first(np.array([len(content)], np.int64))[0])
+        blocks = []
+        for start in range(0, size, _MESSAGE_BYTES):
+            words = np.zeros(-(-min(size - start, _MESSAGE_BYTES) // 4), np.int32)
+            own = content[start : start + _MESSAGE_BYTES]
+            words.view(np.uint8)[: len(own)] = np.frombuffer(own, np.uint8)
+            blocks.append(self.sum_first(words).view(np.uint8)[: size - start].tobytes())
+        return b"".join(blocks)

@@ -38,9 +38,6 @@ from tfdist.training.step.replica import ReplicaStep
 from tfdist.training.step.single_device import SingleDeviceStep
 from tfdist.training.sync.synchronizer import GradientSynchronizer
 
-# Messages of 2 GiB are more than gRPC takes.
-_MESSAGE_BYTES = 1 << 27
-
 
 class SyncLoop:
     """Runs epochs, evaluation and prediction of a built model in lock step over all replicas."""
@@ -264,16 +261,8 @@ class SyncLoop:
         """Returns the bytes of the process with that number on every process."""
         if isinstance(self._step, SingleDeviceStep) or self.num_replicas == len(self.replica_ids):
             return content
-        if self.replica_ids[0] // len(self.replica_ids) != source:
-            content = b""
-        size = int(self._step.replicas.sum_first(np.array([len(content)], np.int64))[0])
-        blocks = []
-        for start in range(0, size, _MESSAGE_BYTES):
-            words = np.zeros(-(-min(size - start, _MESSAGE_BYTES) // 4), np.int32)
-            own = content[start : start + _MESSAGE_BYTES]
-            words.view(np.uint8)[: len(own)] = np.frombuffer(own, np.uint8)
-            blocks.append(self._step.replicas.sum_first(words).view(np.uint8)[: size - start].tobytes())
-        return b"".join(blocks)
+        is_source = self.replica_ids[0] // len(self.replica_ids) == source
+        return self._step.replicas.broadcast(content, is_source=is_source)
 
     @property
     def metric_origins(self) -> list[np.ndarray]:

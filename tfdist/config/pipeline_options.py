@@ -1,0 +1,90 @@
+"""How a model is divided into stages, and a batch into micro-batches."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tfdist.config.settings import check_settings, setting
+from tfdist.errors import ConfigError
+
+PIPELINE_SCHEDULES = ("1f1b", "gpipe")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineOptions:
+    """What the stages of a `pipeline` are.
+
+    Args:
+        num_stages: Into so many the model's layers are divided, each in a process of its own; None: as many as there
+            are workers.
+        num_micro_batches: Into so many a batch is divided, which go through the stages one after the other. The more
+            there are, the less a stage waits: `(num_stages - 1) / (num_micro_batches + num_stages - 1)` of the time.
+        pipeline_schedule: "1f1b" (PipeDream-flush, Narayanan et al. 2021) lets a stage hold as many micro-batches as
+            there are stages; "gpipe" (Huang et al. 2019) all of them.
+        cut: Names of the layers that the second stage, the third and so on begin with, with commas between them; None:
+            where the stages are about equally much work, by counted operations.
+        stage_memory_gb: The most that a stage may need for weights, gradients, slots and activations (10**9 bytes).
+
+    Raises:
+        ConfigError: If a value breaks its rule, or does not go with another.
+
+    Examples:
+        >>> import tfdist
+        >>> tfdist.PipelineOptions(num_stages=2).num_micro_batches
+        8
+    """
+
+    num_stages: int | None = setting(
+        None, least=1, help="Stages of pipeline, each in a process of its own. Default: one for each worker."
+    )
+    num_micro_batches: int = setting(
+        8, least=1, help="Parts of a batch that go through the stages one after the other."
+    )
+    pipeline_schedule: str = setting(
+        "1f1b", choices=PIPELINE_SCHEDULES, help="Order of a stage's forward and backward passes."
+    )
+    cut: str | None = setting(
+        None, help="Layers that the stages after the first begin with. Default: equal shares of the work."
+    )
+    stage_memory_gb: float | None = setting(
+        None, above=0, help="Memory that a stage may need (10**9 bytes). Default: any."
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        self.check_pipeline()
+
+    def check_pipeline(self) -> None:
+        """Holds values to each other.
+
+        Raises:
+            ConfigError: If one does not go with another.
+        """
+        if self.cut is None or self.num_stages is None:
+            return
+        if len(self.cut_layers) != self.num_stages - 1:
+            raise ConfigError(
+                f"cut={self.cut!r} with num_stages={self.num_stages}: name {self.num_stages - 1} layers, or leave one "
+                "of the two out."
+            )
+
+    @property
+    def cut_layers(self) -> list[str]:
+        """The layers' names."""
+        return [name.strip() for name in (self.cut or "").split(",") if name.strip()]
+
+    def check_strategy(self, strategy: str) -> None:
+        """Checks that whoever asked for something has a strategy that can honour it.
+
+        Args:
+            strategy: Canonical name.
+
+        Raises:
+            ConfigError: If it cannot.
+        """
+        asked = [f.name for f in dataclasses.fields(PipelineOptions) if getattr(self, f.name) != f.default]
+        if strategy != "pipeline" and asked:
+            raise ConfigError(
+                f"{asked[0]}={getattr(self, asked[0])!r} with strategy={strategy!r}: only 'pipeline' has it; leave it "
+                "out, or choose strategy='pipeline'."
+            )

@@ -10,12 +10,13 @@ import numpy as np
 
 
 def start(strategy: str, parts: str | None) -> Any:
-    """Joins the cluster of a world: `parts` are the replicas of `mirrored`, or the micro-batches of `pipeline`."""
+    """Joins the cluster of a world: `parts` are replicas of `mirrored`, or `pipeline`'s stages x micro-batches."""
     # Here: plain Keras does without.
     import tfdist
 
     if strategy == "pipeline":
-        options = tfdist.PipelineOptions(num_micro_batches=int(parts or 8))
+        num_stages, num_micro_batches = map(int, str(parts).split("x"))
+        options = tfdist.PipelineOptions(num_stages=num_stages, num_micro_batches=num_micro_batches)
         return tfdist.initialize(strategy=strategy, seed=1, pipeline=options)
     return tfdist.initialize(strategy=strategy, num_replicas=parts and int(parts), seed=1)
 

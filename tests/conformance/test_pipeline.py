@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from worlds import marked, results_of, run_world
 
-BACKENDS = ["pipeline-2-1", "pipeline-2-8", "pipeline-3-2"]
+# Stages, micro-batches, and copies of the model.
+BACKENDS = ["pipeline-2-1", "pipeline-2-8", "pipeline-3-2", "pipeline-2-2-2"]
 # Refused: steps of their own, a loss scale.
 NEVER = {(case, world) for case in ("own_step", "two_players", "loss_scale") for world in BACKENDS}
 # Micro-batches draw their own masks and see their own statistics by design.
@@ -17,6 +18,7 @@ DEFAULT = {
     "pipeline-2-1": ("dropout", "batch_norm"),
     "pipeline-2-8": [case for case in cases.CASES if case not in ("accumulate", "validation_split")],
     "pipeline-3-2": CUT_THRICE,
+    "pipeline-2-2-2": ("weights", "embedding", "two_outputs", "tied"),
 }
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
@@ -40,12 +42,16 @@ def test_case_equals_keras(results, world, case):
         np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=2e-5, err_msg=name)
 
 
-def test_micro_batches_draw_what_replicas_draw(tmp_path, monkeypatch):
+def test_micro_batches_and_copies_draw_what_replicas_draw(tmp_path, monkeypatch):
+    worlds = ("pipeline-2-2", "pipeline-2-1-2")
     monkeypatch.setenv("TFDIST_TEST_CASES", "dropout")
     found = {}
-    for world in ("mirrored-2", "pipeline-2-2"):
+    for world in ("mirrored-2", *worlds):
         run_world(cases.__file__, tmp_path / f"{world}.npz", world)
         with np.load(tmp_path / f"{world}.npz") as stored:
             found[world] = dict(stored)
-    for name, value in found["mirrored-2"].items():
-        np.testing.assert_allclose(found["pipeline-2-2"][name], value, rtol=2e-5, atol=2e-5, err_msg=name)
+    for world in worlds:
+        for name, value in found["mirrored-2"].items():
+            np.testing.assert_allclose(
+                found[world][name], value, rtol=2e-5, atol=2e-5, err_msg=f"{world} {name}"
+            )

@@ -16,9 +16,9 @@ def run_world(program, out, world):
         program: The file.
         out: Its first argument.
         world: `keras`, `one_device`, `mirrored-N`, `multiworker-N`, `ps-N`, `ps-N-P` with P ps tasks, or `pipeline-N-M`
-            with M micro-batches.
+            with N stages and M micro-batches, or `pipeline-N-M-C` with C copies of the model.
     """
-    strategy, number, rest = [*world.split("-"), "", ""][:3]
+    strategy, number, rest, copies = [*world.split("-"), "", "", ""][:4]
     launch, replicas = [], []
     if strategy in ("multiworker", "ps", "pipeline"):
         launch = ["-m", "tfdist.launch", "--preload", f"--strategy={strategy}", f"--num_workers={number}"]
@@ -26,8 +26,9 @@ def run_world(program, out, world):
         launch.append(f"--num_ps={rest or 1}")
     if strategy == "mirrored":
         replicas = [number]
-    if strategy == "pipeline" and rest:
-        replicas = [rest]
+    if strategy == "pipeline":
+        launch[-1] = f"--num_workers={int(number) * int(copies or 1)}"
+        replicas = [f"{number}x{rest}"]
     done = programs.run([*launch, program, out, strategy, *replicas], timeout=600)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-6000:]}"
 

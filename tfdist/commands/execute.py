@@ -273,7 +273,7 @@ class _RecipeRun:
                 MetricsFile(run_dir=run_dir),
                 TensorBoardScalars(run_dir=run_dir),
                 *_profile(run_dir, config),
-                *_keep_best(run_dir, config),
+                *_keep_best(run_dir, config, run),
             ],
             verbose=config.verbose,
             checkpoints=checkpoints,
@@ -391,10 +391,10 @@ def _profile(run_dir: RunDir, config: RunConfig) -> list[ProfileSteps]:
     return [ProfileSteps(log_dir=run_dir.tensorboard_dir, first=first, last=last)]
 
 
-def _keep_best(run_dir: RunDir, config: RunConfig) -> list[KeepBest]:
+def _keep_best(run_dir: RunDir, config: RunConfig, run: Run) -> list[KeepBest]:
     if config.keep_best is None or config.evaluator != "off":
         return []
-    return [KeepBest(run_dir=run_dir, metric=config.keep_best)]
+    return [KeepBest(run_dir=run_dir, metric=config.keep_best, is_chief=run.is_chief)]
 
 
 def _input_spec(batch: tf.Tensor) -> keras.InputSpec:

@@ -11,26 +11,26 @@ import keras
 from tfdist import keras_internals
 from tfdist.config.run_dir import RunDir, write_atomically
 from tfdist.errors import ConfigError
-from tfdist.training.checkpoint.state import blocks_of_large
+from tfdist.training.checkpoint.owners import blocks_to_save, sharing_state
 
 
 class KeepBest(keras.callbacks.Callback):
-    """Writes `best.keras` and `best.json` when a number is better than it ever was in the run.
+    """Writes `best.keras` and `best.json` when a number is better than it ever was in the run; every process has it.
 
     Which way is better Keras's `ModelCheckpoint` says, by the metric, unless it is said.
 
     Args:
         run_dir: Whose files.
         metric: Of the logs, such as `val_accuracy`; `max:val_f1` or `min:val_error` for one that Keras does not know.
+        is_chief: Whether this process writes; others hand over what only they hold.
 
     Raises:
         ConfigError: When logs of validation come that have no such number, or nobody knows what is better.
     """
 
-    writes = True
-
-    def __init__(self, *, run_dir: RunDir, metric: str) -> None:
+    def __init__(self, *, run_dir: RunDir, metric: str, is_chief: bool = True) -> None:
         super().__init__()
+        self._is_chief = is_chief
         self._run_dir = run_dir
         mode, colon, name = metric.partition(":")
         self._mode, self._metric = (mode, name) if colon else ("auto", metric)
@@ -49,6 +49,11 @@ class KeepBest(keras.callbacks.Callback):
             raise ConfigError(
                 f"keep_best={self._metric!r}: there is no such number; choose one of {', '.join(sorted(logs))}."
             )
+        with sharing_state(self.model):
+            if self._is_chief:
+                self._keep(epoch, logs)
+
+    def _keep(self, epoch: int, logs: Mapping[str, Any]) -> None:
         if self._checkpoint is None:
             before = read_best(self._run_dir)
             threshold = before["value"] if before.get("metric") == self._metric else None
@@ -61,7 +66,7 @@ class KeepBest(keras.callbacks.Callback):
             )
             self._checkpoint.set_model(self.model)
         try:
-            with keras_internals.saving_in_blocks(blocks_of_large):
+            with keras_internals.saving_in_blocks(blocks_to_save(self.model)):
                 self._checkpoint.on_epoch_end(epoch, dict(logs))
             if self._temporary.exists():
                 os.replace(self._temporary, self._run_dir.best_model_file)

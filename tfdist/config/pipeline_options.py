@@ -16,11 +16,14 @@ class PipelineOptions:
 
     Args:
         num_stages: Into so many the model's layers are divided, each in a process of its own; None: as many as there
-            are workers.
-        num_micro_batches: Into so many a batch is divided, which go through the stages one after the other. The more
-            there are, the less a stage waits: `(num_stages - 1) / (num_micro_batches + num_stages - 1)` of the time.
+            are workers. Where there are several times as many, copies of the model share each batch.
+        num_micro_batches: Into so many each copy's part of a batch is divided, which go through the stages one after
+            the other. The more there are, the less a stage waits:
+            `(num_stages - 1) / (num_micro_batches + num_stages - 1)` of the time.
         pipeline_schedule: "1f1b" (PipeDream-flush, Narayanan et al. 2021) lets a stage hold as many micro-batches as
             there are stages; "gpipe" (Huang et al. 2019) all of them.
+        recompute: A stage keeps only what comes in of a micro-batch, and makes the rest again for its backward pass: a
+            third more work, for less memory.
         cut: Names of the layers that the second stage, the third and so on begin with, with commas between them; None:
             where the stages are about equally much work, by counted operations.
         stage_memory_gb: The most that a stage may need for weights, gradients, slots and activations (10**9 bytes).
@@ -42,6 +45,9 @@ class PipelineOptions:
     )
     pipeline_schedule: str = setting(
         "1f1b", choices=PIPELINE_SCHEDULES, help="Order of a stage's forward and backward passes."
+    )
+    recompute: bool = setting(
+        False, help="Stages of pipeline keep what comes in, and compute the rest again in the backward pass."
     )
     cut: str | None = setting(
         None, help="Layers that the stages after the first begin with. Default: equal shares of the work."

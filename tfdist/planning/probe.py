@@ -97,6 +97,8 @@ class Trial:
         self._loss_limit = loss_limit
         self._per_pass = plan_steps(source, batch_size, None) or _MOST_STEPS
         self._num_laps = 0
+        # Of the run with the most steps, since what was sent is rounded: these steps and that.
+        self._sent = (0, 0.0)
 
     def time(self) -> Timing:
         """Times steps, the first ones and what is compiled left out."""
@@ -108,7 +110,7 @@ class Trial:
             secs=secs,
             samples=samples,
             input_share=loop.input_wait.share,
-            sent_mb=loop.measures().get("exchange_mb", 0.0) / self._num_last,
+            sent_mb=self._sent[1] / self._sent[0],
             memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
         )
 
@@ -174,7 +176,7 @@ class Trial:
         moments = [time.perf_counter() for _ in self._loop.train_epoch(self._source, plan)]
         if not moments:
             raise ConfigError("the recipe's training data hold no examples.")
-        self._num_last = len(moments)
+        self._sent = max(self._sent, (len(moments), self._loop.measures().get("exchange_mb", 0.0)))
         return moments
 
 

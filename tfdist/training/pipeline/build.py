@@ -115,7 +115,7 @@ def divide(
 
 
 def build_stage(
-    model: keras.Model, batch: Any, division: Division, index: int
+    model: keras.Model, batch: Any, division: Division, index: int, *, recompute: bool = False
 ) -> tuple[Stage, dict[int, int]]:
     """Gives this stage's weights, and all that the optimizer keeps for them, their first values.
 
@@ -124,11 +124,12 @@ def build_stage(
         batch: A small batch of the data.
         division: Of the model.
         index: Of this stage.
+        recompute: As for `Stage`.
 
     Returns:
         The stage, and for each variable that not every stage has, by its id, the first stage that has it.
     """
-    stage = Stage(model, division.graph, division.plans, index)
+    stage = Stage(model, division.graph, division.plans, index, recompute=recompute)
     with keras_internals.deferring_variables() as slots:
         keras_internals.build_model(model, batch)
     owners = {key: stages[0] for key, stages in division.holders.items() if len(stages) < len(division.plans)}

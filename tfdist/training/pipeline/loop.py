@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -14,21 +13,22 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.cluster.heartbeat import Heartbeat
-from tfdist.cluster.spec import Cluster, split_address
+from tfdist.cluster.spec import Cluster
 from tfdist.config.pipeline_options import PipelineOptions
 from tfdist.data import Segment, Source, local_batches
-from tfdist.runtime.strategies import StagedStrategy, wait_for_workers
+from tfdist.runtime.strategies import StagedStrategy
 from tfdist.training.checkpoint.input_position import InputPosition, KeptIterators
 from tfdist.training.checkpoint.owners import Owners, set_owners
 from tfdist.training.metrics import metric_results
 from tfdist.training.monitoring.input_wait import InputWait
 from tfdist.training.pipeline.build import build_stage, divide
+from tfdist.training.pipeline.grid import Grid
 from tfdist.training.pipeline.links import open_links
+from tfdist.training.pipeline.parted_metrics import PartedMetrics
 from tfdist.training.pipeline.passes import Passes
 from tfdist.training.pipeline.stage import MicroBatch
 from tfdist.training.plan import BatchPlan, FinishedStep
 from tfdist.training.step.finite_check import GRADIENTS, LOSS, SOUND, SPIKE
-from tfdist.training.step.replicas import Replicas
 
 
 class PipelineLoop:
@@ -58,28 +58,28 @@ class PipelineLoop:
         heartbeat: Heartbeat,
         batch: Any,
     ) -> None:
-        tasks = cluster.tasks
-        assert cluster.task is not None
-        self._strategy = strategy
         self._model = model
         self._heartbeat = heartbeat
-        self._replicas = Replicas(strategy.workers)
         self._num_micro_batches = options.num_micro_batches
-        self._num_stages = len(tasks)
-        self._rank = tasks.index(cluster.task)
-        self._division = divide(model, batch, options=options, num_stages=self._num_stages)
-        self._stage, owners = build_stage(model, batch, self._division, self._rank)
+        self._grid = grid = Grid(strategy, cluster, options.num_stages)
+        self._division = divide(model, batch, options=options, num_stages=grid.num_stages)
+        self._stage, owners = build_stage(
+            model, batch, self._division, grid.stage, recompute=options.recompute
+        )
         self._shared = self._division.shared_weights(model)
         variables = keras_internals.all_variables(model, keras_internals.find_optimizers(model))
-        set_owners(model, Owners(variables, owners, rank=self._rank, broadcast=self.broadcast))
+        set_owners(model, Owners(variables, owners, rank=grid.rank, broadcast=grid.broadcast))
         links = open_links(
-            rank=self._rank,
-            num_stages=self._num_stages,
-            peers=[str(task) for task in tasks],
-            hosts=[split_address(cluster.address(task))[0] for task in tasks],
-            broadcast=lambda content, source: self.broadcast(content, source=source),
+            rank=grid.rank,
+            num_stages=grid.num_stages,
+            peers=grid.tasks,
+            hosts=grid.hosts,
+            broadcast=lambda content, source: grid.broadcast(content, source=source),
         )
-        self._passes = Passes(self._stage, (self._rank, self._num_stages), links, options.pipeline_schedule)
+        self._passes = Passes(
+            self._stage, (grid.stage, grid.num_stages), links, options.pipeline_schedule, grid.sum_copies
+        )
+        self._metrics = PartedMetrics(model, batch, grid)
         self.input_wait = InputWait()
         self.epoch_logs: dict[str, Any] = {}
         self._position = InputPosition()
@@ -90,7 +90,7 @@ class PipelineLoop:
     @property
     def num_readers(self) -> int:
         """Processes that read the data: each stage reads all of them."""
-        return self._num_stages
+        return len(self._grid.tasks)
 
     def describe(self) -> str:
         """Returns a line that tells how the model is divided."""
@@ -117,9 +117,8 @@ class PipelineLoop:
     def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
         """Trains over the plan's steps, yielding once a step, with the logs where `plan.wants_logs`."""
         self._model.reset_metrics()
-        if plan.metrics and self._stage.is_last:
-            for variable, value in zip(self._model.metrics_variables, plan.metrics, strict=True):
-                variable.assign(value)
+        if plan.metrics:
+            self._metrics.set_state(plan.metrics)
         self.input_wait.begin_epoch()
         self._passes.waited_secs = 0.0
         begun, step = time.perf_counter(), plan.first_step
@@ -137,28 +136,34 @@ class PipelineLoop:
             if plan.is_stopped():
                 break
         secs = time.perf_counter() - begun
+        self._stage.average_statistics(self._grid)
         self.epoch_logs = self._logs()
-        all_secs, idle_share = self.all_reduce_sum([secs, self._passes.waited_secs / secs])
-        self._idle_share = idle_share / self._num_stages
+        all_secs, idle_share, size = self.all_reduce_sum([secs, self._passes.waited_secs / secs, 1.0])
+        self._idle_share = idle_share / size
         num_steps = step - plan.first_step
-        self.step_secs = all_secs / self._num_stages / num_steps if num_steps else None
+        self.step_secs = all_secs / size / num_steps if num_steps else None
 
     def _train(self, micros: Sequence[MicroBatch], plan: BatchPlan) -> tuple[int, float]:
         """Makes a step; returns what was wrong with it, and its loss where that was asked for."""
         stage = self._stage
+        if plan.loss_limit is not None:
+            stage.remember()
         losses = self._passes.train(micros)
         for weight in self._shared:
-            own = stage.gradient_of(weight)
+            own = stage.gradients.of(weight)
             value = np.zeros(weight.shape, np.float32) if own is None else own.numpy()
-            summed = self._replicas.sum_first(value.reshape(-1)).reshape(weight.shape)
+            summed = self._grid.sum_all(value.reshape(-1)).reshape(weight.shape)
             if own is not None:
                 own.assign(summed)
+        stage.gradients.sum_copies(self._grid)
         clips = getattr(self._model.optimizer, "global_clipnorm", None) is not None
         if plan.loss_limit is None and not clips:
-            stage.update(is_sound=True, norm=0.0)
+            stage.update()
             return SOUND, 0.0
         own_loss = math.fsum(share * float(loss) for share, loss in losses)
-        total, squares, loss = self.all_reduce_sum([*stage.sum_up(), own_loss])
+        # The copies' gradients are the same now.
+        sums = stage.gradients.sum_up() if self._grid.copy == 0 else (0.0, 0.0)
+        total, squares, loss = self.all_reduce_sum([*sums, own_loss])
         fault = SOUND
         if plan.loss_limit is not None:
             if not math.isfinite(loss):
@@ -182,14 +187,16 @@ class PipelineLoop:
         """Returns the outputs as arrays in the data's order, on every process."""
         found: list[Any] = []
         for micros, _ in self._batches("predict", source, plan):
-            found += [keras.tree.map_structure(lambda t: t.numpy(), o) for o in self._passes.predict(micros)]
+            found.append(self._passes.predict(micros))
             self._heartbeat.beat()
-        outputs = keras.tree.map_structure(lambda *parts: np.concatenate(parts), *found) if found else ()
-        return self._stage.pack(self._from_last(outputs))
+        sizes = np.array([len(outputs[0]) if outputs else 0 for outputs in found])
+        own = [np.concatenate(parts) for parts in zip(*filter(None, found), strict=True)]
+        return self._stage.pack(_interleave(self._grid.from_last([sizes, *own])))
 
     def snapshot_metrics(self) -> list[Any]:
         """Returns the metrics' state, which the last stage has; every process must call it."""
-        return self._from_last([variable.numpy() for variable in self._model.metrics_variables])
+        self._stage.average_statistics(self._grid)
+        return self._metrics.state()
 
     def snapshot_sync(self) -> dict[str, np.ndarray]:
         """Returns nothing: a checkpoint holds the model alone."""
@@ -204,15 +211,15 @@ class PipelineLoop:
 
     def broadcast(self, content: bytes, *, source: int = 0) -> bytes:
         """Returns the bytes of the process with that number on every process."""
-        return self._replicas.broadcast(content, is_source=self._rank == source)
+        return self._grid.broadcast(content, source=source)
 
     def all_reduce_sum(self, values: list[float]) -> list[float]:
         """Returns the sums over all processes."""
-        return self._replicas.sum_first(np.array(values, np.float64)).tolist()
+        return self._grid.sum_all(np.array(values, np.float64)).tolist()
 
     def meet(self) -> None:
         """Returns once every process has called it, and needs nothing of the others for what came before."""
-        wait_for_workers(self._strategy)
+        self._grid.meet()
 
     @property
     def metric_origins(self) -> list[np.ndarray]:
@@ -224,18 +231,7 @@ class PipelineLoop:
         raise NotImplementedError
 
     def _logs(self) -> dict[str, Any]:
-        return metric_results(self._model, self.snapshot_metrics())
-
-    def _from_last(self, value: Any) -> Any:
-        """Returns the last stage's nest of arrays on every process."""
-        last = self._num_stages - 1
-        buffer = io.BytesIO()
-        if self._rank == last:
-            flat = keras.tree.flatten(value)
-            np.savez(buffer, *flat)
-        content = self.broadcast(buffer.getvalue(), source=last)
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return [arrays[name] for name in arrays.files]
+        return metric_results(self._model, self._metrics.state())
 
     def _batches(
         self, kind: str, source: Source, plan: BatchPlan
@@ -251,9 +247,19 @@ class PipelineLoop:
                 except (StopIteration, tf.errors.OutOfRangeError):
                     break
                 wait_secs = time.perf_counter() - start
-                yield list(_micro_batches(parts, int(size))), wait_secs
+                yield self._micro_batches(parts, int(size)), wait_secs
                 num_steps += 1
             (self._position if kind == "train" else self._between_tests).keep(segment, iterator)
+
+    def _micro_batches(self, parts: Sequence[Any], size: int) -> list[MicroBatch]:
+        """Returns this copy's, without those that a short batch at the end leaves empty; the first, if all are."""
+        first = self._grid.copy * self._num_micro_batches
+        counts = [int(tf.nest.flatten(part)[0].shape[0]) for part in parts]
+        found = [
+            MicroBatch(first + place, count, count / size, part)
+            for place, (count, part) in enumerate(zip(counts, parts, strict=True))
+        ]
+        return [micro for micro in found if micro.num_examples] or found[:1]
 
     def _open(self, kind: str, segment: Segment, source: Source, plan: BatchPlan) -> Iterator[Any]:
         if kind == "train":
@@ -262,14 +268,15 @@ class PipelineLoop:
 
     def _segments(self, source: Source, plan: BatchPlan) -> Sequence[Segment]:
         # Micro-batches are shared out as replicas' parts are.
+        first, count = self._grid.copy * self._num_micro_batches, self._num_micro_batches
         return local_batches(
             source,
             lap=plan.place.lap,
             seed=plan.seed,
             shuffle=plan.shuffle,
             global_batch_size=plan.global_batch_size,
-            num_replicas=self._num_micro_batches,
-            replica_ids=range(self._num_micro_batches),
+            num_replicas=self._grid.num_copies * count,
+            replica_ids=range(first, first + count),
             first_step=plan.first_in_pass,
             num_steps=plan.end_in_pass,
             drop_remainder=plan.drop_remainder,
@@ -277,8 +284,23 @@ class PipelineLoop:
         )
 
 
-def _micro_batches(parts: Sequence[Any], size: int) -> Iterator[MicroBatch]:
-    for number, part in enumerate(parts):
-        count = int(tf.nest.flatten(part)[0].shape[0])
-        if count:  # a short batch at the end may have too few for all
-            yield MicroBatch(number, count, count / size, part)
+def _interleave(parts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """Returns each output whole: of each batch the copies have parts, in their order.
+
+    Args:
+        parts: Of each copy: of each batch its examples, then its outputs.
+    """
+    ends = [np.cumsum(sizes) for sizes, *_ in parts]
+    # Who has had no example has no outputs either.
+    num_outputs = max(len(outputs) for _, *outputs in parts)
+    return [
+        np.concatenate(
+            [
+                outputs[place][end[batch] - sizes[batch] : end[batch]]
+                for batch in range(len(ends[0]))
+                for (sizes, *outputs), end in zip(parts, ends, strict=True)
+                if sizes[batch]
+            ]
+        )
+        for place in range(num_outputs)
+    ]

@@ -317,23 +317,25 @@ def add_up(sums):
         one.assign(total)
 
 
-@pytest.mark.parametrize(("num_stages", "num_micro_batches"), [(1, 2), (2, 1), (3, 4)])
-def test_stages_give_what_the_whole_model_gives(num_stages, num_micro_batches):
+@pytest.mark.parametrize(
+    ("num_stages", "num_micro_batches", "recompute"),
+    [(1, 2, False), (2, 1, False), (3, 4, False), (3, 4, True)],
+)
+def test_stages_give_what_the_whole_model_gives(num_stages, num_micro_batches, recompute):
     def make():
         keras.utils.set_random_seed(5)
         return compiled(tied(), keras.optimizers.Adam(0.01, global_clipnorm=0.2, epsilon=1e-3))
 
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 11, (3, 10, 4)), rng.integers(0, 11, (3, 10, 4))
+    batch = (tf.constant(x[0, :2]), tf.constant(y[0, :2]))
     whole = make()
     stages = []
     for index in range(num_stages):
         with keras_internals.deferring_variables():
             model = make()
-        division = divide(model, (x[0, :2], y[0, :2]), options=PipelineOptions(), num_stages=num_stages)
-        stages.append(
-            (model, build_stage(model, (tf.constant(x[0, :2]), tf.constant(y[0, :2])), division, index)[0])
-        )
+        division = divide(model, batch, options=PipelineOptions(), num_stages=num_stages)
+        stages.append((model, build_stage(model, batch, division, index, recompute=recompute)[0]))
     shared = division.shared_weights(model)
     assert [v.path.partition("/")[2] for v in shared] == (["embeddings"] if num_stages > 1 else [])
     opened = open_all(num_stages, num_stages)
@@ -351,14 +353,14 @@ def test_stages_give_what_the_whole_model_gives(num_stages, num_micro_batches):
             for k, (low, high) in enumerate(zip(cuts, cuts[1:], strict=False))
         ]
         losses = in_threads(num_stages, lambda rank, micros=micros: passes[rank].train(micros))[-1]
-        add_up([stage.gradient_of(model.trainable_variables[0]) for model, stage in stages])
-        norm = float(np.sqrt(sum(stage.sum_up()[1] for _, stage in stages)))
+        add_up([stage.gradients.of(model.trainable_variables[0]) for model, stage in stages])
+        norm = float(np.sqrt(sum(stage.gradients.sum_up()[1] for _, stage in stages)))
         for _, stage in stages:
-            stage.update(is_sound=True, norm=norm)
+            stage.update(norm=norm)
         mean = sum(share * float(loss) for share, loss in losses)
         assert mean == pytest.approx(float(wanted[0]) if step == 0 else mean, rel=1e-5)
     for model, stage in stages:
-        assert (len(stage.weights) < len(model.weights)) == (num_stages > 1)
+        assert (len(stage.layers.weights) < len(model.weights)) == (num_stages > 1)
         for own, other in zip(model.trainable_variables, whole.trainable_variables, strict=True):
             if keras_internals.has_memory(own):
                 np.testing.assert_allclose(own.numpy(), other.numpy(), rtol=1e-5, atol=2e-6)

@@ -5,14 +5,19 @@ import numpy as np
 import pytest
 from worlds import results_of
 
-# One device is the cheapest, and what it finds all worlds have; two processes share the step of two replicas.
+# One device is the cheapest, and what it finds all worlds have; two processes share the step of two replicas. With one
+# micro-batch stages see the statistics of a whole batch.
 BACKENDS = ["one_device", "mirrored-2", "one_device", "ps-1", "one_device", "mirrored-2"]
-BACKENDS += ["one_device", "ps-1", "one_device", "multiworker-2"]
+BACKENDS += ["one_device", "ps-1", "pipeline-2-1", "multiworker-2"]
 NUM_DEFAULT, NUM_ALL = 200, 2000
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(1500)]
 # What a strategy cannot do, and a part that a program must have to be refused for it.
 REFUSED = {
     "ps-1": {"is no sum over examples": "largest"},
+    "pipeline-2-1": {
+        "has a train_step or compute_loss of its own": "own_step",
+        "which has a train_step or compute_loss of its own": "x_alone",
+    },
 }
 
 

@@ -131,9 +131,7 @@ def check_callbacks(callbacks: Any, strategy: str) -> None:
     everyone, _ = split_callbacks(callbacks, is_chief=True)
     if strategy == "pipeline":
         for callback in everyone:
-            if isinstance(callback, keras.callbacks.ModelCheckpoint) or getattr(
-                callback, "restore_best_weights", False
-            ):
+            if isinstance(callback, (keras.callbacks.ModelCheckpoint, keras.callbacks.BackupAndRestore)):
                 raise ConfigError(
                     f"{type(callback).__name__} asks the model for all of its weights, and each stage has its own: "
                     "pass checkpoints=tfdist.Checkpoints(directory=…) to fit, and call run.save."

@@ -27,6 +27,7 @@ from tfdist.training.loop import Fit, FitOptions, Loop, plan_steps
 from tfdist.training.monitoring.callbacks import split_callbacks
 from tfdist.training.on_nan import OnNan
 from tfdist.training.pipeline.loop import PipelineLoop
+from tfdist.training.pipeline.whole_weights import WholeWeights
 from tfdist.training.ps.loop import CoordinatorLoop
 from tfdist.training.sync.loop import SyncLoop
 
@@ -263,6 +264,10 @@ class Fitting:
         callbacks = keras.callbacks.CallbackList(
             [*own, *self._progress(own)], add_history=True, model=self._given.model
         )
+        if self._state.strategy_name == "pipeline":
+            for callback in own:
+                if isinstance(callback, keras.callbacks.EarlyStopping):
+                    callback.set_model(WholeWeights(self._given.model, is_chief=self._state.cluster.is_chief))
         callbacks.set_params(
             {  # Keras's, and ours
                 "epochs": options.epochs,

@@ -25,6 +25,7 @@ class Owners:
         ranks: Of those that not every process has, by their ids: whose value is read.
         rank: This process's; 0 is the chief.
         broadcast: `(content, source=rank) → that rank's content, on every process`.
+        meet: Returns once every process has called it.
     """
 
     def __init__(
@@ -34,11 +35,13 @@ class Owners:
         *,
         rank: int,
         broadcast: Callable[..., bytes],
+        meet: Callable[[], None],
     ) -> None:
         self._variables = variables
         self._ranks = ranks
         self._rank = rank
         self._broadcast = broadcast
+        self._meet = meet
         self._is_shared = False
 
     @contextlib.contextmanager
@@ -47,13 +50,14 @@ class Owners:
         if self._rank != 0:
             self._serve()
             yield
-            return
-        self._is_shared = True
-        try:
-            yield
-        finally:
-            self._is_shared = False
-            self._ask(_END)
+        else:
+            self._is_shared = True
+            try:
+                yield
+            finally:
+                self._is_shared = False
+                self._ask(_END)
+        self._meet()  # Nobody leaves while another still takes part in the last exchange.
 
     def blocks(self, variable: keras.Variable) -> Iterator[np.ndarray]:
         """Yields another process's variable in runs of rows, on the chief."""

@@ -68,7 +68,7 @@ class PipelineLoop:
         )
         self._shared = self._division.shared_weights(model)
         variables = keras_internals.all_variables(model, keras_internals.find_optimizers(model))
-        set_owners(model, Owners(variables, owners, rank=grid.rank, broadcast=grid.broadcast))
+        set_owners(model, Owners(variables, owners, rank=grid.rank, broadcast=grid.broadcast, meet=grid.meet))
         links = open_links(
             rank=grid.rank,
             num_stages=grid.num_stages,

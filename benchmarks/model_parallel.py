@@ -49,7 +49,7 @@ def main() -> None:
         "tfdist.launch",
         "--strategy=pipeline",
         "--num_workers=2",
-        "--threads_per_task=1",
+        "--num_threads=1",
     ]
     alone = ["taskset", "-c", "0", sys.executable]
     contenders = {"alone": functools.partial(run, found, "alone", alone, ["one_device", "1"])}

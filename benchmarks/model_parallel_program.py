@@ -18,7 +18,7 @@ import keras
 import tfdist
 from tfdist.recipe import load_recipe
 
-BATCH, STEPS, NUM_LAYERS, WIDTH = 32, 12, 12, 256
+BATCH, STEPS, NUM_LAYERS, WIDTH = 16, 8, 12, 128
 
 
 class Clock(keras.callbacks.Callback):  # type: ignore[misc]

@@ -35,8 +35,9 @@ PROGRAM = """
 def test_three_stages_need_less_each_than_one_process(tmp_path):
     (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
     found = []
-    for words in ([], ["-m", "tfdist.launch", "--strategy=pipeline", "--num_workers=3"]):
-        done = programs.run([*words, "program.py", *words[:1]], cwd=tmp_path)
+    launch = ["-m", "tfdist.launch", "--strategy=pipeline", "--num_workers=3"]
+    for words in (["program.py"], [*launch, "program.py", "staged"]):
+        done = programs.run(words, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         found.append([int(size) for size in re.findall(r"grown by (\d+)", done.stdout)])
     alone, staged = found

@@ -24,8 +24,9 @@ from tfdist.config.privacy_options import PrivacyOptions
 from tfdist.config.ps_options import PsOptions
 from tfdist.config.sync_options import SyncOptions
 from tfdist.runtime.strategies import StagedStrategy
-from tfdist.training.checkpoint.owners import blocks_to_save, sharing_state, state_array
+from tfdist.training.checkpoint.owners import blocks_to_save, sharing_state
 from tfdist.training.checkpoint.snapshot import Snapshot
+from tfdist.training.checkpoint.state import state_array
 from tfdist.training.checkpoint.store import Checkpoints
 from tfdist.training.loop import plan_steps
 from tfdist.training.monitoring.callbacks import split_callbacks

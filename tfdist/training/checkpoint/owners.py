@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from tfdist import keras_internals
-from tfdist.training.checkpoint.state import StateArray, blocks_of_large, set_absent_arrays
+from tfdist.training.checkpoint.state import StateArray, blocks_of_large, set_absent_arrays, state_array
 
 _END = "end"
 
@@ -138,21 +138,12 @@ def sharing_state(model: keras.Model) -> contextlib.AbstractContextManager[None]
     return contextlib.nullcontext() if owners is None else owners.sharing()
 
 
-def state_array(model: keras.Model, variable: keras.Variable) -> StateArray:
-    """Returns what holds a variable of a model, here or elsewhere."""
-    owners = _of_model.get(model)
-    if owners is None or keras_internals.has_memory(variable):
-        return StateArray([variable])
-    return AbsentArray(variable, owners)
-
-
 def blocks_to_save(model: keras.Model) -> Callable[[keras.Variable], Iterator[np.ndarray] | None]:
     """Returns what gives a variable of a model in runs of rows, None where it is here and small."""
-    owners = _of_model.get(model)
 
     def blocks(variable: keras.Variable) -> Iterator[np.ndarray] | None:
-        if owners is None or keras_internals.has_memory(variable):
+        if keras_internals.has_memory(variable):
             return blocks_of_large(variable)
-        return owners.blocks(variable)
+        return state_array(model, variable).blocks()
 
     return blocks

@@ -156,6 +156,11 @@ def set_absent_arrays(model: keras.Model, make: Callable[[Any], StateArray]) -> 
     _absent_arrays[model] = make
 
 
+def state_array(model: keras.Model, variable: keras.Variable) -> StateArray:
+    """Returns what holds a variable of a model, here or elsewhere."""
+    return StateArray([variable]) if keras_internals.has_memory(variable) else _absent_arrays[model](variable)
+
+
 def named_state(model: keras.Model, *, with_optimizers: bool = True) -> dict[str, StateArray]:
     """Returns a built model's weights, optimizer slots, counters and seed generators.
 
@@ -173,10 +178,10 @@ def named_state(model: keras.Model, *, with_optimizers: bool = True) -> dict[str
     found = {}
     for place, (key, variables) in enumerate(groups.items()):
         table = key[0] if isinstance(key, tuple) else None
-        if not keras_internals.has_memory(variables[0]):
-            array = _absent_arrays[model](variables[0])
+        if table is None:
+            array = state_array(model, variables[0])
         else:
-            array = StateArray(variables, *((table.rows_of_shards(), table.input_dim) if table else ()))
+            array = StateArray(variables, table.rows_of_shards(), table.input_dim)
         found[f"{place:05d} {_plain_path(variables[0].path)}"] = array
     return found
 

@@ -9,7 +9,8 @@ import keras
 import numpy as np
 
 from tfdist import keras_internals
-from tfdist.training.checkpoint.owners import sharing_state, state_array
+from tfdist.training.checkpoint.owners import sharing_state
+from tfdist.training.checkpoint.state import state_array
 
 
 class WholeWeights:

@@ -11,7 +11,9 @@ import pytest
 import tensorflow as tf
 
 from tfdist import keras_internals
+from tfdist.api.checks import check_stages
 from tfdist.config.pipeline_options import PipelineOptions
+from tfdist.data import SelfShardedSource, build_source
 from tfdist.errors import ClusterError, ConfigError
 from tfdist.training.pipeline import links
 from tfdist.training.pipeline.build import build_stage, divide
@@ -296,6 +298,19 @@ def test_who_does_not_know_the_secret_is_sent_away(monkeypatch):
         links._accept(listener, key, "worker:1", deadline=0)
     for one in (listener, visitor, accepted, *strangers):
         one.close()
+
+
+def test_stages_that_would_see_other_batches_are_refused():
+    """Else each would train on its own, and nobody would say a word."""
+    arrays = build_source((np.zeros((4, 2)), np.zeros(4)))
+    check_stages((arrays, None), is_served=False, is_elastic=False)
+    for words, sources, served, elastic in (
+        ("data_service", (arrays, None), True, False),
+        ("a function of the input context", (arrays, SelfShardedSource(local_dataset=None)), False, False),
+        ("elastic='in_process'", (arrays, None), False, True),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check_stages(sources, is_served=served, is_elastic=elastic)
 
 
 def tied():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -10,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist.config.sync_options import SyncOptions
-from tfdist.data import BatchedSource, Source
+from tfdist.data import BatchedSource, SelfShardedSource, Source
 from tfdist.errors import ConfigError
 from tfdist.training.loop import Loop
 from tfdist.training.monitoring.callbacks import split_callbacks
@@ -115,6 +116,34 @@ def _check_same(loop: Loop, source: BatchedSource) -> None:
         raise ConfigError(
             "the workers' first batches differ, and each would take its part of another one: let the data come in "
             "the same order everywhere (a seed for each shuffle), or pass examples and a batch_size."
+        )
+
+
+def check_stages(sources: Sequence[Source | None], *, is_served: bool, is_elastic: bool) -> None:
+    """Checks that all stages of a model see the same batches, and stay.
+
+    Args:
+        sources: The data, as they were given.
+        is_served: Whether a tf.data service deals them out.
+        is_elastic: Whether workers may come and go in mid-training.
+
+    Raises:
+        ConfigError: If they do not.
+    """
+    if is_served:
+        raise ConfigError(
+            "data_service with strategy='pipeline': it would give each stage other batches, and all need the same; "
+            "leave it out."
+        )
+    if any(isinstance(source, SelfShardedSource) for source in sources):
+        raise ConfigError(
+            "a function of the input context with strategy='pipeline': it makes each worker's own batches, and all "
+            "stages need the same; pass the dataset itself."
+        )
+    if is_elastic:
+        raise ConfigError(
+            "elastic='in_process' with strategy='pipeline': who is gone has taken its layers along; choose "
+            "elastic='restart'."
         )
 
 

@@ -13,7 +13,7 @@ import keras
 
 from tfdist import keras_internals
 from tfdist.api.arguments import FitData, epoch_ends, read_fit_data
-from tfdist.api.checks import check_batches, check_callbacks, check_sync, choose_steps_per_loop
+from tfdist.api.checks import check_batches, check_callbacks, check_stages, check_sync, choose_steps_per_loop
 from tfdist.api.privacy import PrivateFit, plan_private
 from tfdist.api.run_state import RunState
 from tfdist.config.privacy_options import PrivacyOptions
@@ -170,6 +170,11 @@ class Fitting:
             jit_compile = given.jit_compile if private is None else "off"
             lines.append(loop.choose_compiler(jit_compile, data.source, data.batch_size))
         elif isinstance(loop, PipelineLoop):
+            check_stages(
+                (data.source, data.validation),
+                is_served=given.data_service is not None,
+                is_elastic=state.members is not None,
+            )
             lines.append(loop.describe())
         if state.cluster.is_chief and given.verbose != 0:
             print("".join(f"tfdist: {line}\n" for line in lines if line), end="", flush=True)

@@ -204,6 +204,24 @@ def flat_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
     return found
 
 
+def asked_metrics(model: keras.Model) -> list[Any]:
+    """Returns the metrics that `compile` was given, by name or as objects, one by one.
+
+    Leans on `Trainer._compile_metrics`, and on its `_user_metrics` and `_user_weighted_metrics`.
+    """
+    asked = model._compile_metrics
+    if asked is None:
+        return []
+    return [
+        m for m in keras.tree.flatten([asked._user_metrics, asked._user_weighted_metrics]) if m is not None
+    ]
+
+
+def loss_axis(loss: keras.losses.Loss) -> int:
+    """Returns the axis of the classes in a cross-entropy's outputs. Leans on `LossFunctionWrapper._fn_kwargs`."""
+    return loss._fn_kwargs.get("axis", -1)
+
+
 def resets_by_variables(model: keras.Model) -> bool:
     """Says whether a model's metrics begin anew by their variables alone: a `reset_state` of one's own may do more."""
     resets = [type(metric).reset_state for metric in flat_metrics(model)]
@@ -627,6 +645,39 @@ def watching_outputs(model: keras.Model, look: Callable[[Any, Any], None]) -> It
                 operation.__dict__["call"] = saved[key]
 
 
+def replace_call(operation: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Puts what `make` returns of a layer's `call` in its place. Leans on Keras calling what it finds in `__dict__`.
+
+    Args:
+        operation: The layer, built.
+        make: `(the layer's own call) → another`, with the same arguments.
+    """
+    # Straight into __dict__: Keras's __setattr__ would track the value.
+    operation.__dict__["call"] = make(operation.call)
+
+
+def attention_parts(layer: keras.layers.MultiHeadAttention) -> tuple[list[Any], keras.layers.Dropout]:
+    """Returns the projections of a built attention layer to its heads, and what drops scores of theirs.
+
+    Leans on `MultiHeadAttention._gate_dense`, `._use_gate` and `._dropout_layer`.
+    """
+    projections = [layer.query_dense, layer.key_dense, layer.value_dense]
+    return [*projections, *([layer._gate_dense] if layer._use_gate else [])], layer._dropout_layer
+
+
+def is_plain(layer: keras.Layer) -> bool:
+    """Tells whether a layer's weights are those that it was built with: not quantized, without LoRA."""
+    return not getattr(layer, "lora_enabled", False) and layer.dtype_policy.quantization_mode is None
+
+
+def keep_mask(source: Any, target: Any) -> Any:
+    """Returns a tensor with the mask that another carries by the side. Leans on `_keras_mask`."""
+    mask = getattr(source, "_keras_mask", None)
+    if mask is not None:
+        target._keras_mask = mask
+    return target
+
+
 def creating_strategy(model: keras.Model) -> tf.distribute.Strategy | None:
     """Returns the strategy in whose scope the model was made, or None.
 
@@ -950,17 +1001,38 @@ def _add_slot(slots: list[tuple[keras.Variable, keras.Variable]]) -> Callable[..
 
 
 def has_memory(variable: keras.Variable) -> bool:
-    """Tells whether a variable has its value here. Leans on `Variable._value`."""
+    """Tells whether a variable has its value here, or a part of it. Leans on `Variable._value`."""
     return variable._value is not None
 
 
-def materialize(variable: keras.Variable) -> None:
+def own_part(variable: keras.Variable) -> tuple[slice, ...] | None:
+    """Returns what of a variable's value is here, as `materialize` was told; None: all, or nothing."""
+    return getattr(variable, "_own_part", None)
+
+
+def own_shape(variable: keras.Variable) -> tuple[int, ...]:
+    """Returns the shape of what is here of a variable's value; of one that is elsewhere, the shape of the whole."""
+    part = own_part(variable) or ()
+    shape = tuple(variable.shape)
+    return (*(len(range(size)[cut]) for size, cut in zip(shape, part, strict=False)), *shape[len(part) :])
+
+
+def materialize(variable: keras.Variable, part: tuple[slice, ...] | None = None) -> None:
     """Gives a variable that was made within `deferring_variables` its first value; one that has it keeps it.
 
-    Leans on `Variable._deferred_initialize`.
+    Leans on `Variable._deferred_initialize` and `._initializer`.
+
+    Args:
+        variable: It.
+        part: What of its value is to be here, with a slice for each of its first axes; its `shape` stays the whole's.
     """
-    if variable._value is None:
-        variable._deferred_initialize()
+    if variable._value is not None:
+        return
+    if part is not None:
+        whole = variable._initializer
+        variable._initializer = lambda shape, dtype: whole(shape, dtype=dtype)[part]
+        variable._own_part = part
+    variable._deferred_initialize()
 
 
 class _Refusing:
@@ -987,7 +1059,7 @@ def refuse_reading(variable: keras.Variable, why: str) -> None:
 
 @contextlib.contextmanager
 def loading_present() -> Iterator[None]:
-    """Lets what is assigned to a variable without a value be dropped, as when a whole model's file is read.
+    """Lets each variable keep what it has of what is assigned to it, as when a whole model's file is read.
 
     Leans on `Variable._direct_assign`.
     """
@@ -995,7 +1067,8 @@ def loading_present() -> Iterator[None]:
 
     def assign_if_present(variable: keras.Variable, value: Any) -> None:
         if variable._value is not None:
-            assign(variable, value)
+            part = own_part(variable)
+            assign(variable, value if part is None else value[part])
 
     keras.Variable._direct_assign = assign_if_present
     try:
@@ -1011,7 +1084,7 @@ def updating_only(
     """Lets an optimizer that was built for all weights of a model update some, as if there were no others.
 
     Leans on `Optimizer._trainable_variables`, `._accumulated_gradients` and `._model_variables_moving_average`, lists
-    of which Keras walks through all, and on `base_optimizer.global_norm`.
+    of which Keras walks through all, on `base_optimizer.global_norm`, and on `Variable._shape`.
 
     Args:
         optimizer: Built for all.
@@ -1032,13 +1105,20 @@ def updating_only(
         pairs = zip(saved["_accumulated_gradients"], is_kept, strict=False)
         found["_accumulated_gradients"] = [value if kept else None for value, kept in pairs]
     global_norm = base_optimizer.global_norm
+    # What an optimizer assigns to one of which a part is here is that part's.
+    cut = [v for v in (*variables, *optimizer.variables) if own_part(v) is not None]
+    shapes = [(v, v._shape, own_shape(v)) for v in cut]
     try:
+        for variable, _, own in shapes:
+            variable._shape = own
         # Straight into __dict__: Keras's __setattr__ would track the value.
         optimizer.__dict__.update(found)
         if norm is not None:
             base_optimizer.global_norm = lambda gradients: norm
         yield
     finally:
+        for variable, whole, _ in shapes:
+            variable._shape = whole
         optimizer.__dict__.update(saved)
         base_optimizer.global_norm = global_norm
 

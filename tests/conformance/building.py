@@ -10,13 +10,20 @@ import numpy as np
 
 
 def start(strategy: str, parts: str | None) -> Any:
-    """Joins the cluster of a world: `parts` are replicas of `mirrored`, or `pipeline`'s stages x micro-batches."""
+    """Joins the cluster of a world.
+
+    Args:
+        strategy: Of the world.
+        parts: Replicas of `mirrored`, or `pipeline`'s stages x micro-batches x blocks.
+    """
     # Here: plain Keras does without.
     import tfdist
 
     if strategy == "pipeline":
-        num_stages, num_micro_batches = map(int, str(parts).split("x"))
-        options = tfdist.PipelineOptions(num_stages=num_stages, num_micro_batches=num_micro_batches)
+        num_stages, num_micro_batches, num_blocks = map(int, str(parts).split("x"))
+        options = tfdist.PipelineOptions(
+            num_stages=num_stages, num_micro_batches=num_micro_batches, tensor_parallel=num_blocks
+        )
         return tfdist.initialize(strategy=strategy, seed=1, pipeline=options)
     return tfdist.initialize(strategy=strategy, num_replicas=parts and int(parts), seed=1)
 

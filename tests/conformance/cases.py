@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -306,9 +306,9 @@ def collect(
     return found | {"iterations": np.asarray(model.optimizer.iterations.numpy())}
 
 
-def main(path: str, strategy: str, replicas: str | None = None) -> None:
+def main(path: str, strategy: str, replicas: str | None = None, *, cases: Mapping[str, Case] = CASES) -> None:
     """Runs the cases that are asked for in this process and keeps the results."""
-    asked = {name: CASES[name] for name in chosen(CASES)}
+    asked = {name: cases[name] for name in chosen(cases)}
     if strategy == "keras":
         results = {name: run_keras(case) for name, case in asked.items()}
         chief = True

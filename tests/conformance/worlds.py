@@ -16,9 +16,10 @@ def run_world(program, out, world):
         program: The file.
         out: Its first argument.
         world: `keras`, `one_device`, `mirrored-N`, `multiworker-N`, `ps-N`, `ps-N-P` with P ps tasks, or `pipeline-N-M`
-            with N stages and M micro-batches, or `pipeline-N-M-C` with C copies of the model.
+            with N stages and M micro-batches, or `pipeline-N-M-C` with C copies of the model, or `pipeline-N-M-C-T`
+            with T blocks of each layer.
     """
-    strategy, number, rest, copies = [*world.split("-"), "", "", ""][:4]
+    strategy, number, rest, copies, blocks = [*world.split("-"), "", "", "", ""][:5]
     launch, replicas = [], []
     if strategy in ("multiworker", "ps", "pipeline"):
         launch = ["-m", "tfdist.launch", "--preload", f"--strategy={strategy}", f"--num_workers={number}"]
@@ -27,8 +28,8 @@ def run_world(program, out, world):
     if strategy == "mirrored":
         replicas = [number]
     if strategy == "pipeline":
-        launch[-1] = f"--num_workers={int(number) * int(copies or 1)}"
-        replicas = [f"{number}x{rest}"]
+        launch[-1] = f"--num_workers={int(number) * int(copies or 1) * int(blocks or 1)}"
+        replicas = [f"{number}x{rest}x{blocks or 1}"]
     done = programs.run([*launch, program, out, strategy, *replicas], timeout=600)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-6000:]}"
 

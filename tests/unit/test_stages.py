@@ -25,6 +25,7 @@ from tfdist.training.pipeline.schedule import SCHEDULES, idle_share
 from tfdist.training.pipeline.stage import MicroBatch
 
 layers = keras.layers
+LAYOUT = PipelineOptions().layout(2)
 SIZES = [(1, 1), (2, 1), (2, 8), (3, 2), (4, 8), (4, 3)]
 
 
@@ -147,7 +148,7 @@ def test_what_cannot_be_cut_is_said():
         cutter(perceptron(), x).cut(2, most_bytes=100)
     masked = keras.Sequential([keras.Input((5,)), layers.Embedding(9, 4, mask_zero=True), layers.Dense(2)])
     with pytest.raises(ConfigError, match="the model's output carries a mask"):
-        divide(compiled(masked), (np.ones((2, 5)), np.ones((2, 5))), options=PipelineOptions(), num_stages=2)
+        divide(compiled(masked), (np.ones((2, 5)), np.ones((2, 5))), options=PipelineOptions(), layout=LAYOUT)
     with pytest.raises(ConfigError, match="axis of unknown length"):
         cutter(
             compiled(keras.Sequential([keras.Input((None,)), layers.Embedding(9, 4), layers.Dense(2)])),
@@ -261,7 +262,10 @@ def open_all(size, num_stages):
         size,
         lambda rank: open_links(
             rank=rank,
-            num_stages=num_stages,
+            neighbours=(
+                rank - 1 if rank % num_stages else None,
+                rank + 1 if (rank + 1) % num_stages else None,
+            ),
             peers=[f"worker:{i}" for i in range(size)],
             hosts=size * ["127.0.0.1"],
             broadcast=lambda content, source: ring.broadcast(rank, content, source),
@@ -349,7 +353,8 @@ def test_stages_give_what_the_whole_model_gives(num_stages, num_micro_batches, r
     for index in range(num_stages):
         with keras_internals.deferring_variables():
             model = make()
-        division = divide(model, batch, options=PipelineOptions(), num_stages=num_stages)
+        layout = PipelineOptions().layout(num_stages)
+        division = divide(model, batch, options=PipelineOptions(), layout=layout)
         stages.append((model, build_stage(model, batch, division, index, recompute=recompute)[0]))
     shared = division.shared_weights(model)
     assert [v.path.partition("/")[2] for v in shared] == (["embeddings"] if num_stages > 1 else [])

@@ -85,7 +85,9 @@ class Loops:
             self._kept[id(model)] = known
             return known[1]
         is_staged = isinstance(self._strategy, StagedStrategy)
-        num_parts = self._pipeline.num_micro_batches if is_staged else self._strategy.num_replicas_in_sync
+        num_parts = self._strategy.num_replicas_in_sync
+        if is_staged:
+            num_parts = self._pipeline.layout(self._cluster.num_workers).num_micro_batches
         batch = read_first_batch(model, source, strategy=self._strategy_name, num_replicas=num_parts)
         self._check_scope(model)
         if not is_staged:  # a loop of stages builds its own

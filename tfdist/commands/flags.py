@@ -251,8 +251,8 @@ def _count_workers(values: flags.FlagValues, hosts: Sequence[Host], strategy: st
         num_workers = parse_num_workers(values.num_workers)[1]
     elif hosts:
         num_workers = sum(host.num_slots for host in hosts)
-    elif strategy == "pipeline" and values.num_stages:
-        return {"num_workers": values.num_stages}
+    elif strategy == "pipeline" and (values.num_stages or values.tensor_parallel):
+        return {"num_workers": (values.num_stages or 1) * (values.tensor_parallel or 1)}
     else:
         return {}
     return {"num_workers": num_workers}

@@ -30,18 +30,18 @@ def describe_stages(config: RunConfig) -> str:
     with keras_internals.deferring_variables():
         model = recipe.build_model(**model_kwargs)
     batch = build_source(recipe.build_data("train", **data_kwargs)).sample_batch(2)
-    num_stages, num_micro_batches = config.num_stages or config.num_workers, config.num_micro_batches
+    layout = config.pipeline_options.layout(config.num_workers)
+    num_parts = layout.num_copies * layout.num_micro_batches
     division = divide(
         model,
         batch,
         options=config.pipeline_options,
-        num_stages=num_stages,
-        micro_batch_size=math.ceil(
-            config.global_batch_size * num_stages / config.num_workers / num_micro_batches
-        ),
+        layout=layout,
+        micro_batch_size=math.ceil(config.global_batch_size / num_parts),
     )
-    idle = idle_share(num_stages, num_micro_batches)
-    return "\n".join([*_rows(division), f"idle, if all stages take equally long: {idle:.0%}"])
+    idle = idle_share(layout.num_stages, layout.num_micro_batches)
+    blocks = [text] if (text := division.blocks.describe()) else []
+    return "\n".join([*_rows(division), *blocks, f"idle, if all stages take equally long: {idle:.0%}"])
 
 
 def _rows(division: Division) -> list[str]:

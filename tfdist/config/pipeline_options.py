@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from tfdist.config.settings import check_settings, setting
 from tfdist.errors import ConfigError
 
 PIPELINE_SCHEDULES = ("1f1b", "gpipe")
+_MICRO_BATCHES = 8
+
+
+class Layout(NamedTuple):
+    """How the processes of a run share a model, and a batch.
+
+    Attributes:
+        num_copies: Of the model.
+        num_stages: Of a copy.
+        num_blocks: Of a stage, a process each.
+        num_micro_batches: Of a copy's part of a batch.
+    """
+
+    num_copies: int
+    num_stages: int
+    num_blocks: int
+    num_micro_batches: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,10 +34,14 @@ class PipelineOptions:
 
     Args:
         num_stages: Into so many the model's layers are divided, each in a process of its own; None: as many as there
-            are workers. Where there are several times as many, copies of the model share each batch.
+            are workers (or as their blocks allow). Where there are several times as many, copies of the model share
+            each batch.
+        tensor_parallel: Into so many blocks each layer is divided that can be, each in a process of its own
+            (Shoeybi et al. 2019): attention by heads, pairs of `Dense` by their inner units, a large vocabulary by its
+            words. There are `num_stages × tensor_parallel` processes in a copy of the model.
         num_micro_batches: Into so many each copy's part of a batch is divided, which go through the stages one after
             the other. The more there are, the less a stage waits:
-            `(num_stages - 1) / (num_micro_batches + num_stages - 1)` of the time.
+            `(num_stages - 1) / (num_micro_batches + num_stages - 1)` of the time. None: 8, or 1 for one stage.
         pipeline_schedule: "1f1b" (PipeDream-flush, Narayanan et al. 2021) lets a stage hold as many micro-batches as
             there are stages; "gpipe" (Huang et al. 2019) all of them.
         recompute: A stage keeps only what comes in of a micro-batch, and makes the rest again for its backward pass: a
@@ -33,15 +55,20 @@ class PipelineOptions:
 
     Examples:
         >>> import tfdist
-        >>> tfdist.PipelineOptions(num_stages=2).num_micro_batches
-        8
+        >>> tfdist.PipelineOptions(num_stages=2, tensor_parallel=2).layout(8)
+        Layout(num_copies=2, num_stages=2, num_blocks=2, num_micro_batches=8)
     """
 
     num_stages: int | None = setting(
         None, least=1, help="Stages of pipeline, each in a process of its own. Default: one for each worker."
     )
-    num_micro_batches: int = setting(
-        8, least=1, help="Parts of a batch that go through the stages one after the other."
+    tensor_parallel: int = setting(
+        1, least=1, help="Blocks of a layer under pipeline, each in a process of its own."
+    )
+    num_micro_batches: int | None = setting(
+        None,
+        least=1,
+        help="Parts of a batch that go through the stages one after the other. Default: 8, or 1 for one stage.",
     )
     pipeline_schedule: str = setting(
         "1f1b", choices=PIPELINE_SCHEDULES, help="Order of a stage's forward and backward passes."
@@ -73,6 +100,23 @@ class PipelineOptions:
                 f"cut={self.cut!r} with num_stages={self.num_stages}: name {self.num_stages - 1} layers, or leave one "
                 "of the two out."
             )
+
+    def layout(self, num_workers: int) -> Layout:
+        """Returns how so many workers share a model.
+
+        Raises:
+            ConfigError: If they make no whole number of copies.
+        """
+        num_stages = self.num_stages or max(num_workers // self.tensor_parallel, 1)
+        num_copies, rest = divmod(num_workers, num_stages * self.tensor_parallel)
+        if rest or not num_copies:
+            raise ConfigError(
+                f"num_stages={num_stages}, tensor_parallel={self.tensor_parallel} with num_workers={num_workers}: each "
+                "block of a stage is a worker, and copies of the model are whole; give a multiple of "
+                f"{num_stages * self.tensor_parallel}, or leave num_workers out."
+            )
+        num_micro_batches = self.num_micro_batches or (_MICRO_BATCHES if num_stages > 1 else 1)
+        return Layout(num_copies, num_stages, self.tensor_parallel, num_micro_batches)
 
     @property
     def cut_layers(self) -> list[str]:

@@ -297,17 +297,13 @@ class RunConfig(SyncOptions, PsOptions, PrivacyOptions, PipelineOptions):
                 f"num_workers={self.num_workers} with strategy={self.strategy!r}: that is one process; leave it out, "
                 "or choose 'multiworker' or 'ps'."
             )
-        num_copies, rest = divmod(self.num_workers, self.num_stages or self.num_workers)
-        if rest:
-            raise ConfigError(
-                f"num_stages={self.num_stages} with num_workers={self.num_workers}: each stage is a worker, and copies "
-                "of the model are whole; give a multiple, or leave num_workers out."
-            )
-        if self.strategy == "pipeline" and self.global_batch_size < num_copies * self.num_micro_batches:
-            raise ConfigError(
-                f"global_batch_size={self.global_batch_size} with num_micro_batches={self.num_micro_batches} in each "
-                f"of {num_copies} copies of the model: every micro-batch needs an example; give fewer."
-            )
+        if self.strategy == "pipeline":
+            layout = self.pipeline_options.layout(self.num_workers)
+            if self.global_batch_size < layout.num_copies * layout.num_micro_batches:
+                raise ConfigError(
+                    f"global_batch_size={self.global_batch_size} with num_micro_batches={layout.num_micro_batches} in "
+                    f"each of {layout.num_copies} copies of the model: every micro-batch needs an example; give fewer."
+                )
         if self.num_replicas not in (None, 1) and self.strategy == "one_device":
             raise ConfigError(
                 f"num_replicas={self.num_replicas} with strategy='one_device': choose 'mirrored' for several."

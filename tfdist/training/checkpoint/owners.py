@@ -5,16 +5,38 @@ from __future__ import annotations
 import contextlib
 import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.training.checkpoint.state import StateArray, blocks_of_large, set_absent_arrays, state_array
+from tfdist.layers.blocks import bounds
+from tfdist.layers.partition import rows_inside
+from tfdist.training.checkpoint.state import (
+    Blocks,
+    StateArray,
+    blocks_of_large,
+    runs_of,
+    set_absent_arrays,
+    state_array,
+)
 
 _END = "end"
+
+
+class Holding(NamedTuple):
+    """Who holds a variable's value.
+
+    Attributes:
+        ranks: One process, or those that hold a part each, in their order.
+        axis: Along which it is divided.
+    """
+
+    ranks: Sequence[int]
+    axis: int = 0
 
 
 class Owners:
@@ -22,7 +44,7 @@ class Owners:
 
     Args:
         variables: All of the state's, in one order everywhere.
-        ranks: Of those that not every process has, by their ids: whose value is read.
+        holdings: Of those that not every process has whole, by their ids.
         rank: This process's; 0 is the chief.
         broadcast: `(content, source=rank) → that rank's content, on every process`.
         meet: Returns once every process has called it.
@@ -31,14 +53,14 @@ class Owners:
     def __init__(
         self,
         variables: list[keras.Variable],
-        ranks: Mapping[int, int],
+        holdings: Mapping[int, Holding],
         *,
         rank: int,
         broadcast: Callable[..., bytes],
         meet: Callable[[], None],
     ) -> None:
         self._variables = variables
-        self._ranks = ranks
+        self._holdings = holdings
         self._rank = rank
         self._broadcast = broadcast
         self._meet = meet
@@ -60,24 +82,20 @@ class Owners:
         self._meet()  # Nobody leaves while another still takes part in the last exchange.
 
     def blocks(self, variable: keras.Variable) -> Iterator[np.ndarray]:
-        """Yields another process's variable in runs of rows, on the chief."""
-        source = self._request("blocks", variable)
-        array = StateArray([variable])
-        for shape in array.block_shapes():
-            content = self._broadcast(b"", source=source)
-            yield np.frombuffer(content, array.dtype).reshape(shape)
+        """Yields a variable in runs of rows, on the chief."""
+        self._request("blocks", variable)
+        yield from self._cross(variable)
 
     def is_finite(self, variable: keras.Variable) -> bool:
-        """Tells whether another process's variable holds finite numbers alone, on the chief."""
-        source = self._request("is_finite", variable)
-        return self._broadcast(b"", source=source) == b"1"
+        """Tells whether a variable holds finite numbers alone, on the chief."""
+        self._request("is_finite", variable)
+        return self._ask_owners(variable)
 
-    def _request(self, what: str, variable: keras.Variable) -> int:
+    def _request(self, what: str, variable: keras.Variable) -> None:
         if not self._is_shared:
-            raise RuntimeError(f"{variable.path} is another stage's, and nobody hands it over now")
+            raise RuntimeError(f"{variable.path} is another process's, and nobody hands it over now")
         place = next(i for i, known in enumerate(self._variables) if known is variable)
         self._ask(json.dumps([what, place]))
-        return self._ranks[id(variable)]
 
     def _ask(self, request: str) -> None:
         self._broadcast(request.encode(), source=0)
@@ -86,23 +104,53 @@ class Owners:
         while (request := self._broadcast(b"", source=0).decode()) != _END:
             what, place = json.loads(request)
             variable = self._variables[place]
-            source, array = self._ranks[id(variable)], StateArray([variable])
-            is_own = source == self._rank
             if what == "is_finite":
-                self._broadcast(b"%d" % array.is_finite if is_own else b"", source=source)
-                continue
-            blocks = array.blocks() if is_own else iter(())
-            for _ in array.block_shapes():
-                self._broadcast(
-                    np.ascontiguousarray(next(blocks)).tobytes() if is_own else b"", source=source
-                )
+                self._ask_owners(variable)
+            else:
+                for _ in self._cross(variable):
+                    pass
+
+    # What follows every process calls alike.
+
+    def _ask_owners(self, variable: keras.Variable) -> bool:
+        answers = []
+        for rank in self._holdings[id(variable)].ranks:
+            own = b"%d" % StateArray([variable]).is_finite if rank == self._rank else b""
+            answers.append(self._broadcast(own, source=rank) == b"1")
+        return all(answers)
+
+    def _cross(self, variable: keras.Variable) -> Iterator[np.ndarray]:
+        ranks, axis = self._holdings[id(variable)]
+        whole, dtype = tuple(variable.shape), StateArray([variable]).dtype
+        shapes = [whole]
+        if len(ranks) > 1:
+            sizes = (bounds(whole[axis], len(ranks), place) for place in range(len(ranks)))
+            shapes = [(*whole[:axis], high - low, *whole[axis + 1 :]) for low, high in sizes]
+        if axis == 0:
+            for rank, shape in zip(ranks, shapes, strict=True):
+                for run in runs_of(shape, dtype):
+                    yield self._send(variable, rank, shape, run=run)
+            return
+        for run in runs_of(whole, dtype):
+            parts = [self._send(variable, *held, run=run) for held in zip(ranks, shapes, strict=True)]
+            yield np.concatenate(parts, axis)
+
+    def _send(
+        self, variable: keras.Variable, rank: int, shape: tuple[int, ...], *, run: tuple[int, int]
+    ) -> np.ndarray:
+        """Returns a run of rows of what a process holds, on every process."""
+        array = StateArray([variable])
+        own = np.ascontiguousarray(array.rows(*run)).tobytes() if rank == self._rank else b""
+        content = np.frombuffer(self._broadcast(own, source=rank), array.dtype)
+        return content.reshape((run[1] - run[0], *shape[1:]) if shape else ())
 
 
 class AbsentArray(StateArray):
-    """One array of a model's state that another process holds."""
+    """One array of a model's state that other processes hold, whole or in parts, of which one may be this one's."""
 
     def __init__(self, variable: keras.Variable, owners: Owners) -> None:
         super().__init__([variable])
+        self.shape = tuple(variable.shape)
         self._owners = owners
 
     @property
@@ -119,8 +167,24 @@ class AbsentArray(StateArray):
         """Yields runs of rows."""
         return self._owners.blocks(self._variables[0])
 
-    def assign(self, values: Any) -> None:
-        """Does nothing: its owner assigns it."""
+    def assign(self, values: np.ndarray | Blocks) -> None:
+        """Assigns what this process has of it, if any."""
+        part = keras_internals.own_part(self._variables[0])
+        if part is None:
+            return
+        native = keras_internals.native(self._variables[0])
+        if isinstance(values, np.ndarray):
+            native.assign(tf.cast(values[part], native.dtype))
+            return
+        start = 0
+        for block in values.blocks():
+            rows = slice(*part[0].indices(self.shape[0]))
+            inside = rows_inside(rows, start, start + len(block))
+            if inside is not None:
+                first = start + inside.start - rows.start
+                own = block[(inside, *part[1:])]
+                native[first : first + len(own)].assign(tf.cast(own, native.dtype))
+            start += len(block)
 
 
 _of_model: weakref.WeakKeyDictionary[keras.Model, Owners] = weakref.WeakKeyDictionary()
@@ -142,8 +206,7 @@ def blocks_to_save(model: keras.Model) -> Callable[[keras.Variable], Iterator[np
     """Returns what gives a variable of a model in runs of rows, None where it is here and small."""
 
     def blocks(variable: keras.Variable) -> Iterator[np.ndarray] | None:
-        if keras_internals.has_memory(variable):
-            return blocks_of_large(variable)
-        return state_array(model, variable).blocks()
+        array = state_array(model, variable)
+        return array.blocks() if isinstance(array, AbsentArray) else blocks_of_large(variable)
 
     return blocks

@@ -44,7 +44,7 @@ class StateArray:
     def __init__(self, variables: list[Any], rows: list[slice] | None = None, num_rows: int = 0) -> None:
         self._variables = variables
         self._rows = rows
-        own = tuple(variables[0].shape)
+        own = keras_internals.own_shape(variables[0])
         self.shape: tuple[int, ...] = own if rows is None else (num_rows, *own[1:])
 
     @property
@@ -84,16 +84,19 @@ class StateArray:
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Yields runs of rows, in order, each of which was read from where it is."""
+        for start, stop in runs_of(self.shape, self.dtype):
+            yield self.rows(start, stop)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Returns a run of rows; of a scalar the one that it is."""
         if not self.shape:
-            yield self.read()
-            return
-        for start, stop in self._runs():
-            block = np.empty((stop - start, *self.shape[1:]), self.dtype)
-            for variable, inside, first, count in self._places(start, stop):
-                copy = _copies(variable)[0]
-                with tf.device(copy.device):
-                    block[inside] = tf.gather(copy, tf.range(first, first + count)).numpy()
-            yield block
+            return self.read()
+        block = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        for variable, inside, first, count in self._places(start, stop):
+            copy = _copies(variable)[0]
+            with tf.device(copy.device):
+                block[inside] = tf.gather(copy, tf.range(first, first + count)).numpy()
+        return block
 
     def assign(self, values: np.ndarray | Blocks) -> None:
         """Assigns the whole array, which has the same shape."""
@@ -115,20 +118,6 @@ class StateArray:
                         copy[first : first + count].assign(tf.cast(block[inside], copy.dtype))
             start += len(block)
 
-    def block_shapes(self) -> Iterator[tuple[int, ...]]:
-        """Yields the shapes of `blocks`."""
-        if not self.shape:
-            yield ()
-            return
-        for start, stop in self._runs():
-            yield stop - start, *self.shape[1:]
-
-    def _runs(self) -> Iterator[tuple[int, int]]:
-        num_rows = self.shape[0]
-        size = max(1, BLOCK_BYTES * num_rows // max(1, self.num_bytes))
-        for start in range(0, num_rows, size):
-            yield start, min(start + size, num_rows)
-
     def _places(self, start: int, stop: int) -> Iterator[tuple[Any, slice, int, int]]:
         """Yields of a run of rows: a variable, which of the run it holds, the first as it counts, and how many."""
         for variable, rows in zip(self._variables, self._rows or [slice(0, self.shape[0], 1)], strict=True):
@@ -138,6 +127,14 @@ class StateArray:
                 yield variable, inside, first, len(range(inside.start, inside.stop, inside.step))
 
 
+def runs_of(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[tuple[int, int]]:
+    """Yields where the runs of an array's rows start and stop; a scalar is one row."""
+    num_rows = shape[0] if shape else 1
+    size = max(1, BLOCK_BYTES * num_rows // max(1, int(np.prod(shape)) * dtype.itemsize))
+    for start in range(0, num_rows, size):
+        yield start, min(start + size, num_rows)
+
+
 def blocks_of_large(variable: Any) -> Iterator[np.ndarray] | None:
     """Returns a variable's runs of rows, or None if it is one block or NumPy does not know its type."""
     array = StateArray([variable])
@@ -145,20 +142,21 @@ def blocks_of_large(variable: Any) -> Iterator[np.ndarray] | None:
     return array.blocks() if is_large else None
 
 
-# By the model: what stands for the variables that this process has no value of.
+# By the model: what stands for the variables whose value is not here, or not all of it.
 _absent_arrays: weakref.WeakKeyDictionary[keras.Model, Callable[[Any], StateArray]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def set_absent_arrays(model: keras.Model, make: Callable[[Any], StateArray]) -> None:
-    """Says what stands for a variable of a model that has no value in this process."""
+    """Says what stands for a variable of a model whose value is not in this process, or not all of it."""
     _absent_arrays[model] = make
 
 
 def state_array(model: keras.Model, variable: keras.Variable) -> StateArray:
     """Returns what holds a variable of a model, here or elsewhere."""
-    return StateArray([variable]) if keras_internals.has_memory(variable) else _absent_arrays[model](variable)
+    is_here = keras_internals.has_memory(variable) and keras_internals.own_part(variable) is None
+    return StateArray([variable]) if is_here else _absent_arrays[model](variable)
 
 
 def named_state(model: keras.Model, *, with_optimizers: bool = True) -> dict[str, StateArray]:

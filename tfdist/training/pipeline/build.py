@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
 from tfdist import keras_internals
-from tfdist.config.pipeline_options import PipelineOptions
+from tfdist.config.pipeline_options import Layout, PipelineOptions
 from tfdist.errors import ConfigError
 from tfdist.training.pipeline.cut import Cutter, StagePlan, count_slots
 from tfdist.training.pipeline.layer_graph import LayerGraph, variables_of
 from tfdist.training.pipeline.stage import Stage
+from tfdist.training.tensor_parallel.divided import DividedLayers, find_divided
+from tfdist.training.tensor_parallel.group import BlockGroup
+from tfdist.training.tensor_parallel.own_blocks import OwnBlocks
 
 _USUAL_MICRO_BATCH = 4
 
@@ -27,11 +30,13 @@ class Division:
         graph: The model's.
         plans: Of the stages.
         holders: The stages that have a variable of the layers, by its id.
+        blocks: The layers that are divided in blocks.
     """
 
     graph: LayerGraph
     plans: Sequence[StagePlan]
     holders: dict[int, list[int]]
+    blocks: DividedLayers
 
     def name(self, plan: StagePlan) -> str:
         """Returns a stage's first and last layer."""
@@ -51,7 +56,8 @@ class Division:
                 f"{plan.flops / work:.0%} of the work",
             )
             stages.append(f"{self.name(plan)} ({weights}, {share})")
-        return f"{len(stages)} stages: {'; '.join(stages)}"
+        blocks = self.blocks.describe()
+        return f"{len(stages)} stages: {'; '.join(stages)}" + (f"; {blocks}" if blocks else "")
 
     def shared_weights(self, model: keras.Model) -> list[keras.Variable]:
         """Returns the weights that several stages have, whose gradients they add up."""
@@ -63,7 +69,7 @@ def divide(
     batch: Any,
     *,
     options: PipelineOptions,
-    num_stages: int,
+    layout: Layout,
     micro_batch_size: int = _USUAL_MICRO_BATCH,
 ) -> Division:
     """Divides a model.
@@ -72,15 +78,18 @@ def divide(
         model: Compiled, functional or `Sequential`.
         batch: A small batch of the data.
         options: How.
-        num_stages: How many stages.
+        layout: Of the processes.
         micro_batch_size: Examples, by which the activations that a stage holds are estimated.
 
     Raises:
         ConfigError: If it cannot be divided so.
     """
     _check_model(model)
+    num_stages = layout.num_stages
     with keras_internals.deferring_variables():  # a trace reads what has no value yet
         graph = LayerGraph(model, keras.utils.unpack_x_y_sample_weight(batch)[0])
+    blocks = find_divided(model, graph.calls, layout.num_blocks)
+    graph.divided = blocks.tensors
     if any(map(keras_internals.has_mask, model.outputs)):
         raise ConfigError(
             "the model's output carries a mask, by which its loss would be divided: leave mask_zero out, and weigh "
@@ -90,7 +99,8 @@ def divide(
         graph,
         slots_per_weight=count_slots(model.optimizer),
         micro_batch_size=micro_batch_size,
-        num_micro_batches=options.num_micro_batches,
+        num_micro_batches=layout.num_micro_batches,
+        share=blocks.share,
     )
     if options.cut is not None:
         if len(options.cut_layers) != num_stages - 1:
@@ -111,12 +121,31 @@ def divide(
                     f"{variable.path!r} would be changed in two stages, {stage + 1} the second: begin "
                     "a stage elsewhere (--cut), so that all calls of this layer are in one."
                 )
-    return Division(graph=graph, plans=plans, holders=holders)
+    return Division(graph=graph, plans=plans, holders=holders, blocks=blocks)
+
+
+class Place(NamedTuple):
+    """Where a variable's value is.
+
+    Attributes:
+        stage: The first that has it.
+        axis: Along which it is divided among this stage's blocks; None: each of them has all.
+    """
+
+    stage: int
+    axis: int | None
 
 
 def build_stage(
-    model: keras.Model, batch: Any, division: Division, index: int, *, recompute: bool = False
-) -> tuple[Stage, dict[int, int]]:
+    model: keras.Model,
+    batch: Any,
+    division: Division,
+    index: int,
+    *,
+    recompute: bool = False,
+    group: BlockGroup | None = None,
+    block: int = 0,
+) -> tuple[Stage, dict[int, Place]]:
     """Gives this stage's weights, and all that the optimizer keeps for them, their first values.
 
     Args:
@@ -125,28 +154,41 @@ def build_stage(
         division: Of the model.
         index: Of this stage.
         recompute: As for `Stage`.
+        group: The processes that have the blocks of this stage's layers; None: it is one.
+        block: Which this process has.
 
     Returns:
-        The stage, and for each variable that not every stage has, by its id, the first stage that has it.
+        The stage, and where each variable is that not every process has whole, by its id.
     """
-    stage = Stage(model, division.graph, division.plans, index, recompute=recompute)
+    blocks = division.blocks
+    stage = Stage(
+        model,
+        division.graph,
+        division.plans,
+        index,
+        recompute=recompute,
+        blocks=OwnBlocks(blocks, group, block),
+    )
     with keras_internals.deferring_variables() as slots:
         keras_internals.build_model(model, batch)
-    owners = {key: stages[0] for key, stages in division.holders.items() if len(stages) < len(division.plans)}
-    has_it = {key for key, stages in division.holders.items() if index in stages}
+    holders = dict(division.holders)
     for slot, weight in slots:
-        if id(weight) in owners:
-            owners[id(slot)] = owners[id(weight)]
-        if id(weight) in has_it:
-            has_it.add(id(slot))
+        if id(weight) in holders:
+            holders[id(slot)] = holders[id(weight)]
+        blocks.follow(slot, weight)
     for variable in keras_internals.all_variables(model, keras_internals.find_optimizers(model)):
-        if id(variable) in has_it or id(variable) not in owners:
-            keras_internals.materialize(variable)
+        if index in holders.get(id(variable), [index]):
+            keras_internals.materialize(variable, blocks.part(variable, block))
         else:
             keras_internals.refuse_reading(
                 variable, f"{variable.path} is another stage's, and has no value here"
             )
-    return stage, owners
+    places = {
+        key: Place(stages[0], blocks.axes.get(key))
+        for key, stages in holders.items()
+        if key in blocks.axes or len(stages) < len(division.plans)
+    }
+    return stage, places
 
 
 def _check_model(model: keras.Model) -> None:

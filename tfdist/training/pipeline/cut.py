@@ -47,15 +47,23 @@ class Cutter:
         slots_per_weight: Numbers that the optimizer keeps for each weight.
         micro_batch_size: Examples that a stage computes at once.
         num_micro_batches: Of a batch.
+        share: Of a weight, that one process of a stage has.
     """
 
     def __init__(
-        self, graph: LayerGraph, *, slots_per_weight: int, micro_batch_size: int, num_micro_batches: int
+        self,
+        graph: LayerGraph,
+        *,
+        slots_per_weight: int,
+        micro_batch_size: int,
+        num_micro_batches: int,
+        share: Callable[[keras.Variable], float] = lambda variable: 1.0,
     ) -> None:
         self._graph = graph
         self._slots_per_weight = slots_per_weight
         self._micro_batch_size = micro_batch_size
         self._num_micro_batches = num_micro_batches
+        self._share = share
         num_calls = len(graph.calls)
         self._crossing = [
             math.fsum(map(graph.num_bytes, graph.crossing(place))) for place in range(num_calls)
@@ -129,7 +137,7 @@ class Cutter:
     def _plan(self, start: int, stop: int) -> StagePlan:
         operations = [call.operation for call in self._graph.calls[start:stop]]
         weights = [v for v in variables_of(operations) if v.trainable]
-        weight_bytes = float(sum(_num_bytes(v) for v in weights))
+        weight_bytes = math.fsum(self._share(v) * _num_bytes(v) for v in weights)
         return StagePlan(
             start=start,
             stop=stop,

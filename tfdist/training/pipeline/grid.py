@@ -1,4 +1,4 @@
-"""Which stage of which copy of the model each process is, and what the processes tell each other."""
+"""Which block of which stage of which copy of the model each process is, and what the processes tell each other."""
 
 from __future__ import annotations
 
@@ -11,58 +11,67 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist.cluster.spec import Cluster, split_address
-from tfdist.errors import ConfigError
+from tfdist.config.pipeline_options import Layout
 from tfdist.runtime.strategies import StagedStrategy, wait_for_workers
 from tfdist.training.step.replicas import Replicas
+from tfdist.training.tensor_parallel.group import BlockGroup
 
 # Far from the keys that TensorFlow gives its own groups and tensors, and from those of pairs of workers.
-_COPY_KEYS = 1 << 24
+_KEYS = 1 << 24
+# Exchanges of a group have numbers that no other group's have.
+_MOST_EXCHANGES = 1 << 20
 _NUMBERS = itertools.count()
 
 
 class Grid:
-    """The processes of a run: copies of the model side by side, each a line of stages.
+    """The processes of a run: copies of the model side by side, each a line of stages, of blocks each.
 
     Args:
         strategy: The run's.
         cluster: With this process's task.
-        num_stages: Of each copy; None: one copy.
+        layout: Of the processes.
 
     Attributes:
-        rank: This process's place in the cluster.
+        rank: This process's place in the cluster, in which neighbours are blocks of a stage before all.
         num_stages: Of each copy.
+        num_blocks: Of each stage.
         num_copies: Of the model.
-        stage: This process's, zero-based: neighbours in the cluster are neighbours in the line.
+        stage: This process's, zero-based.
+        block: Of that stage.
         copy: Which it is a part of.
+        blocks: The processes that have the other blocks of its layers.
         tasks: In the order of their places.
         hosts: Where they are.
-
-    Raises:
-        ConfigError: If the processes make no whole number of copies.
     """
 
-    def __init__(self, strategy: StagedStrategy, cluster: Cluster, num_stages: int | None) -> None:
+    def __init__(self, strategy: StagedStrategy, cluster: Cluster, layout: Layout) -> None:
         assert cluster.task is not None
         self.tasks = [str(task) for task in cluster.tasks]
         self.hosts = [split_address(cluster.address(task))[0] for task in cluster.tasks]
-        size = len(self.tasks)
-        self.num_stages = num_stages or size
-        if size % self.num_stages:
-            raise ConfigError(
-                f"num_stages={self.num_stages} with {size} workers: they make no whole number of copies of the model; "
-                f"give a multiple of {self.num_stages} workers."
-            )
-        self.num_copies = size // self.num_stages
+        self.num_copies, self.num_stages, self.num_blocks, _ = layout
+        num_blocks = self.num_blocks
         self.rank = cluster.tasks.index(cluster.task)
-        self.copy, self.stage = divmod(self.rank, self.num_stages)
+        line, self.block = divmod(self.rank, num_blocks)
+        self.copy, self.stage = divmod(line, self.num_stages)
+        # Of the groups that add up: for each stage's block its copies, for each stage of each copy its blocks.
+        self._copy_group = self.stage * num_blocks + self.block
+        block_group = self.num_stages * num_blocks + line
+        self.blocks = BlockGroup(
+            num_blocks, key=_KEYS + block_group, first_number=_KEYS + block_group * _MOST_EXCHANGES
+        )
         self._strategy = strategy
         self._replicas = Replicas(strategy.workers)
         self._sums: dict[Any, Callable[[Any], Any]] = {}
 
+    def rank_of(self, *, stage: int, copy: int = 0, block: int = 0) -> int:
+        """Returns a process's place in the cluster."""
+        return (copy * self.num_stages + stage) * self.num_blocks + block
+
     @property
-    def is_last(self) -> bool:
-        """Whether this stage computes the loss."""
-        return self.stage == self.num_stages - 1
+    def neighbours(self) -> tuple[int | None, int | None]:
+        """Places of the processes that have the stage before and the next one of the same copy, in the same block."""
+        before = None if self.stage == 0 else self.rank - self.num_blocks
+        return before, None if self.stage == self.num_stages - 1 else self.rank + self.num_blocks
 
     def broadcast(self, content: bytes, *, source: int = 0) -> bytes:
         """Returns the bytes of the process with that place on every process."""
@@ -73,19 +82,19 @@ class Grid:
         return self._replicas.sum_first(values)
 
     def sum_copies(self, values: tf.Tensor) -> tf.Tensor:
-        """Returns the sums of a tensor over this stage's processes of all copies; each of them must call it."""
+        """Returns the sums of a tensor over the processes of all copies that are as this one; each must call it."""
         if self.num_copies == 1:
             return values
         key = values.dtype, tuple(values.shape)
         if key not in self._sums:
-            # All of a group number alike, other models' sums and other stages' have other numbers.
-            number = _COPY_KEYS * (1 + self.stage) + next(_NUMBERS)
+            # All of a group number alike, other models' sums have other numbers.
+            number = _KEYS + self._copy_group * _MOST_EXCHANGES + next(_NUMBERS)
 
             def add_up(own: tf.Tensor) -> tf.Tensor:
                 return tf.raw_ops.CollectiveReduceV2(
                     input=own,
                     group_size=self.num_copies,
-                    group_key=_COPY_KEYS + self.stage,
+                    group_key=_KEYS + self._copy_group,
                     instance_key=number,
                     ordering_token=[],
                     merge_op="Add",
@@ -102,9 +111,10 @@ class Grid:
         found = []
         for copy in range(self.num_copies):
             buffer = io.BytesIO()
-            if self.is_last and self.copy == copy:
+            source = self.rank_of(copy=copy, stage=self.num_stages - 1)
+            if self.rank == source:
                 np.savez(buffer, *arrays)
-            content = self.broadcast(buffer.getvalue(), source=(copy + 1) * self.num_stages - 1)
+            content = self.broadcast(buffer.getvalue(), source=source)
             with np.load(io.BytesIO(content), allow_pickle=False) as stored:
                 found.append([stored[name] for name in stored.files])
         return found

@@ -27,6 +27,7 @@ class LayerGraph:
         calls: The calls.
         flops: Floating-point operations of each call's forward pass, for one example.
         output_bytes: Of each call's outputs, for one example.
+        divided: The `id` of each tensor of which a process has a part, which no cut may lie behind.
 
     Raises:
         ConfigError: If the model is neither.
@@ -40,6 +41,7 @@ class LayerGraph:
                 "a functional keras.Model(inputs, outputs) or a keras.Sequential, or choose another strategy."
             )
         self.calls = calls
+        self.divided: set[int] = set()
         self._model_inputs = {id(tensor) for tensor in model.inputs}
         self._model_outputs = list(model.outputs)
         self._shapes: dict[int, tuple[int, ...]] = {}
@@ -99,6 +101,8 @@ class LayerGraph:
     def obstacle(self, place: int) -> str:
         """Returns why the model cannot be cut before the call with that number, or ""."""
         for tensor in self.crossing(place):
+            if id(tensor) in self.divided:
+                return f"{tensor.name!r} lies in blocks in several processes"
             if any(size is None for size in tensor.shape[1:]):
                 return f"{tensor.name!r} has an axis of unknown length; give it in keras.Input"
         return ""

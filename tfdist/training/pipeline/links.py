@@ -109,7 +109,7 @@ class Link:
 def open_links(
     *,
     rank: int,
-    num_stages: int,
+    neighbours: tuple[int | None, int | None],
     peers: Sequence[str],
     hosts: Sequence[str],
     broadcast: Callable[[bytes, int], bytes],
@@ -120,8 +120,8 @@ def open_links(
     comes must know a secret that has crossed inside the cluster.
 
     Args:
-        rank: This process's place in the cluster; its stage is `rank % num_stages`.
-        num_stages: Of a pipeline.
+        rank: This process's place in the cluster.
+        neighbours: Those of the processes that have the stage before and the next; None where there is none.
         peers: The cluster's tasks in the order of their places, for messages.
         hosts: Where they are.
         broadcast: `(content, rank) → that rank's content, on every process`.
@@ -132,20 +132,20 @@ def open_links(
     Raises:
         ClusterError: If a neighbour does not come.
     """
-    stage = rank % num_stages
+    left, right = neighbours
     deadline = time.monotonic() + _START_SECS
     with contextlib.ExitStack() as stack:
         own = b""
-        if stage < num_stages - 1:
-            listener = stack.enter_context(_listen(hosts[rank + 1]))
+        if right is not None:
+            listener = stack.enter_context(_listen(hosts[right]))
             key = secrets.token_bytes(_KEY_BYTES)
             own = json.dumps([*listener.getsockname()[:2], key.hex()]).encode()
         places = [broadcast(own if place == rank else b"", place) for place in range(len(peers))]
         before = after = None
-        if stage > 0:
-            before = Link(_visit(places[rank - 1], peers[rank - 1]), peers[rank - 1])
-        if stage < num_stages - 1:
-            after = Link(_accept(listener, key, peers[rank + 1], deadline), peers[rank + 1])
+        if left is not None:
+            before = Link(_visit(places[left], peers[left]), peers[left])
+        if right is not None:
+            after = Link(_accept(listener, key, peers[right], deadline), peers[right])
     return before, after
 
 

@@ -18,10 +18,10 @@ from tfdist.config.pipeline_options import PipelineOptions
 from tfdist.data import Segment, Source, local_batches
 from tfdist.runtime.strategies import StagedStrategy
 from tfdist.training.checkpoint.input_position import InputPosition, KeptIterators
-from tfdist.training.checkpoint.owners import Owners, set_owners
+from tfdist.training.checkpoint.owners import Holding, Owners, set_owners
 from tfdist.training.metrics import metric_results
 from tfdist.training.monitoring.input_wait import InputWait
-from tfdist.training.pipeline.build import build_stage, divide
+from tfdist.training.pipeline.build import Place, build_stage, divide
 from tfdist.training.pipeline.grid import Grid
 from tfdist.training.pipeline.links import open_links
 from tfdist.training.pipeline.parted_metrics import PartedMetrics
@@ -60,18 +60,27 @@ class PipelineLoop:
     ) -> None:
         self._model = model
         self._heartbeat = heartbeat
-        self._num_micro_batches = options.num_micro_batches
-        self._grid = grid = Grid(strategy, cluster, options.num_stages)
-        self._division = divide(model, batch, options=options, num_stages=grid.num_stages)
-        self._stage, owners = build_stage(
-            model, batch, self._division, grid.stage, recompute=options.recompute
+        layout = options.layout(cluster.num_workers)
+        self._num_micro_batches = layout.num_micro_batches
+        self._grid = grid = Grid(strategy, cluster, layout)
+        self._division = divide(model, batch, options=options, layout=layout)
+        self._stage, places = build_stage(
+            model,
+            batch,
+            self._division,
+            grid.stage,
+            recompute=options.recompute,
+            group=grid.blocks,
+            block=grid.block,
         )
         self._shared = self._division.shared_weights(model)
         variables = keras_internals.all_variables(model, keras_internals.find_optimizers(model))
-        set_owners(model, Owners(variables, owners, rank=grid.rank, broadcast=grid.broadcast, meet=grid.meet))
+        holdings = {key: _holding(grid, place) for key, place in places.items()}
+        owners = Owners(variables, holdings, rank=grid.rank, broadcast=grid.broadcast, meet=grid.meet)
+        set_owners(model, owners)
         links = open_links(
             rank=grid.rank,
-            num_stages=grid.num_stages,
+            neighbours=grid.neighbours,
             peers=grid.tasks,
             hosts=grid.hosts,
             broadcast=lambda content, source: grid.broadcast(content, source=source),
@@ -150,17 +159,13 @@ class PipelineLoop:
             stage.remember()
         losses = self._passes.train(micros)
         for weight in self._shared:
-            own = stage.gradients.of(weight)
-            value = np.zeros(weight.shape, np.float32) if own is None else own.numpy()
-            summed = self._grid.sum_all(value.reshape(-1)).reshape(weight.shape)
-            if own is not None:
-                own.assign(summed)
+            self._sum_stages(weight)
         stage.gradients.sum_copies(self._grid)
         clips = getattr(self._model.optimizer, "global_clipnorm", None) is not None
         if plan.loss_limit is None and not clips:
             stage.update()
             return SOUND, 0.0
-        own_loss = math.fsum(share * float(loss) for share, loss in losses)
+        own_loss = 0.0 if self._grid.block else math.fsum(share * float(loss) for share, loss in losses)
         # The copies' gradients are the same now.
         sums = stage.gradients.sum_up() if self._grid.copy == 0 else (0.0, 0.0)
         total, squares, loss = self.all_reduce_sum([*sums, own_loss])
@@ -174,6 +179,18 @@ class PipelineLoop:
                 fault = GRADIENTS
         stage.update(is_sound=fault == SOUND, norm=float(np.sqrt(squares)))
         return fault, loss
+
+    def _sum_stages(self, weight: keras.Variable) -> None:
+        """Adds up the gradients by a weight that several stages have, over these and their copies."""
+        own = self._stage.gradients.of(weight)
+        part = keras_internals.own_part(weight) or ...
+        value = np.zeros(weight.shape, np.float32)
+        # Blocks of a stage have parts of it, or all of them the same.
+        if own is not None and (part is not ... or self._grid.block == 0):
+            value[part] = own.numpy()
+        summed = self._grid.sum_all(value.reshape(-1)).reshape(weight.shape)
+        if own is not None:
+            own.assign(summed[part])
 
     def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
         """Returns the metrics over the plan's steps."""
@@ -282,6 +299,13 @@ class PipelineLoop:
             drop_remainder=plan.drop_remainder,
             num_epochs_after=plan.num_epochs_after,
         )
+
+
+def _holding(grid: Grid, place: Place) -> Holding:
+    num_parts = 1 if place.axis is None else grid.num_blocks
+    return Holding(
+        [grid.rank_of(stage=place.stage, block=block) for block in range(num_parts)], place.axis or 0
+    )
 
 
 def _interleave(parts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:

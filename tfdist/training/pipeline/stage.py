@@ -16,6 +16,7 @@ from tfdist.training.pipeline.layer_graph import LayerGraph
 from tfdist.training.pipeline.loss import MicroBatchLoss
 from tfdist.training.pipeline.stage_gradients import StageGradients
 from tfdist.training.pipeline.stage_layers import StageLayers
+from tfdist.training.tensor_parallel.own_blocks import OwnBlocks
 
 
 class MicroBatch(NamedTuple):
@@ -53,6 +54,7 @@ class Stage:
         plans: Of all stages.
         index: Which of them this is.
         recompute: Whether what a stage's layers make is forgotten, and made again for the backward pass.
+        blocks: What this process has of layers that are divided; None: all of them.
 
     Attributes:
         layers: Its layers.
@@ -68,8 +70,10 @@ class Stage:
         index: int,
         *,
         recompute: bool = False,
+        blocks: OwnBlocks | None = None,
     ) -> None:
-        self.layers = StageLayers(model, graph, plans, index)
+        blocks = blocks or OwnBlocks()
+        self.layers = StageLayers(model, graph, plans, index, blocks)
         self.gradients = StageGradients(self.layers, model.optimizer)
         self.is_last = index == len(plans) - 1
         self._model = model
@@ -82,9 +86,10 @@ class Stage:
         self._structure = keras_internals.output_structure(model)
         self._loss = MicroBatchLoss(model)
         self._has_counts = True
-        # Keras weighs the loss of each output by the static size of a batch.
-        by_output = self.is_last and keras_internals.has_loss_by_output(model)
-        options = {"autograph": False, "reduce_retracing": not by_output}
+        self._vocabulary = blocks.vocabulary(model) if self.is_last else None
+        # Keras weighs the loss of each output by the static size of a batch, and blocks exchange what has one shape.
+        by_size = (self.is_last and keras_internals.has_loss_by_output(model)) or blocks.group.size > 1
+        options = {"autograph": False, "reduce_retracing": not by_size}
         self._forward_fn = tf.function(self._forward, **options)
         self._again_fn = tf.function(self._forward_again_and_backward, **options)
         self._loss_fn = tf.function(self._forward_and_backward, **options)
@@ -232,7 +237,7 @@ class Stage:
 
     def _predict(self, own: Sequence[Any], received: Sequence[Any]) -> Any:
         outputs, side_loss, _ = self.layers.run(0, own, received, training=False)
-        return outputs, side_loss
+        return outputs if self._vocabulary is None else list(map(self._vocabulary.whole, outputs)), side_loss
 
     def _forward_again_and_backward(
         self,
@@ -261,21 +266,32 @@ class Stage:
             tape.watch(floating)
             own = self.layers.own_inputs(part)
             outputs, own_loss, seeds = self.layers.run(number, own, received, training=True)
-            y_pred = self.pack(outputs)
-            loss = own_loss + self._loss.compute(y, y_pred, sample_weight, share=share, totals=totals)
+            seen, y_pred, shown = self._see(y, outputs)
+            loss = own_loss + self._loss.compute(seen, y_pred, sample_weight, share=share, totals=totals)
             weighted = loss * share
         found = tape.gradient(weighted, sources)
         rows = self.gradients.add(found[len(floating) :])
         total = loss + side_loss
-        self._note(x, y, y_pred, sample_weight, total)
+        self._note(x, seen, shown, sample_weight, total)
         return _present(found[: len(floating)], floating), total, seeds, rows
 
     def _test(self, share: Any, part: Any, received: Sequence[Any], side_loss: Any, totals: Any) -> None:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(part)
         outputs, own_loss, _ = self.layers.run(0, self.layers.own_inputs(part), received, training=False)
-        y_pred = self.pack(outputs)
-        loss = self._loss.compute(y, y_pred, sample_weight, share=share, totals=totals)
-        self._note(x, y, y_pred, sample_weight, own_loss + side_loss + loss)
+        seen, y_pred, shown = self._see(y, outputs)
+        loss = self._loss.compute(seen, y_pred, sample_weight, share=share, totals=totals)
+        self._note(x, seen, shown, sample_weight, own_loss + side_loss + loss)
+
+    def _see(self, y: Any, outputs: Sequence[Any]) -> tuple[Any, Any, Any]:
+        """Returns targets, and outputs as the loss and as the metrics are to see them."""
+        if self._vocabulary is None:
+            return y, self.pack(outputs), self.pack(outputs)
+        view = self._vocabulary.view(keras.tree.flatten(y)[0], *outputs)
+        return (
+            keras.tree.pack_sequence_as(y, [view.labels]),
+            self.pack([view.loss_logits]),
+            self.pack([view.metric_logits]),
+        )
 
     def _note(self, x: Any, y: Any, y_pred: Any, sample_weight: Any, total: Any) -> None:
         """Updates the metrics, as Keras's own steps do."""
@@ -288,10 +304,10 @@ class Stage:
         return self._loss.count(y, self.pack(y_pred), sample_weight)
 
     def _like_outputs(self, micro: MicroBatch) -> list[Any]:
-        return [
-            tf.zeros([micro.num_examples, *(size or 1 for size in t.shape[1:])], t.dtype)
-            for t in self.layers.outputs
-        ]
+        shapes = [[micro.num_examples, *(size or 1 for size in t.shape[1:])] for t in self.layers.outputs]
+        if self._vocabulary is not None:
+            shapes[0][-1] = 2
+        return [tf.zeros(shape, t.dtype) for shape, t in zip(shapes, self.layers.outputs, strict=True)]
 
 
 def _floating(values: Sequence[Any]) -> list[Any]:

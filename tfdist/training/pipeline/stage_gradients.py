@@ -32,7 +32,10 @@ class StageGradients:
     def __init__(self, layers: StageLayers, optimizer: keras.optimizers.Optimizer | None) -> None:
         self._layers = layers
         self._optimizer = optimizer
-        self._sums = [tf.Variable(tf.zeros(v.shape, v.dtype), trainable=False) for v in layers.weights]
+        self._sums = [
+            tf.Variable(tf.zeros(keras_internals.own_shape(v), v.dtype), trainable=False)
+            for v in layers.weights
+        ]
         self._rows: dict[int, list[tf.IndexedSlices]] = {}
         options = {"autograph": False, "reduce_retracing": True}
         self._add_fn = tf.function(self.add, **options)
@@ -75,7 +78,7 @@ class StageGradients:
     def sum_up(self) -> tuple[float, float]:
         """Returns the sum, which is finite if all of them are, and that of their squares.
 
-        Of a weight that several stages have, the first of them counts it.
+        Of a weight that several processes have, the first of them counts it.
         """
         total, squares = self._sum_fn(self._joined()).numpy()
         return float(total), float(squares)
@@ -128,7 +131,7 @@ class StageGradients:
         return [rows.get(str(place), total.read_value()) for place, total in enumerate(self._sums)]
 
     def _sum_up(self, rows: Rows) -> Any:
-        counted = {id(v) for v in self._layers.counted}
+        counted = {id(v) for v in self._layers.summed}
         pairs = zip(self._layers.weights, self._gradients(rows), strict=True)
         found = [(weight, gradient) for weight, gradient in pairs if id(weight) in counted]
         values = [g.values if isinstance(g, tf.IndexedSlices) else g for _, g in found]

@@ -12,6 +12,7 @@ from tfdist import keras_internals
 from tfdist.training.pipeline.cut import StagePlan
 from tfdist.training.pipeline.layer_graph import LayerGraph, variables_of
 from tfdist.training.step.replica import SEED_STRIDE
+from tfdist.training.tensor_parallel.own_blocks import OwnBlocks
 
 
 class StageLayers:
@@ -22,21 +23,26 @@ class StageLayers:
         graph: The model's.
         plans: Of all stages.
         index: Which of them this is.
+        blocks: What this process has of layers that are divided.
 
     Attributes:
         inputs: What comes from the stage before.
         outputs: What goes to the next; of the last stage the model's.
         weights: What is trained.
-        counted: Of these, those that no stage before has: what a sum over all weights takes from here.
+        counted: Of these, those that no stage before has: what a sum over the stages takes from here.
+        summed: Of these, what a sum over the blocks takes from here, too.
         shared: The `id` of each weight that other stages have, too.
         has_tables: Whether gradients may be rows of a table.
         seeds: States of the random streams.
         statistics: All other variables that are not trained.
     """
 
-    def __init__(self, model: keras.Model, graph: LayerGraph, plans: Sequence[StagePlan], index: int) -> None:
+    def __init__(
+        self, model: keras.Model, graph: LayerGraph, plans: Sequence[StagePlan], index: int, blocks: OwnBlocks
+    ) -> None:
         plan = plans[index]
         self._model = model
+        self._blocks = blocks
         self.inputs = graph.crossing(plan.start)
         self.outputs = list(model.outputs) if index == len(plans) - 1 else graph.crossing(plan.stop)
         calls = graph.calls[plan.start : plan.stop]
@@ -56,13 +62,17 @@ class StageLayers:
         self._passing = [None if id(tensor) in made else known[id(tensor)] for tensor in self.outputs]
         variables = variables_of([call.operation for call in calls])
         for variable in variables:
-            keras_internals.materialize(variable)
+            keras_internals.materialize(variable, blocks.part(variable))
+        blocks.divide_calls(calls)
         self.weights = [v for v in variables if v.trainable]
         before, after = (
             {id(v) for p in others for v in _weights_of(graph, p)}
             for others in (plans[:index], plans[index + 1 :])
         )
         self.counted = [v for v in self.weights if id(v) not in before]
+        self.summed = [
+            v for v in self.counted if blocks.block == 0 or keras_internals.own_part(v) is not None
+        ]
         self.shared = {id(v) for v in self.weights} & (before | after)
         self.has_tables = any(isinstance(call.operation, keras.layers.Embedding) for call in calls)
         self.seeds = keras_internals.seed_states(self._layers)
@@ -107,7 +117,7 @@ class StageLayers:
         with keras.StatelessScope(state_mapping=shifted, collect_losses=True) as scope:
             made = self._layers([*own, *(received[place] for place in self._taken)], training=training)
             losses = [keras.ops.sum(loss) for loss in scope.losses]
-            losses += [keras.ops.sum(v.regularizer(v)) for v in self.counted if v.regularizer is not None]
+            losses += self._penalties()
         if training and not is_again:
             for variable in self.statistics:
                 if (value := scope.get_current_value(variable)) is not None:
@@ -117,6 +127,15 @@ class StageLayers:
         fresh: Iterator[Any] = iter(keras.tree.flatten(made))
         outputs = [next(fresh) if place is None else tf.identity(received[place]) for place in self._passing]
         return outputs, tf.add_n([tf.constant(0.0), *(tf.cast(loss, tf.float32) for loss in losses)]), seeds
+
+    def _penalties(self) -> list[Any]:
+        """Returns what the weights' regularizers add to the loss; of a weight in blocks, the sum of all parts."""
+        found: dict[bool, list[Any]] = {True: [], False: []}
+        for variable in self.counted:
+            if variable.regularizer is not None:
+                value = tf.cast(keras.ops.sum(variable.regularizer(variable)), tf.float32)
+                found[keras_internals.own_part(variable) is None].append(value)
+        return [*found[True], *([self._blocks.group.sum(tf.add_n(found[False]))] if found[False] else [])]
 
 
 def _weights_of(graph: LayerGraph, plan: StagePlan) -> list[keras.Variable]:

@@ -35,7 +35,9 @@ class WholeWeights:
         with sharing_state(self._model):
             return [
                 np.array(state_array(self._model, weight).read())
-                if self._is_chief or keras_internals.has_memory(weight)
+                if self._is_chief
+                else keras_internals.native(weight).numpy()
+                if keras_internals.has_memory(weight)
                 else None
                 for weight in self._model.weights
             ]
@@ -44,4 +46,7 @@ class WholeWeights:
         """Assigns those that are this process's."""
         for variable, value in zip(self._model.weights, weights, strict=True):
             if keras_internals.has_memory(variable):
-                variable.assign(value)
+                assert value is not None
+                native = keras_internals.native(variable)
+                is_own = value.shape == tuple(native.shape)
+                native.assign(value if is_own else value[keras_internals.own_part(variable)])

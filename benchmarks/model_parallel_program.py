@@ -1,7 +1,7 @@
-"""Trains a transformer whole or in stages, and says how fast, how idle and how large.
+"""Trains a transformer whole or divided, and says how fast, how idle and how large.
 
-model_parallel_program.py OUT.json STRATEGY MICRO_BATCHES [SCHEDULE]: what the chief writes holds seconds of a step, the
-share of them that stages wait, and the most memory of any process (10**6 bytes).
+model_parallel_program.py OUT.json MODEL [STAGES MICRO_BATCHES BLOCKS SCHEDULE]: what the chief writes holds seconds of
+a step, the share of them that stages wait, and the most memory of any process (10**6 bytes).
 """
 
 from __future__ import annotations
@@ -11,14 +11,25 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
 import tfdist
 from tfdist.recipe import load_recipe
 
-BATCH, STEPS, NUM_LAYERS, WIDTH = 16, 8, 12, 128
+
+class Size(NamedTuple):
+    """A model, and how much of it is trained."""
+
+    num_layers: int
+    width: int
+    num_heads: int
+    batch_size: int
+    num_steps: int
+
+
+MODELS = {"deep": Size(12, 128, 4, 16, 8), "wide": Size(12, 1024, 16, 2, 2), "link": Size(4, 128, 4, 16, 8)}
 
 
 class Clock(keras.callbacks.Callback):  # type: ignore[misc]
@@ -41,24 +52,34 @@ class Clock(keras.callbacks.Callback):  # type: ignore[misc]
         self.idle = self.params["measures"]().get("idle_share", 0.0)
 
 
-def main(out: str, strategy: str, micro_batches: str, schedule: str = "1f1b") -> None:
+def main(out: str, name: str, *division: str) -> None:
     """Trains three epochs, of which the first makes the graphs."""
     pipeline = None
-    if strategy == "pipeline":
-        pipeline = tfdist.PipelineOptions(num_micro_batches=int(micro_batches), pipeline_schedule=schedule)
-    run = tfdist.initialize(strategy=strategy, pipeline=pipeline)
+    if division:
+        stages, micro_batches, blocks = map(int, division[:3])
+        schedule = division[3] if len(division) > 3 else "1f1b"
+        pipeline = tfdist.PipelineOptions(
+            num_stages=stages,
+            num_micro_batches=micro_batches,
+            tensor_parallel=blocks,
+            pipeline_schedule=schedule,
+        )
+    size = MODELS[name]
+    run = tfdist.initialize(pipeline=pipeline)
     recipe = load_recipe("text_lm")
     x, y = recipe.build_data("train")
     with run.strategy.scope():
-        model = recipe.build_model(num_layers=NUM_LAYERS, width=WIDTH, dropout=0.0)
+        model = recipe.build_model(
+            num_layers=size.num_layers, width=size.width, num_heads=size.num_heads, dropout=0.0
+        )
     clock = Clock()
     run.fit(
         model,
         x,
         y,
-        batch_size=BATCH,
+        batch_size=size.batch_size,
         epochs=3,
-        steps_per_epoch=STEPS,
+        steps_per_epoch=size.num_steps,
         shuffle=False,
         verbose=0,
         callbacks=[clock],
@@ -68,7 +89,7 @@ def main(out: str, strategy: str, micro_batches: str, schedule: str = "1f1b") ->
     run.wait_for_others()
     if run.is_chief:
         sizes = [float(path.read_text()) for path in Path(out).parent.glob(f"{Path(out).name}.*")]
-        secs = min(clock.secs[1:]) / STEPS
+        secs = min(clock.secs[1:]) / size.num_steps
         Path(out).write_text(json.dumps({"step_secs": secs, "idle": clock.idle, "memory_mb": max(sizes)}))
 
 

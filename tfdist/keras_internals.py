@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import gc
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -882,7 +883,7 @@ def saving_in_blocks(blocks_of: Callable[[keras.Variable], Iterator[Any] | None]
             return
         if not store._h5_entry_initialized:
             store._create_h5_group(store._h5_entry_path)
-        dataset = store._h5_entry_group.create_dataset(key, tuple(value.shape), value.dtype)
+        dataset = store._h5_entry_group.create_dataset(key, whole_shape(value), value.dtype)
         if not value.shape:
             (dataset[()],) = blocks
             return
@@ -1010,28 +1011,42 @@ def own_part(variable: keras.Variable) -> tuple[slice, ...] | None:
     return getattr(variable, "_own_part", None)
 
 
-def own_shape(variable: keras.Variable) -> tuple[int, ...]:
-    """Returns the shape of what is here of a variable's value; of one that is elsewhere, the shape of the whole."""
-    part = own_part(variable) or ()
-    shape = tuple(variable.shape)
-    return (*(len(range(size)[cut]) for size, cut in zip(shape, part, strict=False)), *shape[len(part) :])
+def whole_shape(variable: keras.Variable) -> tuple[int, ...]:
+    """Returns the shape of all of a variable's value, of which a part may be here."""
+    return getattr(variable, "_whole_shape", tuple(variable.shape))
 
 
-def materialize(variable: keras.Variable, part: tuple[slice, ...] | None = None) -> None:
+def count_parameters(model: keras.Model) -> int:
+    """Returns the numbers in a built model's weights, wherever they are."""
+    return sum(math.prod(whole_shape(weight)) for weight in model.weights)
+
+
+def materialize(
+    variable: keras.Variable,
+    part: tuple[slice, ...] | None = None,
+    *,
+    beside: keras.Variable | None = None,
+) -> None:
     """Gives a variable that was made within `deferring_variables` its first value; one that has it keeps it.
 
-    Leans on `Variable._deferred_initialize` and `._initializer`.
+    Leans on `Variable._deferred_initialize`, `._initializer` and `._shape`.
 
     Args:
         variable: It.
-        part: What of its value is to be here, with a slice for each of its first axes; its `shape` stays the whole's.
+        part: What of its value is to be here, with a slice for each of its first axes; its `shape` is that part's from
+            now on.
+        beside: The weight for which an optimizer keeps it, if it was made in the shape of the weight's part.
     """
     if variable._value is not None:
         return
     if part is not None:
-        whole = variable._initializer
-        variable._initializer = lambda shape, dtype: whole(shape, dtype=dtype)[part]
-        variable._own_part = part
+        whole, shape = variable._initializer, tuple(variable.shape)
+        variable._initializer = lambda own_shape, dtype: whole(shape, dtype=dtype)[part]
+        variable._own_part, variable._whole_shape = part, shape
+        cuts = (len(range(size)[cut]) for size, cut in zip(shape, part, strict=False))
+        variable._shape = (*cuts, *shape[len(part) :])
+    elif beside is not None and own_part(beside) is not None and variable.shape == beside.shape:
+        variable._own_part, variable._whole_shape = own_part(beside), whole_shape(beside)
     variable._deferred_initialize()
 
 
@@ -1061,20 +1076,20 @@ def refuse_reading(variable: keras.Variable, why: str) -> None:
 def loading_present() -> Iterator[None]:
     """Lets each variable keep what it has of what is assigned to it, as when a whole model's file is read.
 
-    Leans on `Variable._direct_assign`.
+    Leans on `Variable._value`, and on Keras assigning by `Variable.assign`.
     """
-    assign = keras.Variable._direct_assign
+    assign = keras.Variable.assign
 
-    def assign_if_present(variable: keras.Variable, value: Any) -> None:
+    def assign_if_present(variable: keras.Variable, value: Any) -> Any:
         if variable._value is not None:
-            part = own_part(variable)
-            assign(variable, value if part is None else value[part])
+            assign(variable, value if own_part(variable) is None else value[own_part(variable)])
+        return value
 
-    keras.Variable._direct_assign = assign_if_present
+    keras.Variable.assign = assign_if_present
     try:
         yield
     finally:
-        keras.Variable._direct_assign = assign
+        keras.Variable.assign = assign
 
 
 @contextlib.contextmanager
@@ -1084,7 +1099,7 @@ def updating_only(
     """Lets an optimizer that was built for all weights of a model update some, as if there were no others.
 
     Leans on `Optimizer._trainable_variables`, `._accumulated_gradients` and `._model_variables_moving_average`, lists
-    of which Keras walks through all, on `base_optimizer.global_norm`, and on `Variable._shape`.
+    of which Keras walks through all, and on `base_optimizer.global_norm`.
 
     Args:
         optimizer: Built for all.
@@ -1105,20 +1120,13 @@ def updating_only(
         pairs = zip(saved["_accumulated_gradients"], is_kept, strict=False)
         found["_accumulated_gradients"] = [value if kept else None for value, kept in pairs]
     global_norm = base_optimizer.global_norm
-    # What an optimizer assigns to one of which a part is here is that part's.
-    cut = [v for v in (*variables, *optimizer.variables) if own_part(v) is not None]
-    shapes = [(v, v._shape, own_shape(v)) for v in cut]
     try:
-        for variable, _, own in shapes:
-            variable._shape = own
         # Straight into __dict__: Keras's __setattr__ would track the value.
         optimizer.__dict__.update(found)
         if norm is not None:
             base_optimizer.global_norm = lambda gradients: norm
         yield
     finally:
-        for variable, whole, _ in shapes:
-            variable._shape = whole
         optimizer.__dict__.update(saved)
         base_optimizer.global_norm = global_norm
 

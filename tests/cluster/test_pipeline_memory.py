@@ -1,4 +1,4 @@
-"""A stage needs memory for its own layers: for their weights, slots and gradients, and for nobody else's."""
+"""A process needs memory for its own layers, and its own blocks of them, and for nobody else's."""
 
 import re
 import textwrap
@@ -9,39 +9,65 @@ import pytest
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 # With Adam's slots and its gradients each of twelve layers takes 67 MB.
 PROGRAM = """
-    import re, sys
+    import re, resource, sys
     import keras, numpy as np
     import tfdist
 
     def memory_mb(name):
         return int(re.search(rf"{name}:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 
-    options = tfdist.PipelineOptions(num_micro_batches=2) if len(sys.argv) > 1 else None
-    run = tfdist.initialize(seed=1, pipeline=options)
+    _, stages, blocks, limit = map(int, ["0", *sys.argv[1:]])
+    options = tfdist.PipelineOptions(num_micro_batches=2, num_stages=stages, tensor_parallel=blocks)
+    run = tfdist.initialize(seed=1, pipeline=options if stages * blocks > 1 else None)
     x = np.ones((8, 2048), np.float32)
     warm = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
     warm.compile("adam", "mse")
     warm.train_on_batch(x[:, :2], x[:, :2])
     start = memory_mb("VmRSS")
+    if limit:
+        own = int((memory_mb("VmData") + limit) * 1024 * 1024)
+        resource.setrlimit(resource.RLIMIT_DATA, (own, own))
     with run.strategy.scope():
         layers = [keras.layers.Dense(2048, use_bias=False) for _ in range(12)]
         model = keras.Sequential([keras.Input((2048,)), *layers])
         model.compile(keras.optimizers.Adam(1e-5), "mse")
-    run.fit(model, x, x, batch_size=8, epochs=3, verbose=0)
-    print("grown by", round(memory_mb("VmHWM") - start), flush=True)
+    history = run.fit(model, x, x, batch_size=8, epochs=3, verbose=0)
+    print("grown by", round(memory_mb("VmHWM") - start), "loss", history.history["loss"][-1], flush=True)
 """
+DIVISIONS = {"stages": (3, 1), "blocks": (1, 2)}
 
 
-def test_three_stages_need_less_each_than_one_process(tmp_path):
-    (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
-    found = []
-    launch = ["-m", "tfdist.launch", "--strategy=pipeline", "--num_workers=3"]
-    for words in (["program.py"], [*launch, "program.py", "staged"]):
-        done = programs.run(words, cwd=tmp_path)
+def run_program(folder, division=(1, 1), limit=0):
+    """Returns what a run printed; the limit is of what a process may grow by, in MB, or 0 for none."""
+    (folder / "program.py").write_text(textwrap.dedent(PROGRAM))
+    num_processes = division[0] * division[1]
+    launch = ["-m", "tfdist.launch", "--strategy=pipeline", f"--num_workers={num_processes}"]
+    words = [*(launch if num_processes > 1 else []), "program.py", *map(str, division), str(limit)]
+    return programs.run(words, cwd=folder)
+
+
+def test_processes_need_less_each_than_one_for_all(tmp_path):
+    found = {}
+    for name, division in {"alone": (1, 1), **DIVISIONS}.items():
+        done = run_program(tmp_path, division)
         assert done.returncode == 0, done.stderr[-3000:]
-        found.append([int(size) for size in re.findall(r"grown by (\d+)", done.stdout)])
-    alone, staged = found
-    assert len(alone) == 1 and len(staged) == 3
-    # A third of the state, what was grown for a moment, and TensorFlow's own.
-    assert max(staged) < 0.7 * alone[0], found
-    assert min(staged) > 0.25 * alone[0], found
+        found[name] = [int(size) for size in re.findall(r"grown by (\d+)", done.stdout)]
+    (alone,) = found["alone"]
+    # A third of the state, or half of it, what was grown for a moment, and TensorFlow's own.
+    for name, size, most in (("stages", 3, 0.7), ("blocks", 2, 0.8)):
+        assert len(found[name]) == size
+        assert max(found[name]) < most * alone and min(found[name]) > 0.25 * alone, found
+
+
+@pytest.mark.parametrize("division", DIVISIONS.values(), ids=DIVISIONS)
+def test_model_that_is_too_large_for_one_process_trains_when_divided(tmp_path, division):
+    """The kernel gives no process more than that; 805 MB are the weights, slots and gradients."""
+    limit = 700
+    alone = run_program(tmp_path, limit=limit)
+    assert alone.returncode != 0
+    assert re.search("OOM when allocating|ResourceExhausted|bad_alloc|MemoryError", alone.stderr), (
+        alone.stderr[-3000:]
+    )
+    done = run_program(tmp_path, division, limit=limit)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(re.findall(r"loss \d", done.stdout)) == division[0] * division[1]

@@ -38,6 +38,7 @@ DOCS = (
     "strategies.md",
     "guarantees.md",
     "pipeline.md",
+    "divide.md",
     "tables.md",
     "gpus.md",
     "troubleshooting.md",
@@ -58,6 +59,9 @@ TRAINS = {
     "python -m tfdist.train --recipe=text_lm --strategy=pipeline --num_stages=2 --num_micro_batches=8": (
         "training text_lm under pipeline"
     ),
+    "python -m tfdist.train --recipe=text_lm --strategy=pipeline --tensor_parallel=2": (
+        "2 blocks: 4 kernels by columns, 4 by rows, 4 attentions by heads, 1 tables by their rows"
+    ),
     "python -m tfdist.train --recipe=private_tabular --dp_target_epsilon=3": (
         "training private_tabular under one_device"
     ),
@@ -70,6 +74,9 @@ ANSWERS = {
     "python -m tfdist.train --list_recipes": "wide_deep",
     "python -m tfdist.train --help": "--strategy",
     "python -m tfdist.doctor --strategy=ps --num_workers=2": "no errors",
+    "python -m tfdist.train --recipe=deep_lm --strategy=pipeline --num_stages=2 --tensor_parallel=2 --dry_run": (
+        "2 blocks: 8 kernels by columns"
+    ),
 }
 # Of a file that stands on the same page.
 OWN_RECIPE = {

@@ -25,6 +25,17 @@ RECIPES = {
         "accuracy",
         0.30,
     ),
+    "deep_lm": (
+        [
+            "--set=num_layers=3",
+            "--set=width=32",
+            "--set=sequence_length=32",
+            "--epochs=1",
+            "--steps_per_epoch=200",
+        ],
+        "accuracy",
+        0.25,
+    ),
     "resnet_cifar": (
         [
             "--set=depth=8",
@@ -67,6 +78,8 @@ RECIPES = {
 SHARDED = ("wide_deep", "dlrm", "two_tower")
 
 
+OWN_STRATEGIES = {"text_lm": "multiworker", "deep_lm": "pipeline"}
+
 # Other data of a recipe differ in no way that a strategy could see.
 CASES = [
     (name, strategy)
@@ -96,9 +109,10 @@ def test_recipe_reaches_its_metric(tmp_path, name, strategy):
 # digits_cnn is what the other tests train.
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "digits_cnn" and " " not in name])
 def test_recipe_takes_some_steps(tmp_path, name):
-    """Under a strategy that asks something of it: tables of ps, rows of gradients of workers."""
-    strategy = "ps" if name in SHARDED else "multiworker" if name == "text_lm" else "one_device"
-    assert 0 <= train(tmp_path, name, strategy, "--epochs=1", "--steps_per_epoch=4") <= 1
+    """Under a strategy that asks something of it: tables of ps, rows of gradients of workers, layers in blocks."""
+    strategy = "ps" if name in SHARDED else OWN_STRATEGIES.get(name, "one_device")
+    blocks = ["--tensor_parallel=2"] if strategy == "pipeline" else []
+    assert 0 <= train(tmp_path, name, strategy, "--epochs=1", "--steps_per_epoch=4", *blocks) <= 1
 
 
 def test_tables_of_two_ps_are_evaluated_in_one_process(tmp_path):

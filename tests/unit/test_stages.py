@@ -21,7 +21,7 @@ from tfdist.training.pipeline.cut import Cutter
 from tfdist.training.pipeline.layer_graph import LayerGraph
 from tfdist.training.pipeline.links import Link, open_links
 from tfdist.training.pipeline.passes import Passes
-from tfdist.training.pipeline.schedule import SCHEDULES, idle_share
+from tfdist.training.pipeline.schedule import SCHEDULES, foretell_step_secs, idle_share
 from tfdist.training.pipeline.stage import MicroBatch
 
 layers = keras.layers
@@ -50,24 +50,24 @@ def test_each_micro_batch_goes_through_each_stage_once_each_way(name, num_stages
 @pytest.mark.parametrize(("num_stages", "num_micro_batches"), SIZES)
 def test_stages_are_idle_as_long_as_the_formula_says(name, num_stages, num_micro_batches):
     """Played through with passes of 1 and 2: nobody waits in a circle, and the bubble is the known one."""
-    orders = [SCHEDULES[name](stage, num_stages, num_micro_batches) for stage in range(num_stages)]
-    ends, free = {}, num_stages * [0]
-    places = num_stages * [0]
-    while any(place < len(order) for place, order in zip(places, orders, strict=True)):
-        moved = False
-        for stage, order in enumerate(orders):
-            if places[stage] == len(order):
-                continue
-            is_forward, number = order[places[stage]]
-            needs = [(stage - 1, True)] if is_forward else [(stage + 1, False), (stage, True)]
-            needs = [(*need, number) for need in needs if 0 <= need[0] < num_stages]
-            if all(need in ends for need in needs):
-                start = max([free[stage], *(ends[need] for need in needs)])
-                free[stage] = ends[stage, is_forward, number] = start + (1 if is_forward else 2)
-                places[stage] += 1
-                moved = True
-        assert moved, "the stages wait for each other"
-    assert 1 - 3 * num_micro_batches / max(free) == pytest.approx(idle_share(num_stages, num_micro_batches))
+    secs = foretell_step_secs(
+        name,
+        num_micro_batches,
+        forward=num_stages * [1.0],
+        backward=num_stages * [2.0],
+        crossing=num_stages * [0.0],
+    )
+    assert 1 - 3 * num_micro_batches / secs == pytest.approx(idle_share(num_stages, num_micro_batches))
+
+
+def test_slow_link_is_what_a_step_takes():
+    passes = {"forward": [1.0, 1.0], "backward": [2.0, 2.0]}
+    # Each crosses for 10 s while others are computed: eight on the way there, and eight on the way back.
+    assert foretell_step_secs("gpipe", 8, **passes, crossing=[10.0]) == 1 + 80 + 1 + 2 + 80 + 2
+    alone = foretell_step_secs("1f1b", 8, forward=[1.0], backward=[2.0], crossing=[])
+    assert alone == 8 * 3
+    # 1F1B lets two micro-batches be on their way: each of them waits for the one before to come back.
+    assert 8 * 10 < foretell_step_secs("1f1b", 8, **passes, crossing=[10.0]) < 8 * 26
 
 
 def perceptron(num_layers=6, width=16, **options):

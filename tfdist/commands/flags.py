@@ -234,7 +234,7 @@ def resolve_run(
     num_ps = read_num_ps(environ, strategy) or num_ps
     fields = {"num_workers": num_workers, "num_ps": num_ps, "recipe": values.recipe} | earlier
     fields |= {name: value for name, value in given.items() if name in RunConfig.field_names()}
-    fields |= _count_workers(values, hosts, strategy)
+    fields |= _count_workers(values, hosts, fields | {"strategy": strategy})
     fields |= {"mode": values.mode, "resume": resume, "strategy": strategy}
     if "set" in given:
         fields["overrides"] = tuple(values.set)
@@ -245,14 +245,16 @@ def resolve_run(
     return fields | {"run_dir": str(Path(run_dir))}
 
 
-def _count_workers(values: flags.FlagValues, hosts: Sequence[Host], strategy: str) -> dict[str, Any]:
+def _count_workers(
+    values: flags.FlagValues, hosts: Sequence[Host], fields: Mapping[str, Any]
+) -> dict[str, Any]:
     """Returns how many workers a command line means, where it says so in whatever words."""
     if values.num_workers is not None:
         num_workers = parse_num_workers(values.num_workers)[1]
     elif hosts:
         num_workers = sum(host.num_slots for host in hosts)
-    elif strategy == "pipeline" and (values.num_stages or values.tensor_parallel):
-        return {"num_workers": (values.num_stages or 1) * (values.tensor_parallel or 1)}
+    elif fields["strategy"] == "pipeline" and (values.num_stages or values.tensor_parallel):
+        num_workers = (fields.get("num_stages") or 1) * (fields.get("tensor_parallel") or 1)
     else:
         return {}
     return {"num_workers": num_workers}

@@ -44,6 +44,13 @@ def RowDense(units: int, **options: Any) -> keras.layers.Dense:  # noqa: N802
     Args:
         units: Of the output, which every process has whole.
         **options: As for `keras.layers.Dense`.
+
+    Examples:
+        >>> import keras, tfdist.layers
+        >>> x = keras.Input((4,))
+        >>> hidden = tfdist.layers.ColumnDense(16, activation="relu")(x)
+        >>> tfdist.layers.RowDense(4)(hidden).shape
+        (None, 4)
     """
     return _mark(keras.layers.Dense(units, **options), "rows")
 
@@ -55,6 +62,11 @@ def MultiHeadAttention(num_heads: int, key_dim: int, **options: Any) -> keras.la
         num_heads: Of the whole.
         key_dim: Of each head.
         **options: As for `keras.layers.MultiHeadAttention`.
+
+    Examples:
+        >>> import tfdist.layers
+        >>> type(tfdist.layers.MultiHeadAttention(8, 64)).__module__.split(".")[0]
+        'keras'
     """
     return _mark(keras.layers.MultiHeadAttention(num_heads, key_dim, **options), "heads")
 
@@ -70,6 +82,13 @@ def VocabularyEmbedding(input_dim: int, output_dim: int, **options: Any) -> kera
         input_dim: Words in the vocabulary.
         output_dim: Features of each.
         **options: As for `keras.layers.ReversibleEmbedding`.
+
+    Examples:
+        >>> import keras, tfdist.layers
+        >>> table = tfdist.layers.VocabularyEmbedding(50_000, 8)
+        >>> x = table(keras.Input((5,), dtype="int32"))
+        >>> table(x, reverse=True).shape
+        (None, 5, 50000)
     """
     return _mark(keras.layers.ReversibleEmbedding(input_dim, output_dim, **options), "vocabulary")
 

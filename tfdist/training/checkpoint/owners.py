@@ -121,7 +121,7 @@ class Owners:
 
     def _cross(self, variable: keras.Variable) -> Iterator[np.ndarray]:
         ranks, axis = self._holdings[id(variable)]
-        whole, dtype = tuple(variable.shape), StateArray([variable]).dtype
+        whole, dtype = keras_internals.whole_shape(variable), StateArray([variable]).dtype
         shapes = [whole]
         if len(ranks) > 1:
             sizes = (bounds(whole[axis], len(ranks), place) for place in range(len(ranks)))
@@ -150,7 +150,7 @@ class AbsentArray(StateArray):
 
     def __init__(self, variable: keras.Variable, owners: Owners) -> None:
         super().__init__([variable])
-        self.shape = tuple(variable.shape)
+        self.shape = keras_internals.whole_shape(variable)
         self._owners = owners
 
     @property

@@ -44,7 +44,7 @@ class StateArray:
     def __init__(self, variables: list[Any], rows: list[slice] | None = None, num_rows: int = 0) -> None:
         self._variables = variables
         self._rows = rows
-        own = keras_internals.own_shape(variables[0])
+        own = tuple(variables[0].shape)
         self.shape: tuple[int, ...] = own if rows is None else (num_rows, *own[1:])
 
     @property

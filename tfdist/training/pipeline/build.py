@@ -56,8 +56,8 @@ class Division:
                 f"{plan.flops / work:.0%} of the work",
             )
             stages.append(f"{self.name(plan)} ({weights}, {share})")
-        blocks = self.blocks.describe()
-        return f"{len(stages)} stages: {'; '.join(stages)}" + (f"; {blocks}" if blocks else "")
+        parts = [f"{len(stages)} stages: {'; '.join(stages)}"] if len(stages) > 1 else []
+        return "; ".join([*parts, *filter(None, [self.blocks.describe()])])
 
     def shared_weights(self, model: keras.Model) -> list[keras.Variable]:
         """Returns the weights that several stages have, whose gradients they add up."""
@@ -171,14 +171,15 @@ def build_stage(
     )
     with keras_internals.deferring_variables() as slots:
         keras_internals.build_model(model, batch)
-    holders = dict(division.holders)
+    holders, weight_of = dict(division.holders), {}
     for slot, weight in slots:
+        weight_of[id(slot)] = weight
         if id(weight) in holders:
             holders[id(slot)] = holders[id(weight)]
         blocks.follow(slot, weight)
     for variable in keras_internals.all_variables(model, keras_internals.find_optimizers(model)):
         if index in holders.get(id(variable), [index]):
-            keras_internals.materialize(variable, blocks.part(variable, block))
+            keras_internals.materialize(variable, beside=weight_of.get(id(variable)))
         else:
             keras_internals.refuse_reading(
                 variable, f"{variable.path} is another stage's, and has no value here"

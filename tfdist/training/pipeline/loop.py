@@ -184,11 +184,11 @@ class PipelineLoop:
         """Adds up the gradients by a weight that several stages have, over these and their copies."""
         own = self._stage.gradients.of(weight)
         part = keras_internals.own_part(weight) or ...
-        value = np.zeros(weight.shape, np.float32)
+        value = np.zeros(keras_internals.whole_shape(weight), np.float32)
         # Blocks of a stage have parts of it, or all of them the same.
         if own is not None and (part is not ... or self._grid.block == 0):
             value[part] = own.numpy()
-        summed = self._grid.sum_all(value.reshape(-1)).reshape(weight.shape)
+        summed = self._grid.sum_all(value.reshape(-1)).reshape(value.shape)
         if own is not None:
             own.assign(summed[part])
 

@@ -32,10 +32,7 @@ class StageGradients:
     def __init__(self, layers: StageLayers, optimizer: keras.optimizers.Optimizer | None) -> None:
         self._layers = layers
         self._optimizer = optimizer
-        self._sums = [
-            tf.Variable(tf.zeros(keras_internals.own_shape(v), v.dtype), trainable=False)
-            for v in layers.weights
-        ]
+        self._sums = [tf.Variable(tf.zeros(v.shape, v.dtype), trainable=False) for v in layers.weights]
         self._rows: dict[int, list[tf.IndexedSlices]] = {}
         options = {"autograph": False, "reduce_retracing": True}
         self._add_fn = tf.function(self.add, **options)

@@ -250,7 +250,8 @@ class _RecipeRun:
             )
         self._say(
             f"training {config.recipe} under {run.strategy_name}: {source.num_examples or 'streamed'} examples, "
-            f"global batch {config.global_batch_size}, {config.epochs} epochs, {keras_internals.count_parameters(model):,} parameters"
+            f"global batch {config.global_batch_size}, {config.epochs} epochs, "
+            f"{keras_internals.count_parameters(model):,} parameters"
         )
         if run.strategy_name == "mirrored" and not tf.config.list_logical_devices("GPU"):
             self._say(

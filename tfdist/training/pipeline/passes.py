@@ -70,6 +70,7 @@ class Passes:
             else:
                 specs = [spec for spec in _specs(self._stage.layers.outputs, micro) if spec.dtype.is_floating]
                 self._send_back(self._stage.backward(micro, self._receive(self._after, specs)))
+        self._stage.gradients.end_batch()
         return losses
 
     def test(self, micros: Sequence[MicroBatch]) -> None:

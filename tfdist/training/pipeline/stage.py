@@ -137,14 +137,21 @@ class Stage:
         waiting, share = self._waiting.pop(micro.number), tf.constant(micro.share)
         if waiting.tape is None:
             found, rows = self._again_fn(
-                tf.constant(micro.number), share, list(waiting.own), list(waiting.received), list(gradients)
+                tf.constant(micro.number),
+                share,
+                list(waiting.own),
+                list(waiting.received),
+                list(gradients),
+                tf.constant(self.gradients.is_first()),
             )
             self.gradients.keep(rows)
             return list(found)
         found = waiting.tape.gradient(waiting.targets, waiting.sources, output_gradients=[*gradients, share])
         num_inputs = len(found) - len(self.layers.weights)
-        self.gradients.add_now(found[num_inputs:])
-        return _present(found[:num_inputs], waiting.sources)
+        of_inputs, of_weights = found[:num_inputs], found[num_inputs:]
+        del found
+        self.gradients.keep(self.gradients.add(of_weights, is_first=self.gradients.is_first()))
+        return _present(of_inputs, waiting.sources)
 
     def forward_and_backward(
         self, micro: MicroBatch, received: Sequence[Any], side_loss: Any, totals: Any
@@ -161,7 +168,13 @@ class Stage:
             The gradients of the loss by the floating inputs, and the loss.
         """
         gradients, loss, seeds, rows = self._loss_fn(
-            tf.constant(micro.number), tf.constant(micro.share), micro.part, list(received), side_loss, totals
+            tf.constant(micro.number),
+            tf.constant(micro.share),
+            micro.part,
+            list(received),
+            side_loss,
+            totals,
+            tf.constant(self.gradients.is_first()),
         )
         self.gradients.keep(rows)
         self._keep_seeds(seeds)
@@ -246,6 +259,7 @@ class Stage:
         own: Sequence[Any],
         received: Sequence[Any],
         gradients: Sequence[Any],
+        is_first: Any,
     ) -> Any:
         floating = _floating(received)
         sources = [*floating, *map(keras_internals.native, self.layers.weights)]
@@ -253,11 +267,18 @@ class Stage:
             tape.watch(floating)
             outputs, own_loss, _ = self.layers.run(number, own, received, training=True, is_again=True)
         found = tape.gradient([*_floating(outputs), own_loss], sources, output_gradients=[*gradients, share])
-        rows = self.gradients.add(found[len(floating) :])
+        rows = self.gradients.add(found[len(floating) :], is_first=is_first)
         return _present(found[: len(floating)], floating), rows
 
     def _forward_and_backward(
-        self, number: Any, share: Any, part: Any, received: Sequence[Any], side_loss: Any, totals: Any
+        self,
+        number: Any,
+        share: Any,
+        part: Any,
+        received: Sequence[Any],
+        side_loss: Any,
+        totals: Any,
+        is_first: Any,
     ) -> Any:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(part)
         floating = _floating(received)
@@ -270,7 +291,7 @@ class Stage:
             loss = own_loss + self._loss.compute(seen, y_pred, sample_weight, share=share, totals=totals)
             weighted = loss * share
         found = tape.gradient(weighted, sources)
-        rows = self.gradients.add(found[len(floating) :])
+        rows = self.gradients.add(found[len(floating) :], is_first=is_first)
         total = loss + side_loss
         self._note(x, seen, shown, sample_weight, total)
         return _present(found[: len(floating)], floating), total, seeds, rows

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.collectives.communicator import join, split
+from tfdist.optimizers.one_pass import in_one_pass
 from tfdist.training.pipeline.grid import Grid
 from tfdist.training.pipeline.stage_layers import StageLayers
 from tfdist.training.step.finite_check import run_if
@@ -34,24 +35,37 @@ class StageGradients:
         self._optimizer = optimizer
         self._sums = [tf.Variable(tf.zeros(v.shape, v.dtype), trainable=False) for v in layers.weights]
         self._rows: dict[int, list[tf.IndexedSlices]] = {}
+        self._is_new = True
         options = {"autograph": False, "reduce_retracing": True}
-        self._add_fn = tf.function(self.add, **options)
         self._sum_fn = tf.function(self._sum_up, **options)
         self._apply_fn = tf.function(self._apply, **options)
 
-    def add(self, gradients: Sequence[Any]) -> list[Any]:
-        """Adds gradients to the sums, in a graph; returns those that are rows, for `keep`."""
+    def is_first(self) -> bool:
+        """Returns whether the next gradients are a batch's first, and takes them for made."""
+        is_first, self._is_new = self._is_new, False
+        return is_first
+
+    def add(self, gradients: list[Any], *, is_first: Any) -> list[Any]:
+        """Adds gradients to the sums; returns those that are rows, for `keep`.
+
+        Args:
+            gradients: By each weight; the list is emptied, so that nobody holds what is added.
+            is_first: A batch's first take the place of the last batch's sums: zeros would be memory again.
+        """
         rows: list[Any] = []
-        for weight, total, gradient in zip(self._layers.weights, self._sums, gradients, strict=True):
+        for place, (weight, total) in enumerate(zip(self._layers.weights, self._sums, strict=True)):
+            gradient, gradients[place] = gradients[place], None
             is_rows = isinstance(gradient, tf.IndexedSlices) and id(weight) not in self._layers.shared
             rows.append(gradient if is_rows else None)
             if gradient is not None and not is_rows:
-                total.assign_add(tf.convert_to_tensor(gradient))
+                _add_to(total, tf.convert_to_tensor(gradient), is_first)
         return rows
 
-    def add_now(self, gradients: Sequence[Any]) -> None:
-        """Adds gradients, outside of a graph."""
-        self.keep(self._add_fn(list(gradients)))
+    def end_batch(self) -> None:
+        """Takes a batch without gradients, as a copy's may be, for one of zeros."""
+        if self.is_first():
+            for total in self._sums:
+                total.assign(tf.zeros(total.shape, total.dtype))
 
     def keep(self, rows: Sequence[Any]) -> None:
         """Keeps what `add` returned."""
@@ -86,7 +100,7 @@ class StageGradients:
         return next((total for weight, total in pairs if weight is variable), None)
 
     def apply(self, *, is_sound: bool, norm: float) -> None:
-        """Applies the sums and begins new ones.
+        """Applies the sums; the next gradients begin new ones.
 
         Args:
             is_sound: Else nothing is changed.
@@ -94,6 +108,7 @@ class StageGradients:
         """
         self._apply_fn(tf.constant(is_sound), tf.constant(norm), self._joined())
         self._rows.clear()
+        self._is_new = True
 
     def _joined(self) -> Rows:
         return {
@@ -147,12 +162,13 @@ class StageGradients:
 
         def apply() -> None:
             with keras_internals.updating_only(optimizer, weights, norm=norm):
-                optimizer.apply(self._gradients(rows), weights)
+                in_one_pass(optimizer, optimizer.apply)(self._gradients(rows), weights)
 
         run_if(is_sound, apply)
-        # Not before: they would take as much memory again.
-        with tf.control_dependencies(
-            [keras_internals.native(keras_internals.batch_counter(optimizer)).read_value()]
-        ):
-            for total in self._sums:
-                total.assign(tf.zeros(total.shape, total.dtype))
+
+
+def _add_to(total: tf.Variable, gradient: Any, is_first: Any) -> None:
+    if isinstance(is_first, bool):
+        (total.assign if is_first else total.assign_add)(gradient)
+    else:
+        tf.cond(is_first, lambda: total.assign(gradient), lambda: total.assign_add(gradient))

@@ -2,9 +2,9 @@
 
     python benchmarks/model_parallel.py [--rounds=3] [--only=stages] [--write=docs/benchmarks.md]
 
-`stages`: by its layers. `blocks`: a wide one in blocks of its layers, and by its layers. `ways`: what every strategy
-makes of that, with a picture beside the table. `link` needs root: stages behind 100 Mbit/s, against what the steps on
-this machine and the bytes foretell.
+`stages`: by its layers. `ways`: a wide one by its layers, in blocks of them, and what the other strategies make of it,
+with a picture. `link` needs root: stages behind 100 Mbit/s, against what the steps on this machine and the bytes
+foretell.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ RATE, USEFUL = "100mbit", 0.94
 # A backward pass takes two of a forward one.
 FORWARD_SHARE = 1 / 3
 ALONE = ["taskset", "-c", "0", sys.executable]
+ONE, STAGES, BLOCKS = "one process", "`pipeline`, 2 stages", "`pipeline`, 2 blocks"
 Found = dict[str, list[dict[str, Any]]]
 
 
@@ -88,31 +89,15 @@ def measure_stages(rounds: int) -> Iterator[Row]:
     yield "one process, ms a step", render_spread([1e3 * s for s in secs["alone"]], 0), ""
 
 
-def measure_blocks(rounds: int) -> Iterator[Row]:
-    """Yields what blocks are worth on a wide model, and stages on the same."""
-    found: Found = {}
-    contenders = {"one process": functools.partial(run, found, "one process", ALONE, ["wide"])}
-    for name, rest in (("blocks", ["1", "1", "2"]), ("stages", ["2", "2", "1"])):
-        contenders[name] = functools.partial(run, found, name, launch("pipeline"), ["wide", *rest])
-    secs = take_turns(contenders, rounds)
-    for name in ("blocks", "stages"):
-        wanted = ("≥ 1.5", "≤ 0.60") if name == "blocks" else ("", "≤ 0.60")
-        speed, memory = (divide(secs["one process"], secs[name]), memory_of(found, name))
-        yield f"two {name}, width 1,024: examples/s ÷ one process", f"{speed:.2f}", wanted[0]
-        ratio = divide(memory, memory_of(found, "one process"))
-        yield "… largest process's memory ÷ one process's", f"{ratio:.2f}", wanted[1]
-    yield "one process, ms a step", render_spread([1e3 * s for s in secs["one process"]], 0), ""
-
-
 def measure_ways(rounds: int) -> Iterator[Row]:
     """Yields speed and memory of every strategy on a wide model, with two workers of a core each."""
     found: Found = {}
     commands = {
-        "one process": (ALONE, ["wide"]),
+        ONE: (ALONE, ["wide"]),
         "`multiworker`": (launch("multiworker"), ["wide"]),
         "`ps`, 2 ps tasks": (launch("ps", "--num_ps=2"), ["wide"]),
-        "`pipeline`, 2 stages": (launch("pipeline"), ["wide", "2", "2", "1"]),
-        "`pipeline`, 2 blocks": (launch("pipeline"), ["wide", "1", "1", "2"]),
+        STAGES: (launch("pipeline"), ["wide", "2", "2", "1"]),
+        BLOCKS: (launch("pipeline"), ["wide", "1", "1", "2"]),
     }
     contenders = {name: functools.partial(run, found, name, *words) for name, words in commands.items()}
     secs = take_turns(contenders, rounds)
@@ -120,8 +105,13 @@ def measure_ways(rounds: int) -> Iterator[Row]:
     speed = {name: MODELS["wide"].batch_size / statistics.median(times) for name, times in secs.items()}
     memory = {name: statistics.median(memory_of(found, name)) for name in commands}
     for name in commands:
+        wanted = {BLOCKS: ("≥ 1.5", "≤ 0.60"), STAGES: ("", "≤ 0.60")}.get(name, ("", ""))
         yield f"{name}: examples/s", f"{speed[name]:.2f}", ""
-        yield "… largest process, MB", render_spread(memory_of(found, name), 0), ""
+        yield "… largest process, GB", render_spread([m / 1e3 for m in memory_of(found, name)], 2), ""
+        if name != ONE:
+            yield "… examples/s ÷ one process", f"{divide(secs[ONE], secs[name]):.2f}", wanted[0]
+            ratio = divide(memory_of(found, name), memory_of(found, ONE))
+            yield "… memory ÷ one process's", f"{ratio:.2f}", wanted[1]
     _draw(speed, memory)
 
 
@@ -183,7 +173,6 @@ def measure_link(rounds: int) -> Iterator[Row]:
 
 PARTS = {
     "stages": ("A model in stages", measure_stages, "deep"),
-    "blocks": ("A model in blocks", measure_blocks, "wide"),
     "ways": ("Ways to divide", measure_ways, "wide"),
     "link": ("Stages behind a slow link", measure_link, "link"),
 }

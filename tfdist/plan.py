@@ -25,8 +25,8 @@ from tfdist.config.parser import OneLineParser, canonical_flag
 from tfdist.errors import ConfigError, TfdistError
 from tfdist.launcher.hosts import SSH_FLAGS, add_host_flags, read_hosts
 from tfdist.planning.link import parse_link
-from tfdist.planning.measure import Worlds
-from tfdist.planning.predict import Plan
+from tfdist.planning.measure import World, Worlds
+from tfdist.planning.predict import Needed, Plan
 from tfdist.planning.simulate import (
     DEFAULT_MTBF_DAYS,
     check_simpy,
@@ -35,7 +35,7 @@ from tfdist.planning.simulate import (
     simulate,
 )
 from tfdist.planning.table import render_best, render_table
-from tfdist.planning.ways import DEFAULT_WAYS, KINDS, check_flags, parse_ways
+from tfdist.planning.ways import DEFAULT_WAYS, DIVIDING, KINDS, check_flags, parse_ways
 
 # With fewer, four workers on this machine would tell little of four machines.
 _CORES_OF_FOUR = 8
@@ -69,7 +69,8 @@ def _run(flags: argparse.Namespace, rest: Sequence[str]) -> int:
     check_flags(rest)
     if flags.simulate is not None:
         _check_simulation(flags, place)
-    plan = Plan(parse_ways(flags.ways), _read_sizes(flags), parse_link(flags.link) if flags.link else None)
+    ways = parse_ways(flags.ways, is_linked=bool(flags.link))
+    plan = Plan(ways, _read_sizes(flags), parse_link(flags.link) if flags.link else None)
     _make_trials(plan, flags, place, rest)
     predictions = plan.predict()
     curves = {}
@@ -96,15 +97,33 @@ def _run(flags: argparse.Namespace, rest: Sequence[str]) -> int:
 def _make_trials(plan: Plan, flags: argparse.Namespace, place: Sequence[str], rest: Sequence[str]) -> None:
     if plan.link is not None and not any(word.startswith("--exchange=") for word in rest):
         rest = [*rest, "--exchange=collective"]  # between machines there is no shared memory
-    num_trials = sum(len(trials) for _, _, trials in plan.clusters())
+    num_trials = sum(len(needed.trials) for needed in plan.clusters())
     hear = functools.partial(print, file=sys.stderr, flush=True) if flags.verbose else _ignore
     with (
         _progress(num_trials) as (begin, note),
         Worlds(launch=place or ["--preload"], train=rest, note=note, hear=hear) as worlds,
     ):
-        for strategy, size, trials in plan.clusters():
-            begin(f"{strategy} with {size} workers" if strategy in CLUSTER_STRATEGIES else strategy)
-            plan.worlds[strategy, size] = worlds.run(strategy, size, trials)
+        for needed in plan.clusters():
+            is_cluster = needed.strategy in CLUSTER_STRATEGIES
+            begin(f"{needed.name} with {needed.num_workers} workers" if is_cluster else needed.name)
+            plan.worlds[needed.name, needed.num_workers] = _try(worlds, needed, plan)
+
+
+def _try(worlds: Worlds, needed: Needed, plan: Plan) -> World:
+    """Makes a cluster's trials; a model that cannot be divided stops no plan, nor one that must be."""
+    try:
+        return worlds.run(needed.strategy, needed.num_workers, needed.trials, needed.settings)
+    except TfdistError as error:
+        is_whole = needed.strategy == "one_device" and not isinstance(error, ConfigError)
+        if needed.name not in DIVIDING and not (is_whole and set(DIVIDING) & set(plan.ways)):
+            raise
+        return World(
+            num_workers=needed.num_workers,
+            model={},
+            timings={},
+            refused={needed.name: " ".join(str(error).split())},
+            start_secs=0.0,
+        )
 
 
 def _ignore(line: str) -> None:
@@ -179,7 +198,12 @@ def _build_parser() -> OneLineParser:
         metavar="N,N",
         help="numbers of workers (default: those that the hosts, or this machine, have)",
     )
-    add("--ways", metavar="NAME,NAME", help=f"of {', '.join(KINDS)} (default: {', '.join(DEFAULT_WAYS)})")
+    add(
+        "--ways",
+        metavar="NAME,NAME",
+        help=f"of {', '.join(KINDS)} (default: {', '.join(DEFAULT_WAYS)}; where one process takes half of a machine's "
+        f"memory {', '.join(DIVIDING)}, too)",
+    )
     add_host_flags(parser, "try on these machines by ssh")
     add(
         "--link",

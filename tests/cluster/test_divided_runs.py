@@ -120,9 +120,7 @@ def test_run_goes_on_in_another_division(tmp_path, wanted, stopped, before, afte
 
 def test_process_that_fails_ends_all_and_is_named(tmp_path):
     """Within seconds, in the middle of a step that the others wait for."""
-    text = textwrap.dedent(PROGRAM).replace(
-        "os.kill(os.getpid(), signal.SIGTERM)", "os._exit(7)"
-    )
+    text = textwrap.dedent(PROGRAM).replace("os.kill(os.getpid(), signal.SIGTERM)", "os._exit(7)")
     (tmp_path / "program.py").write_text(text)
     launch = ["-m", "tfdist.launch", "--preload", "--strategy=pipeline", "--num_workers=2"]
     done = programs.run([*launch, "program.py", "out.npz", "1", "2", str(STOP)], cwd=tmp_path, timeout=120)

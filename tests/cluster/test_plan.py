@@ -73,6 +73,28 @@ def test_steps_take_as_long_as_foretold(folder, capsys):
     assert sent == pytest.approx(2_562 * 4 / 1e6, abs=1e-4)
 
 
+def test_model_that_one_process_cannot_hold_is_planned_in_parts(folder, capsys):
+    """Of what one process cannot do the plan tells, and of what a divided model cannot be."""
+    text = RECIPE.replace(
+        "keras.Sequential([keras.Input((3,)), Slow(),", "Small([keras.Input((3,)), keras.layers.Dense(512),"
+    )
+    dies = """
+class Small(keras.Sequential):
+    def __init__(self, layers):
+        super().__init__(layers)
+        import os, tensorflow as tf
+        if os.environ.get("TFDIST_STRATEGY") == "one_device":
+            os._exit(137)  # as the kernel ends who has taken too much
+"""
+    (folder / "my recipe.py").write_text(text.replace("def build_model", dies + "\ndef build_model"))
+    assert main(["--recipe=./my recipe.py", "--ways=stages,blocks", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    ways = {way["way"]: way for way in found["ways"]}
+    assert set(ways) == {"stages", "blocks"} and set(found["refused"]) == {"one_device"}
+    assert found["model"]["num_parameters"] == 4 * 512 + 513 * 512 + 513
+    assert 0 < ways["stages"]["step_secs"] < 5 and "--tensor_parallel=2" in ways["blocks"]["flags"]
+
+
 def test_model_that_cannot_have_a_way_is_planned_without_it(folder, capsys):
     text = RECIPE.replace(
         "keras.optimizers.SGD(0.1)", "keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)"

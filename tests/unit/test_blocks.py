@@ -237,3 +237,98 @@ def test_workers_share_stages_and_blocks(options, num_workers, wanted):
 def test_workers_that_make_no_whole_copy_are_refused(options, num_workers):
     with pytest.raises(ConfigError, match="copies of the model are whole"):
         PipelineOptions(**options).layout(num_workers)
+
+
+def deferred(build):
+    keras.utils.set_random_seed(5)
+    with keras_internals.deferring_variables():
+        return build()
+
+
+def small():
+    return keras.Sequential([keras.Input((4,)), layers.Dense(6, name="first"), layers.Dense(3, name="last")])
+
+
+def test_part_begins_as_that_part_of_the_whole():
+    keras.utils.set_random_seed(5)
+    whole, model = small(), deferred(small)
+    kernel = model.layers[0].kernel
+    assert keras_internals.whole_shape(kernel) == (4, 6) and keras_internals.own_part(kernel) is None
+    keras_internals.materialize(kernel, (slice(None), slice(3, 6)))
+    assert tuple(kernel.shape) == kernel.numpy().shape == (4, 3)
+    assert keras_internals.whole_shape(kernel) == (4, 6)
+    np.testing.assert_array_equal(kernel, whole.layers[0].kernel[:, 3:])
+    assert keras_internals.count_parameters(model) == whole.count_params()
+
+
+def test_whole_file_is_read_in_parts(tmp_path):
+    whole, model = small(), deferred(small)
+    whole.save_weights(tmp_path / "whole.weights.h5")
+    first, last = model.layers
+    keras_internals.materialize(first.kernel, (slice(None), slice(0, 3)))
+    keras_internals.materialize(first.bias, (slice(0, 3),))
+    keras_internals.materialize(last.bias)
+    with keras_internals.loading_present():
+        model.load_weights(tmp_path / "whole.weights.h5")
+    np.testing.assert_array_equal(first.kernel, whole.layers[0].kernel[:, :3])
+    np.testing.assert_array_equal(first.bias, whole.layers[0].bias[:3])
+    np.testing.assert_array_equal(last.bias, whole.layers[1].bias)
+    assert not keras_internals.has_memory(last.kernel)
+
+
+def test_slot_lies_beside_its_part():
+    model = deferred(small)
+    kernel, adam = model.layers[0].kernel, keras.optimizers.Adam()
+    keras_internals.materialize(kernel, (slice(None), slice(0, 2)))
+    with keras_internals.deferring_variables() as slots:
+        adam.build([kernel])
+    for slot, weight in slots:
+        keras_internals.materialize(slot, beside=weight)
+        assert tuple(slot.shape) == (4, 2) and keras_internals.whole_shape(slot) == (4, 6)
+
+
+def test_attention_gives_its_projections():
+    inputs = keras.Input((5, 8))
+    for gates in (False, True):
+        layer = layers.MultiHeadAttention(2, 3, dropout=0.5, use_gate=gates)
+        layer(inputs, inputs)
+        projections, dropout = keras_internals.attention_parts(layer)
+        assert [tuple(dense.kernel.shape) for dense in projections] == (3 + gates) * [(8, 2, 3)]
+        assert dropout.rate == 0.5
+
+
+def test_mask_goes_along():
+    source, target = tf.zeros([2, 3]), tf.ones([2, 3])
+    assert not hasattr(keras_internals.keep_mask(source, target), "_keras_mask")
+    masked = layers.Embedding(4, 2, mask_zero=True)(np.array([[1, 0]]))
+    kept = keras_internals.keep_mask(masked, tf.identity(masked))
+    np.testing.assert_array_equal(layers.GlobalAveragePooling1D()(kept), masked[:, 0])
+
+
+def test_quantized_layer_is_not_plain():
+    dense = layers.Dense(4)
+    dense.build((None, 4))
+    assert keras_internals.is_plain(dense)
+    dense.enable_lora(2)
+    assert not keras_internals.is_plain(dense)
+    quantized = layers.Dense(4)
+    quantized.build((None, 4))
+    quantized.quantize("int8")
+    assert not keras_internals.is_plain(quantized)
+
+
+def test_what_compile_was_given_is_known_before_anything_is_built():
+    model = small()
+    accuracy = keras.metrics.SparseCategoricalAccuracy()
+    model.compile("sgd", LOGITS, metrics=["accuracy"], weighted_metrics=[accuracy])
+    assert keras_internals.asked_metrics(model) == ["accuracy", accuracy]
+    assert keras_internals.loss_axis(LOGITS) == -1
+    assert keras_internals.loss_axis(keras.losses.SparseCategoricalCrossentropy(axis=1)) == 1
+
+
+def test_replaced_call_is_the_one_that_is_made():
+    dense = layers.Dense(3)
+    x = np.ones((2, 4), np.float32)
+    before = dense(x)
+    keras_internals.replace_call(dense, lambda call: lambda inputs: 2 * call(inputs))
+    np.testing.assert_allclose(dense(x), 2 * before)

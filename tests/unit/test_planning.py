@@ -1,5 +1,6 @@
 """What a plan makes of trials, a link and a simulation; `tests/cluster/test_plan.py` makes the trials."""
 
+import dataclasses
 import math
 import re
 
@@ -16,7 +17,7 @@ from tfdist.planning.ways import DEFAULT_WAYS, KINDS, Way, flags_of, parse_ways
 
 MODEL = {
     "recipe": "digits_cnn", "batch_size": 64, "epochs": 10, "num_examples": 640, "steps_per_epoch": 10,
-    "num_parameters": 1_000_000, "gradient_mb": 4.0, "meeting_secs": 0.001,
+    "num_parameters": 1_000_000, "gradient_mb": 4.0, "meeting_secs": 0.001, "machine_mb": 16_000.0,
 }  # fmt: skip
 MB = 1e6 / (1448 / 1514)  # on the wire, with what TCP and IP add
 
@@ -103,7 +104,7 @@ def test_ps_behind_a_link_is_bound_by_the_servers_cable():
 
 def test_each_cluster_is_started_once_with_all_its_trials():
     plan = Plan(DEFAULT_WAYS, [1, 2, 3], None)
-    clusters = {(strategy, size): trials for strategy, size, trials in plan.clusters()}
+    clusters = {(needed.strategy, needed.num_workers): needed.trials for needed in plan.clusters()}
     assert set(clusters) == {
         ("one_device", 1),
         ("multiworker", 2),
@@ -116,8 +117,24 @@ def test_each_cluster_is_started_once_with_all_its_trials():
         OWN, OWN, *(name for name in DEFAULT_WAYS if KINDS[name].strategy == "multiworker"), OWN,
     ]  # fmt: skip
     linked = Plan(["one_device", "every_step", "ps"], [4, 8], Link(bytes_per_sec=1e7))
-    assert [(strategy, size) for strategy, size, _ in linked.clusters()] == [
+    assert [(needed.strategy, needed.num_workers) for needed in linked.clusters()] == [
         ("one_device", 1), ("multiworker", 2), ("ps", 1),
+    ]  # fmt: skip
+
+
+def test_large_model_is_tried_in_parts():
+    plan = Plan(None, [2], None)
+    assert {needed.name for needed in plan.clusters()} == {"one_device", "multiworker", "ps"}
+    alone = world(1, {(OWN, 64): 0.1})  # 100 MB
+    for machine_mb, is_tried in ((1000.0, False), (150.0, True)):
+        plan.worlds["one_device", 1] = dataclasses.replace(alone, model=MODEL | {"machine_mb": machine_mb})
+        dividing = [n for n in plan.clusters() if n.strategy == "pipeline"]
+        assert [n.name for n in dividing] == (["stages", "blocks"] if is_tried else [])
+    assert [dict(n.settings) for n in dividing] == [{}, {"num_stages": 1, "tensor_parallel": 2}]
+    plan.worlds["blocks", 2] = world(2, {("blocks", 64): 0.07})
+    assert found(plan, "blocks", 2).step_secs == 0.07
+    assert found(plan, "blocks", 2).way.flags() == [
+        "--strategy=pipeline", "--num_workers=2", "--num_stages=1", "--tensor_parallel=2", "--global_batch_size=64",
     ]  # fmt: skip
 
 
@@ -216,5 +233,10 @@ def test_flags_go_to_the_strategies_that_have_them():
     assert flags_of("one_device", flags) == ["--recipe=x", "--steps_per_loop=2"]
     assert flags_of("multiworker", flags) == ["--recipe=x", "--bucket_mb=4", "--steps_per_loop=2"]
     assert flags_of("ps", flags) == ["--recipe=x", "--num_ps=2", "--steps_per_loop=2"]
+    assert flags_of("pipeline", [*flags, "--recompute"]) == [
+        "--recipe=x",
+        "--steps_per_loop=2",
+        "--recompute",
+    ]
     assert flags_of("mirrored", flags) == ["--recipe=x", "--num_replicas=4", "--steps_per_loop=2"]
     assert parse_ways("ps,ps, delayed") == ["one_device", "ps", "delayed"]

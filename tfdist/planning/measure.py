@@ -79,13 +79,20 @@ class Worlds:
     def __exit__(self, *exc_info: object) -> None:
         self._guard.dismiss()
 
-    def run(self, strategy: str, num_workers: int, trials: Sequence[Trial]) -> World:
+    def run(
+        self,
+        strategy: str,
+        num_workers: int,
+        trials: Sequence[Trial],
+        settings: Mapping[str, Any] | None = None,
+    ) -> World:
         """Makes trials in a cluster of their own.
 
         Args:
             strategy: Canonical name.
             num_workers: That compute.
             trials: Which.
+            settings: Of `tfdist.train`, besides the user's.
 
         Raises:
             ConfigError: If the recipe or its settings cannot be honoured.
@@ -99,6 +106,7 @@ class Worlds:
             json.dumps([(name, str(factor)) for name, factor in trials]),
         ]
         command += flags_of(strategy, self._train)
+        command += [f"--{name}={value}" for name, value in (settings or {}).items()]
         model: Mapping[str, Any] = {}
         timings: dict[tuple[str, int], Mapping[str, Any]] = {}
         refused: dict[str, str] = {}

@@ -11,11 +11,32 @@ from typing import Any
 from tfdist.planning.link import Link
 from tfdist.planning.marks import OWN
 from tfdist.planning.measure import Trial, World
-from tfdist.planning.ways import KINDS, Way
+from tfdist.planning.ways import DEFAULT_WAYS, DIVIDING, KINDS, Way
 
 # More than this share of a step, and it is what limits.
 _MOST_EXCHANGE, _MOST_INPUT = 0.5, 0.3
 _PS_ROUNDS = 3
+# A process that takes more than this share of a machine's memory asks for others to be divided among.
+_MUCH_MEMORY = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Needed:
+    """A cluster that is needed for trials.
+
+    Attributes:
+        name: Its strategy's, or, where ways of one strategy need clusters of their own, the way's.
+        strategy: Canonical name.
+        num_workers: That compute.
+        trials: Which.
+        settings: Of `tfdist.train`.
+    """
+
+    name: str
+    strategy: str
+    num_workers: int
+    trials: Sequence[Trial]
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,19 +110,46 @@ class Plan:
     """Predictions of one recipe.
 
     Args:
-        ways: Names of `KINDS`.
+        ways: Names of `KINDS`; None: the usual ones, and those that divide the model if it is large.
         sizes: Numbers of workers.
         link: Between machines that are not there; None: the trials were made where training will be.
     """
 
-    def __init__(self, ways: Sequence[str], sizes: Sequence[int], link: Link | None) -> None:
-        self.ways = ways
+    def __init__(self, ways: Sequence[str] | None, sizes: Sequence[int], link: Link | None) -> None:
+        self._asked = ways
         self.link = link
         self.sizes = [size for size in sizes if size > 1]
         self.worlds: dict[tuple[str, int], World] = {}
 
-    def clusters(self) -> Iterator[tuple[str, int, list[Trial]]]:
-        """Yields each cluster that is needed: its strategy, its number of workers, its trials."""
+    @property
+    def ways(self) -> Sequence[str]:
+        """Names of `KINDS`."""
+        if self._asked is not None:
+            return self._asked
+        return (*DEFAULT_WAYS, *DIVIDING) if self.link is None and self._is_large else DEFAULT_WAYS
+
+    @property
+    def _is_large(self) -> bool:
+        """Whether one process's training takes much of its machine's memory."""
+        alone = self.worlds.get(("one_device", 1))
+        if alone is None or not alone.timings:
+            return False
+        most = max(timing["memory_mb"] for timing in alone.timings.values())
+        return most > _MUCH_MEMORY * alone.model["machine_mb"]
+
+    def clusters(self) -> Iterator[Needed]:
+        """Yields each cluster that is needed; which come last, the first ones' trials say."""
+        for strategy, size, trials in self._usual_clusters():
+            yield Needed(name=strategy, strategy=strategy, num_workers=size, trials=trials)
+        for name in self._names_of("pipeline"):
+            for size in self.sizes:
+                settings = KINDS[name].settings_for(size)
+                trials = [(name, Fraction(1))]
+                yield Needed(
+                    name=name, strategy="pipeline", num_workers=size, trials=trials, settings=settings
+                )
+
+    def _usual_clusters(self) -> Iterator[tuple[str, int, list[Trial]]]:
         whole = Fraction(1)
         # Behind a link that is not there, each machine has its share of the batch for itself.
         shares = [Fraction(1, size) for size in self.sizes] if self.link is not None else []
@@ -128,8 +176,8 @@ class Plan:
 
     @property
     def alone(self) -> World:
-        """The trials on one device."""
-        return self.worlds["one_device", 1]
+        """The trials on one device; where these were not to be made, of the smallest cluster."""
+        return next(world for world in self.worlds.values() if world.model)
 
     @property
     def batch_size(self) -> int:
@@ -196,6 +244,12 @@ class Plan:
             return self._describe(way, world, secs, secs) if world and secs else None
         if strategy == "ps":
             return self._predict_ps(way)
+        if strategy == "pipeline":
+            world = self.worlds.get((way.name, way.num_workers))
+            secs = world and world.secs(way.name, way.batch_size)
+            own = self.alone.secs(OWN, way.batch_size)
+            least = secs if own is None else min(own / way.num_workers, secs or own)
+            return self._describe(way, world, secs, least or 0.0) if world and secs else None
         return self._predict_together(way)
 
     def _predict_ps(self, way: Way) -> Prediction | None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+import tensorflow as tf
 from absl import flags
 
 from tfdist import keras_internals
@@ -105,7 +106,9 @@ class Trial:
         loop = self._loop
         loop.start()
         self._run(_WARM_STEPS)
-        secs, samples = self._time_calls() if isinstance(loop, SyncLoop) else (self._time_passes(), [])
+        # Under ps the chief alone decides how many steps are made.
+        is_alone = isinstance(loop, CoordinatorLoop)
+        secs, samples = (self._time_passes(), []) if is_alone else self._time_calls()
         return Timing(
             secs=secs,
             samples=samples,
@@ -219,7 +222,7 @@ class Probe:
 
     def describe(self) -> dict[str, Any]:
         """Returns what the model and the run are."""
-        weights = [keras_internals.native(v) for v in self._model.trainable_variables]
+        weights = self._model.trainable_variables
         steps = self._count_steps(self.scale_batch(Fraction(1)))
         return {
             "recipe": self._config.recipe,
@@ -227,8 +230,12 @@ class Probe:
             "epochs": self._config.epochs,
             "num_examples": self._source.num_examples,
             "steps_per_epoch": steps,
-            "num_parameters": self._model.count_params(),
-            "gradient_mb": sum(v.shape.num_elements() * v.dtype.size for v in weights) / 1e6,
+            "num_parameters": keras_internals.count_parameters(self._model),
+            "gradient_mb": sum(
+                math.prod(keras_internals.whole_shape(v)) * tf.as_dtype(v.dtype).size for v in weights
+            )
+            / 1e6,
+            "machine_mb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6,
             "meeting_secs": self._time_meeting(),
         }
 

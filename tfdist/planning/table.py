@@ -62,7 +62,7 @@ def render_best(
         place: Flags that say where, for ways of several workers.
     """
     comparable = [p for p in predictions if p.way.batch_size == batch_size]
-    alone = next(p for p in comparable if p.way.name == "one_device")
+    alone = next((p for p in comparable if p.way.name == "one_device"), None)
     exact, any_way = find_best(comparable, is_exact=True), find_best(comparable)
     best_ones = [(exact, "fastest with one device's answer")]
     if any_way is not exact:
@@ -73,8 +73,9 @@ def render_best(
         own = [w for w in flags_of(way.kind.strategy, train) if not w.startswith("--global_batch_size=")]
         where = place if way.kind.has_workers else ()
         command = shlex.join(["python", "-m", "tfdist.train", *own, *where, *way.flags()])
-        factor = alone.step_secs / best.step_secs
-        times = f", {factor:.2g} times as fast as one_device" if best is not alone else ""
+        times = ""
+        if alone is not None and best is not alone:
+            times = f", {alone.step_secs / best.step_secs:.2g} times as fast as one_device"
         size = f" with {way.num_workers} workers" if way.kind.has_workers else ""
         lines.append(f"{words}: {way.name}{size}{times}\n  {command}")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tfdist.cluster.spec import CLUSTER_STRATEGIES, find_nearest
+from tfdist.config.pipeline_options import PipelineOptions
 from tfdist.config.privacy_options import PrivacyOptions
 from tfdist.config.ps_options import PsOptions
 from tfdist.config.settings import settings_of
@@ -23,12 +24,14 @@ class Kind:
         settings: Of `RunConfig`, besides the strategy.
         is_exact: Whether it gives the answer of one device.
         num_exchanges: One after the other, whenever workers share.
+        sized: Name of a setting that is the number of workers.
     """
 
     strategy: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     is_exact: bool = False
     num_exchanges: int = 1
+    sized: str = ""
 
     @property
     def has_workers(self) -> bool:
@@ -39,6 +42,10 @@ class Kind:
     def period(self) -> int:
         """Steps between two exchanges."""
         return DEFAULT_PERIODS.get(self.settings.get("sync", ""), 1)
+
+    def settings_for(self, num_workers: int) -> dict[str, Any]:
+        """Returns its settings with so many workers."""
+        return {**self.settings, **({self.sized: num_workers} if self.sized else {})}
 
 
 KINDS: Mapping[str, Kind] = {
@@ -53,7 +60,11 @@ KINDS: Mapping[str, Kind] = {
     "delayed": Kind(strategy="multiworker", settings={"sync": "delayed"}),
     "ps": Kind(strategy="ps"),
     "ps_sync": Kind(strategy="ps", settings={"ps_mode": "sync"}, is_exact=True),
+    "stages": Kind(strategy="pipeline", is_exact=True),
+    "blocks": Kind(strategy="pipeline", settings={"num_stages": 1}, sized="tensor_parallel", is_exact=True),
 }
+# Of which each process holds a part of the model.
+DIVIDING = ("stages", "blocks")
 DEFAULT_WAYS = ("one_device", "every_step", "bfloat16", "powersgd", "local_sgd", "diloco", "ps")
 
 
@@ -82,12 +93,15 @@ class Way:
         words = [f"--strategy={kind.strategy}"]
         if kind.has_workers:
             words.append(f"--num_workers={self.num_workers}")
-        words += [f"--{name}={value}" for name, value in kind.settings.items()]
+        words += [f"--{name}={value}" for name, value in kind.settings_for(self.num_workers).items()]
         return [*words, f"--global_batch_size={self.batch_size}"]
 
 
 # What a plan chooses, or does not know.
-_OWN_OF_PLANS = ("strategy", "num_workers", "sync", "sync_period", "compression", "exchange_dtype", "ps_mode")
+_OWN_OF_PLANS = (
+    *("strategy", "num_workers", "sync", "sync_period", "compression", "exchange_dtype", "ps_mode"),
+    *("num_stages", "tensor_parallel"),
+)
 _NOT_PLANNED = ("mode", "resume", "run_dir", "evaluator", *settings_of(PrivacyOptions))
 
 
@@ -116,7 +130,12 @@ def flags_of(strategy: str, flags: Sequence[str]) -> list[str]:
         flags: Words such as `--bucket_mb=10`.
     """
     ps_alone = set(settings_of(PsOptions)) - {"steps_per_loop"} | {"num_ps"}
-    alone = {"multiworker": set(settings_of(SyncOptions)), "ps": ps_alone, "mirrored": {"num_replicas"}}
+    alone = {
+        "multiworker": set(settings_of(SyncOptions)),
+        "ps": ps_alone,
+        "mirrored": {"num_replicas"},
+        "pipeline": set(settings_of(PipelineOptions)),
+    }
     others = set().union(*(names for name, names in alone.items() if name != strategy))
     return [flag for flag in flags if _name_of(flag) not in others]
 
@@ -125,21 +144,26 @@ def _name_of(flag: str) -> str:
     return flag.removeprefix("--").partition("=")[0]
 
 
-def parse_ways(text: str | None) -> Sequence[str]:
+def parse_ways(text: str | None, *, is_linked: bool = False) -> Sequence[str] | None:
     """Reads a list of kinds.
 
     Args:
         text: Names with commas between them; None: the usual ones.
+        is_linked: Whether what is between machines is told, and not tried.
 
     Raises:
         ConfigError: If there is none of a name.
     """
     if text is None:
-        return DEFAULT_WAYS
+        return None
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in KINDS:
             nearest = find_nearest(name, KINDS)
             hint = f"did you mean {nearest!r}?" if nearest else f"choose from {', '.join(KINDS)}."
             raise ConfigError(f"ways={name!r}: {hint}")
+        if is_linked and name in DIVIDING:
+            raise ConfigError(
+                f"ways={name!r} with link: it is tried on machines that are there; give --hosts."
+            )
     return list(dict.fromkeys(["one_device", *names]))

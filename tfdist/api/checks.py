@@ -119,7 +119,9 @@ def _check_same(loop: Loop, source: BatchedSource) -> None:
         )
 
 
-def check_stages(sources: Sequence[Source | None], *, is_served: bool, is_elastic: bool) -> None:
+def check_stages(
+    sources: Sequence[Source | None], *, is_served: bool = False, is_elastic: bool = False
+) -> None:
     """Checks that all stages of a model see the same batches, and stay.
 
     Args:

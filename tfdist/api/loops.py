@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from tfdist import keras_internals
+from tfdist.api.checks import check_stages
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.spec import Cluster
 from tfdist.config.pipeline_options import PipelineOptions
@@ -77,6 +78,7 @@ class Loops:
             )
         if self._strategy_name == "pipeline":
             is_trained = keras_internals.is_compiled(model)
+            check_stages([source])
         self.check_elements(model, source)
         known = self._kept.pop(id(model), None)
         # compile() makes new state that an old loop would not see.

@@ -4,7 +4,7 @@
 
 `stages`: by its layers. `ways`: a wide one by its layers, in blocks of them, and what the other strategies make of it,
 with a picture. `link` needs root: stages behind 100 Mbit/s, against what the steps on this machine and the bytes
-foretell.
+foretell. `torch`, which is installed for it: the deep one in stages of `torch.distributed.pipelining`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from figures import ROOT, Row, divide, parse_options, render_spread, show, take_
 from lab import linked_hosts
 from model_parallel_program import MODELS
 
+from recipes.text_lm import VOCABULARY_SIZE
 from tfdist.training.pipeline.schedule import foretell_step_secs, idle_share
 
 PROGRAM = str(ROOT / "benchmarks/model_parallel_program.py")
@@ -171,9 +173,44 @@ def measure_link(rounds: int) -> Iterator[Row]:
     yield "… foretold ÷ measured", f"{foretold / statistics.median(secs['slow']):.2f}", "0.85–1.15"
 
 
+def measure_torch(rounds: int) -> Iterator[Row]:
+    """Yields how long torch takes for a step of the deep model in two stages, by ours."""
+    size, count = MODELS["deep"], MICRO_BATCHES[-1]
+    found: Found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", "venv", f"{folder}/venv"], check=True)
+        install = [f"{folder}/venv/bin/pip", "install", "--quiet", "torch==2.13.0", "numpy"]
+        subprocess.run(install, check=True)
+
+        def run_torch() -> float:
+            out = Path(folder) / "out.json"
+            shape = (size.num_layers, size.width, size.num_heads, size.batch_size, size.num_steps, count)
+            words = [f"{folder}/venv/bin/python", str(ROOT / "benchmarks/model_parallel_torch.py"), str(out)]
+            with socket.create_server(("127.0.0.1", 0)) as probe:
+                port = str(probe.getsockname()[1])
+            numbers = [str(number) for number in (*shape, VOCABULARY_SIZE, 128)]
+            tasks = [subprocess.Popen([*words, rank, port, *numbers]) for rank in "01"]
+            if any([task.wait(600) for task in tasks]):
+                raise RuntimeError("torch has failed; its own words are above")
+            secs = float(json.loads(out.read_text())["step_secs"])
+            print("torch", secs, file=sys.stderr, flush=True)
+            return secs
+
+        ours = functools.partial(run, found, "1f1b", launch("pipeline"), ["deep", "2", str(count), "1"])
+        secs = take_turns({"torch": run_torch, "tfdist": ours}, rounds)
+    for name, times in secs.items():
+        yield (
+            f"{name}, two stages, {count} micro-batches, ms a step",
+            render_spread([1e3 * s for s in times], 0),
+            "",
+        )
+    yield "… torch ÷ tfdist", f"{divide(secs['torch'], secs['tfdist']):.2f}", "≥ 1.2"
+
+
 PARTS = {
     "stages": ("A model in stages", measure_stages, "deep"),
     "ways": ("Ways to divide", measure_ways, "wide"),
+    "torch": ("Stages of torch", measure_torch, "deep"),
     "link": ("Stages behind a slow link", measure_link, "link"),
 }
 

@@ -124,6 +124,9 @@ def test_residual_block_is_left_in_one_piece():
     graph = LayerGraph(keras.Model(inputs, layers.Dense(3)(x)), np.zeros((2, 64), np.float32))
     plans = Cutter(graph, slots_per_weight=0, micro_batch_size=4, num_micro_batches=8).cut(3)
     assert [len(graph.crossing(plan.start)) for plan in plans] == [0, 1, 1]
+    # Between any two blocks the same crosses: then the most even cut.
+    work = [plan.flops for plan in plans]
+    assert max(work) < 1.05 * sum(work) / 3
 
 
 def test_cut_by_hand():

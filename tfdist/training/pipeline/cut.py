@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 
 import keras
@@ -95,9 +94,10 @@ class Cutter:
             for ends_of, plan in stages.items()
             if self._held_bytes(plan, stage, num_stages) <= most_bytes
         }
-        slowest = self._search(fits, num_stages, len(ends), lambda plan: plan.flops, max)[0]
+        slowest = self._search(fits, num_stages, len(ends), lambda plan: (0.0, plan.flops))[0][1]
         even = {key: plan for key, plan in fits.items() if plan.flops <= _UNEVEN * slowest}
-        cuts = self._search(even, num_stages, len(ends), lambda plan: plan.bytes_in, operator.add)[1]
+        # Of those over which equally few bytes cross, as between any two blocks of a transformer, the most even one.
+        cuts = self._search(even, num_stages, len(ends), lambda plan: (plan.bytes_in, plan.flops))[1]
         if not cuts:
             raise ConfigError(
                 f"no cut into {num_stages} stages gives each at most {most_bytes / 1e9:g} GB of weights, slots and "
@@ -160,29 +160,28 @@ class Cutter:
         plans: Mapping[tuple[int, int, int], StagePlan],
         num_stages: int,
         num_ends: int,
-        cost: Callable[[StagePlan], float],
-        join: Callable[[float, float], float],
-    ) -> tuple[float, tuple[int, ...]]:
+        cost: Callable[[StagePlan], tuple[float, float]],
+    ) -> tuple[tuple[float, float], tuple[int, ...]]:
         """Returns the least joint cost of a way to cut, and its ends; none of them if there is no way.
 
         Args:
             plans: Of each stage that may be: by its number, and by the ends where it starts and stops.
             num_stages: How many.
             num_ends: Of what.
-            cost: Of a stage.
-            join: Makes one cost of two.
+            cost: Of a stage: what adds up over the stages, and of what, where that is equal, the largest counts.
         """
-        best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
+        best: dict[int, tuple[tuple[float, float], tuple[int, ...]]] = {0: ((0.0, 0.0), (0,))}
         for stage in range(num_stages):
-            following: dict[int, tuple[float, tuple[int, ...]]] = {}
-            for low, (joint, cuts) in best.items():
+            following: dict[int, tuple[tuple[float, float], tuple[int, ...]]] = {}
+            for low, ((total, largest), cuts) in best.items():
                 for high in range(low + 1, num_ends):
                     plan = plans.get((stage, low, high))
                     if plan is not None:
-                        found = (join(joint, cost(plan)), (*cuts, high))
+                        added, own = cost(plan)
+                        found = ((total + added, max(largest, own)), (*cuts, high))
                         following[high] = min(following.get(high, found), found)
             best = following
-        return best.get(num_ends - 1, (math.inf, ()))
+        return best.get(num_ends - 1, ((math.inf, math.inf), ()))
 
     def _too_many(self, num_stages: int, most: int) -> str:
         graph = self._graph

@@ -52,25 +52,38 @@ class KeptIterators:
 
 
 class InputPosition:
-    """Opens an epoch's data where they are to go on, and saves where a stream stands."""
+    """Opens data where they are to go on, and saves where the stream stands that is trained on."""
 
     def __init__(self) -> None:
         self._iterator: Any = None
         self._label = b""
         self._unsavable: Source | None = None
         self._kept = KeptIterators()
+        self._between_tests = KeptIterators()
 
     def forget(self) -> None:
         """Lets go of what was kept."""
         self._iterator = None
         self._kept.forget()
+        self._between_tests.forget()
 
-    def keep(self, segment: Segment, iterator: Iterator[Any]) -> None:
+    def keep(self, segment: Segment, iterator: Iterator[Any], *, kind: str = "train") -> None:
         """Keeps the iterator of a segment that was read to its end, if the next epoch's elements follow."""
-        self._kept.keep(segment, iterator)
+        (self._kept if kind == "train" else self._between_tests).keep(segment, iterator)
 
-    def open(self, segment: Segment, source: Source, plan: BatchPlan) -> Iterator[Any]:
-        """Returns an iterator over a segment's elements, from the plan's first step on."""
+    def open(
+        self, segment: Segment, source: Source, plan: BatchPlan, *, kind: str = "train"
+    ) -> Iterator[Any]:
+        """Returns an iterator over a segment's elements, from the plan's first step on.
+
+        Args:
+            segment: Of the source.
+            source: What is read.
+            plan: Of the epoch.
+            kind: What is done with them; of others than "train" a checkpoint knows nothing.
+        """
+        if kind != "train":
+            return self._between_tests.take(segment) or segment.open()
         kept = self._kept.take(segment)
         if kept is not None:
             return kept

@@ -17,7 +17,7 @@ from tfdist.cluster.spec import Cluster
 from tfdist.config.pipeline_options import PipelineOptions
 from tfdist.data import Segment, Source, local_batches
 from tfdist.runtime.strategies import StagedStrategy
-from tfdist.training.checkpoint.input_position import InputPosition, KeptIterators
+from tfdist.training.checkpoint.input_position import InputPosition
 from tfdist.training.checkpoint.owners import Holding, Owners, set_owners
 from tfdist.training.metrics import metric_results
 from tfdist.training.monitoring.input_wait import InputWait
@@ -92,7 +92,6 @@ class PipelineLoop:
         self.input_wait = InputWait()
         self.epoch_logs: dict[str, Any] = {}
         self._position = InputPosition()
-        self._between_tests = KeptIterators()
         self.step_secs: float | None = None
         self._idle_share = 0.0
 
@@ -121,7 +120,6 @@ class PipelineLoop:
     def release(self) -> None:
         """Lets go of the data."""
         self._position.forget()
-        self._between_tests.forget()
 
     def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
         """Trains over the plan's steps, yielding once a step, with the logs where `plan.wants_logs`."""
@@ -255,7 +253,7 @@ class PipelineLoop:
     ) -> Iterator[tuple[list[MicroBatch], float]]:
         """Yields each batch's micro-batches, and how long it was waited for, in seconds."""
         for segment in self._segments(source, plan):
-            iterator = self._open(kind, segment, source, plan)
+            iterator = self._position.open(segment, source, plan, kind=kind)
             num_steps = 0
             while segment.num_steps is None or num_steps < segment.num_steps:
                 start = time.perf_counter()
@@ -266,7 +264,7 @@ class PipelineLoop:
                 wait_secs = time.perf_counter() - start
                 yield self._micro_batches(parts, int(size)), wait_secs
                 num_steps += 1
-            (self._position if kind == "train" else self._between_tests).keep(segment, iterator)
+            self._position.keep(segment, iterator, kind=kind)
 
     def _micro_batches(self, parts: Sequence[Any], size: int) -> list[MicroBatch]:
         """Returns this copy's, without those that a short batch at the end leaves empty; the first, if all are."""
@@ -277,11 +275,6 @@ class PipelineLoop:
             for place, (count, part) in enumerate(zip(counts, parts, strict=True))
         ]
         return [micro for micro in found if micro.num_examples] or found[:1]
-
-    def _open(self, kind: str, segment: Segment, source: Source, plan: BatchPlan) -> Iterator[Any]:
-        if kind == "train":
-            return self._position.open(segment, source, plan)
-        return self._between_tests.take(segment) or segment.open()
 
     def _segments(self, source: Source, plan: BatchPlan) -> Sequence[Segment]:
         # Micro-batches are shared out as replicas' parts are.

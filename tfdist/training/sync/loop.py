@@ -23,7 +23,7 @@ from tfdist.data import (
     shard_source,
 )
 from tfdist.runtime.strategies import wait_for_workers
-from tfdist.training.checkpoint.input_position import InputPosition, KeptIterators
+from tfdist.training.checkpoint.input_position import InputPosition
 from tfdist.training.metric_parts import find_whole
 from tfdist.training.metrics import metric_results, select_logs
 from tfdist.training.monitoring import clock
@@ -87,7 +87,6 @@ class SyncLoop:
             is_ahead=self._has_gpu,
         )
         self._position = InputPosition()
-        self._between_tests = KeptIterators()
         self._is_inside_loop = False
         self._steps_per_loop = 1
         self._synchronizer: GradientSynchronizer | None = None
@@ -140,7 +139,6 @@ class SyncLoop:
     def release(self) -> None:
         """Lets go of the data."""
         self._position.forget()
-        self._between_tests.forget()
 
     def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
         """Trains over the plan's steps, yielding once a step, with the logs where `plan.wants_logs`."""
@@ -303,7 +301,7 @@ class SyncLoop:
         verdict = tf.constant(UNCHECKED)
         ends_alone = self._ends_alone(source)
         for segment in self._segments(source, plan):
-            iterator = self._open(kind, segment, source, plan)
+            iterator = self._position.open(segment, source, plan, kind=kind)
             if ends_alone and not self._all_go_on(next(iterator)[1], plan):
                 return
             steps = 0
@@ -346,12 +344,7 @@ class SyncLoop:
                     yield own
                     if num_more is not None and self._ends(int(self._first_local(num_more)), plan):
                         return
-            (self._position if kind == "train" else self._between_tests).keep(segment, iterator)
-
-    def _open(self, kind: str, segment: Segment, source: Source, plan: BatchPlan) -> Iterator[Any]:
-        if kind == "train":
-            return self._position.open(segment, source, plan)
-        return self._between_tests.take(segment) or segment.open()
+            self._position.keep(segment, iterator, kind=kind)
 
     def _limits(self, source: Source, plan: BatchPlan, verdict: Any) -> tuple[Any, ...]:
         """Returns the largest loss that the next steps may have; where the host runs ahead, the last verdict too."""

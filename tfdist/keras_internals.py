@@ -1016,6 +1016,11 @@ def whole_shape(variable: keras.Variable) -> tuple[int, ...]:
     return getattr(variable, "_whole_shape", tuple(variable.shape))
 
 
+def is_whole(model: keras.Model) -> bool:
+    """Tells whether all of a built model's weights are in this process."""
+    return all(has_memory(weight) and own_part(weight) is None for weight in model.weights)
+
+
 def count_parameters(model: keras.Model) -> int:
     """Returns the numbers in a built model's weights, wherever they are."""
     return sum(math.prod(whole_shape(weight)) for weight in model.weights)

@@ -126,3 +126,64 @@ def test_process_that_fails_ends_all_and_is_named(tmp_path):
     done = programs.run([*launch, "program.py", "out.npz", "1", "2", str(STOP)], cwd=tmp_path, timeout=120)
     assert done.returncode == 7
     assert "worker:0 exited with code 7" in done.stderr.splitlines()[-1]
+
+
+SIDE_BY_SIDE = """
+    import sys
+    import keras, numpy as np
+    import tfdist
+
+    blocks = int(sys.argv[2])
+    options = tfdist.PipelineOptions(tensor_parallel=blocks) if blocks > 1 else None
+    run = tfdist.initialize(seed=1, pipeline=options)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 6)).astype("float32"), rng.integers(0, 5, 40)
+    wrong = x.copy()
+    wrong[13] = np.nan
+    found = {}
+
+    def fit(name, x, optimizer=None, **options):
+        keras.utils.set_random_seed(2)
+        with run.strategy.scope():
+            model = keras.Sequential([
+                keras.Input((6,)), keras.layers.Dense(9, "tanh"), keras.layers.Dense(8), keras.layers.LayerNormalization(),
+                keras.layers.Dense(5),
+            ])
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            model.compile(optimizer or keras.optimizers.SGD(0.1, momentum=0.9), loss, metrics=["accuracy"])
+        history = run.fit(model, x, y, batch_size=10, verbose=0, shuffle=False, **options)
+        weights = run.get_weights(model) if blocks > 1 else model.get_weights()
+        found.update({f"{name} weight {i}": weight for i, weight in enumerate(weights)})
+        found.update({f"{name} {key}": np.array(values) for key, values in history.history.items()})
+
+    fit("skipped", wrong, epochs=2, on_nan="skip")
+    try:
+        fit("stopped", wrong, on_nan="stop")
+    except Exception as error:
+        found["stopped"] = type(error).__name__
+    fit("given back", x, optimizer=keras.optimizers.SGD(50.0), epochs=5, validation_data=(x, y), callbacks=[
+        keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True)
+    ])
+    keras.mixed_precision.set_dtype_policy("mixed_bfloat16")
+    fit("bfloat16", x, epochs=2)
+    if run.is_chief:
+        np.savez(sys.argv[1], **found)
+"""
+
+
+def test_blocks_do_what_one_process_does(tmp_path):
+    """Steps with NaN are left out or end the run everywhere, the best weights come back, bfloat16 is exchanged."""
+    (tmp_path / "program.py").write_text(textwrap.dedent(SIDE_BY_SIDE))
+    launch = ["-m", "tfdist.launch", "--preload", "--strategy=pipeline", "--num_workers=2"]
+    results = []
+    for words in (["program.py", "alone.npz", "1"], [*launch, "program.py", "blocks.npz", "2"]):
+        done = programs.run(words, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        results.append(dict(np.load(tmp_path / next(word for word in words if word.endswith(".npz")))))
+    alone, blocks = results
+    assert sorted(alone) == sorted(blocks) and alone["stopped"] == blocks["stopped"] == "NonFiniteError"
+    assert len(alone["given back loss"]) < 5 and np.isfinite(alone["skipped weight 0"]).all()
+    for name, value in alone.items():
+        if name != "stopped":
+            atol = 2e-2 if name.startswith("bfloat16") else 2e-5
+            np.testing.assert_allclose(blocks[name], value, rtol=atol, atol=atol, err_msg=name)

@@ -41,8 +41,10 @@ def describe_step(model: keras.Model, source: Source, plan: BatchPlan, step: int
 
     Returns:
         Clauses such as "first in the output of layer 'log'; example 17 of the training data", or "" where the
-        batch cannot be read again.
+        batch cannot be read again, or this process has not all of the model.
     """
+    if not keras_internals.is_whole(model):
+        return ""
     if isinstance(source, (SelfShardedSource, ServedSource, ShardedSource)):
         return ""
     if isinstance(source, BatchedSource) and source.peeked is not None:

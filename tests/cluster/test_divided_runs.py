@@ -145,10 +145,9 @@ SIDE_BY_SIDE = """
     def fit(name, x, optimizer=None, **options):
         keras.utils.set_random_seed(2)
         with run.strategy.scope():
-            model = keras.Sequential([
-                keras.Input((6,)), keras.layers.Dense(9, "tanh"), keras.layers.Dense(8), keras.layers.LayerNormalization(),
-                keras.layers.Dense(5),
-            ])
+            layers = [keras.layers.Dense(9, "tanh"), keras.layers.Dense(8)]
+            layers += [keras.layers.LayerNormalization(), keras.layers.Dense(5)]
+            model = keras.Sequential([keras.Input((6,)), *layers])
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
             model.compile(optimizer or keras.optimizers.SGD(0.1, momentum=0.9), loss, metrics=["accuracy"])
         history = run.fit(model, x, y, batch_size=10, verbose=0, shuffle=False, **options)
@@ -161,9 +160,9 @@ SIDE_BY_SIDE = """
         fit("stopped", wrong, on_nan="stop")
     except Exception as error:
         found["stopped"] = type(error).__name__
-    fit("given back", x, optimizer=keras.optimizers.SGD(50.0), epochs=5, validation_data=(x, y), callbacks=[
-        keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True)
-    ])
+    # Other labels: what is learnt makes them less likely.
+    back = keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True)
+    fit("given back", x, optimizer=keras.optimizers.SGD(0.5), epochs=20, validation_data=(x, y[::-1]), callbacks=[back])
     keras.mixed_precision.set_dtype_policy("mixed_bfloat16")
     fit("bfloat16", x, epochs=2)
     if run.is_chief:
@@ -182,7 +181,7 @@ def test_blocks_do_what_one_process_does(tmp_path):
         results.append(dict(np.load(tmp_path / next(word for word in words if word.endswith(".npz")))))
     alone, blocks = results
     assert sorted(alone) == sorted(blocks) and alone["stopped"] == blocks["stopped"] == "NonFiniteError"
-    assert len(alone["given back loss"]) < 5 and np.isfinite(alone["skipped weight 0"]).all()
+    assert len(alone["given back loss"]) < 20 and np.isfinite(alone["skipped weight 0"]).all()
     for name, value in alone.items():
         if name != "stopped":
             atol = 2e-2 if name.startswith("bfloat16") else 2e-5

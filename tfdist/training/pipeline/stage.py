@@ -148,10 +148,8 @@ class Stage:
             return list(found)
         found = waiting.tape.gradient(waiting.targets, waiting.sources, output_gradients=[*gradients, share])
         num_inputs = len(found) - len(self.layers.weights)
-        of_inputs, of_weights = found[:num_inputs], found[num_inputs:]
-        del found
-        self.gradients.keep(self.gradients.add(of_weights, is_first=self.gradients.is_first()))
-        return _present(of_inputs, waiting.sources)
+        self.gradients.add_now(found[num_inputs:])
+        return _present(found[:num_inputs], waiting.sources)
 
     def forward_and_backward(
         self, micro: MicroBatch, received: Sequence[Any], side_loss: Any, totals: Any
@@ -267,7 +265,7 @@ class Stage:
             tape.watch(floating)
             outputs, own_loss, _ = self.layers.run(number, own, received, training=True, is_again=True)
         found = tape.gradient([*_floating(outputs), own_loss], sources, output_gradients=[*gradients, share])
-        rows = self.gradients.add(found[len(floating) :], is_first=is_first)
+        rows = self.gradients.add(found[len(floating) :], is_first)
         return _present(found[: len(floating)], floating), rows
 
     def _forward_and_backward(
@@ -291,7 +289,7 @@ class Stage:
             loss = own_loss + self._loss.compute(seen, y_pred, sample_weight, share=share, totals=totals)
             weighted = loss * share
         found = tape.gradient(weighted, sources)
-        rows = self.gradients.add(found[len(floating) :], is_first=is_first)
+        rows = self.gradients.add(found[len(floating) :], is_first)
         total = loss + side_loss
         self._note(x, seen, shown, sample_weight, total)
         return _present(found[: len(floating)], floating), total, seeds, rows

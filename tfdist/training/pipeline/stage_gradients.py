@@ -37,6 +37,7 @@ class StageGradients:
         self._rows: dict[int, list[tf.IndexedSlices]] = {}
         self._is_new = True
         options = {"autograph": False, "reduce_retracing": True}
+        self._add_fn = tf.function(self.add, **options)
         self._sum_fn = tf.function(self._sum_up, **options)
         self._apply_fn = tf.function(self._apply, **options)
 
@@ -45,21 +46,25 @@ class StageGradients:
         is_first, self._is_new = self._is_new, False
         return is_first
 
-    def add(self, gradients: list[Any], *, is_first: Any) -> list[Any]:
-        """Adds gradients to the sums; returns those that are rows, for `keep`.
+    def add(self, gradients: Sequence[Any], is_first: Any) -> list[Any]:
+        """Adds gradients to the sums, in a graph; returns those that are rows, for `keep`.
 
         Args:
-            gradients: By each weight; the list is emptied, so that nobody holds what is added.
-            is_first: A batch's first take the place of the last batch's sums: zeros would be memory again.
+            gradients: By each weight.
+            is_first: Boolean scalar. A batch's first take the place of the last batch's sums: zeros would be memory
+                again.
         """
         rows: list[Any] = []
-        for place, (weight, total) in enumerate(zip(self._layers.weights, self._sums, strict=True)):
-            gradient, gradients[place] = gradients[place], None
+        for weight, total, gradient in zip(self._layers.weights, self._sums, gradients, strict=True):
             is_rows = isinstance(gradient, tf.IndexedSlices) and id(weight) not in self._layers.shared
             rows.append(gradient if is_rows else None)
             if gradient is not None and not is_rows:
                 _add_to(total, tf.convert_to_tensor(gradient), is_first)
         return rows
+
+    def add_now(self, gradients: Sequence[Any]) -> None:
+        """Adds gradients, outside of a graph."""
+        self.keep(self._add_fn(list(gradients), tf.constant(self.is_first())))
 
     def end_batch(self) -> None:
         """Takes a batch without gradients, as a copy's may be, for one of zeros."""
@@ -168,7 +173,4 @@ class StageGradients:
 
 
 def _add_to(total: tf.Variable, gradient: Any, is_first: Any) -> None:
-    if isinstance(is_first, bool):
-        (total.assign if is_first else total.assign_add)(gradient)
-    else:
-        tf.cond(is_first, lambda: total.assign(gradient), lambda: total.assign_add(gradient))
+    tf.cond(is_first, lambda: total.assign(gradient), lambda: total.assign_add(gradient))

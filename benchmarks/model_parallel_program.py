@@ -29,7 +29,12 @@ class Size(NamedTuple):
     num_steps: int
 
 
-MODELS = {"deep": Size(12, 256, 8, 16, 4), "wide": Size(12, 1536, 16, 2, 2), "link": Size(4, 128, 4, 16, 8)}
+MODELS = {
+    "deep": Size(12, 256, 8, 16, 4),
+    "wide": Size(12, 1024, 16, 2, 2),
+    "large": Size(12, 1536, 16, 2, 2),
+    "link": Size(4, 128, 4, 16, 8),
+}
 
 
 class Clock(keras.callbacks.Callback):  # type: ignore[misc]

@@ -3,8 +3,9 @@
     python benchmarks/model_parallel.py [--rounds=3] [--only=stages] [--write=docs/benchmarks.md]
 
 `stages`: by its layers. `blocks`: one whose training takes 7 GB in one process, in blocks of its layers, and by its
-layers. `ways`: what all strategies make of a smaller one, with a picture. `link` needs root: stages behind 100 Mbit/s, against what the steps on this machine and the bytes
-foretell. `torch`, which is installed for it: the deep one in stages of `torch.distributed.pipelining`.
+layers. `ways`: what all strategies make of a smaller one, with a picture. `torch`, which is installed for it: the deep
+one in stages of `torch.distributed.pipelining`. `link` needs root: stages behind 100 Mbit/s, against what the steps on
+this machine and the bytes foretell.
 """
 
 from __future__ import annotations

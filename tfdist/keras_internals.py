@@ -651,10 +651,10 @@ def replace_call(operation: Any, make: Callable[[Callable[..., Any]], Callable[.
 
     Args:
         operation: The layer, built.
-        make: `(the layer's own call) → another`, with the same arguments.
+        make: `(the call of the layer's class) → another`, with the same arguments; an earlier one is gone.
     """
     # Straight into __dict__: Keras's __setattr__ would track the value.
-    operation.__dict__["call"] = make(operation.call)
+    operation.__dict__["call"] = make(functools.partial(type(operation).call, operation))
 
 
 def attention_parts(layer: keras.layers.MultiHeadAttention) -> tuple[list[Any], keras.layers.Dropout]:
@@ -982,6 +982,7 @@ def deferring_variables() -> Iterator[list[tuple[keras.Variable, keras.Variable]
 def _keep_initializer(variable: keras.Variable, initializer: Callable[..., Any]) -> None:
     variable._value = None
     variable._initializer = initializer
+    variable._was_deferred = True
 
 
 def _key_of_any(var_key: Callable[..., Any]) -> Callable[..., Any]:
@@ -999,6 +1000,11 @@ def _add_slot(slots: list[tuple[keras.Variable, keras.Variable]]) -> Callable[..
         return slot
 
     return add
+
+
+def was_deferred(variable: keras.Variable) -> bool:
+    """Tells whether a variable was made within `deferring_variables`."""
+    return getattr(variable, "_was_deferred", False)
 
 
 def has_memory(variable: keras.Variable) -> bool:

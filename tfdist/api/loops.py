@@ -133,7 +133,7 @@ class Loops:
         if self._strategy_name == "one_device":
             return
         if isinstance(self._strategy, StagedStrategy):
-            if all(keras_internals.has_memory(weight) for weight in model.weights):
+            if not all(map(keras_internals.was_deferred, model.weights)):
                 raise ConfigError(
                     f"the model {model.name!r} was made outside the strategy's scope, whole in this process; build and "
                     "compile it inside 'with run.strategy.scope():'."

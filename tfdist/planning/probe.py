@@ -201,6 +201,7 @@ class Probe:
             mixed_precision=config.mixed_precision,
             gpu_memory_gb=config.gpu_memory_gb,
             deterministic=config.deterministic,
+            pipeline=config.pipeline_options if config.strategy == "pipeline" else None,
         )
         self.is_chief = run.is_chief
         self._model, source = build_for_training(run, recipe, config, overrides)

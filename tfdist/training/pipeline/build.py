@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from tfdist.errors import ConfigError
 from tfdist.training.pipeline.cut import Cutter, StagePlan, count_slots
 from tfdist.training.pipeline.layer_graph import LayerGraph, variables_of
 from tfdist.training.pipeline.stage import Stage
-from tfdist.training.tensor_parallel.divided import DividedLayers, find_divided
+from tfdist.training.tensor_parallel.divided import DividedLayers, check_compiled, find_divided
 from tfdist.training.tensor_parallel.group import BlockGroup
 from tfdist.training.tensor_parallel.own_blocks import OwnBlocks
 
@@ -64,6 +65,10 @@ class Division:
         return [v for v in model.trainable_variables if len(self.holders[id(v)]) > 1]
 
 
+# A division holds tensors of its model, and these the layers: as long as the model lives.
+_divisions: weakref.WeakKeyDictionary[keras.Model, Division] = weakref.WeakKeyDictionary()
+
+
 def divide(
     model: keras.Model,
     batch: Any,
@@ -85,6 +90,9 @@ def divide(
         ConfigError: If it cannot be divided so.
     """
     _check_model(model)
+    if (known := _divisions.get(model)) is not None:  # compiled anew: its weights are where they are
+        check_compiled(model, known.blocks)
+        return known
     num_stages = layout.num_stages
     with keras_internals.deferring_variables():  # a trace reads what has no value yet
         graph = LayerGraph(model, keras.utils.unpack_x_y_sample_weight(batch)[0])
@@ -121,7 +129,8 @@ def divide(
                     f"{variable.path!r} would be changed in two stages, {stage + 1} the second: begin "
                     "a stage elsewhere (--cut), so that all calls of this layer are in one."
                 )
-    return Division(graph=graph, plans=plans, holders=holders, blocks=blocks)
+    _divisions[model] = Division(graph=graph, plans=plans, holders=holders, blocks=blocks)
+    return _divisions[model]
 
 
 class Place(NamedTuple):

@@ -108,13 +108,29 @@ def find_divided(model: keras.Model, calls: Sequence[LayerCall], num_blocks: int
             "treats each unit for itself between them can, MultiHeadAttention, and a vocabulary's Dense or "
             "ReversibleEmbedding at the end; leave it out, or divide by layers (--num_stages)."
         )
+    check_compiled(model, found)
+    return found
+
+
+def check_compiled(model: keras.Model, found: DividedLayers) -> None:
+    """Makes sure that what a model was compiled with can do with parts.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    if found.num_blocks == 1:
+        return
+    if found.has_vocabulary and not _takes_parts_of_logits(model):
+        raise ConfigError(
+            "the model was compiled anew, with a loss or metrics that need all logits, and its vocabulary is divided "
+            "already: compile it so before it is first trained or evaluated."
+        )
     if model.optimizer is not None and not updates_by_parts(model.optimizer):
         raise ConfigError(
-            f"tensor_parallel={num_blocks} with {type(model.optimizer).__name__}, as it is set here, looks at a weight "
-            "as a whole, and each process has a part: choose Adam, SGD or another that does not, and global_clipnorm "
-            "in place of clipnorm."
+            f"tensor_parallel={found.num_blocks} with {type(model.optimizer).__name__}, as it is set here, looks at "
+            "a weight as a whole, and each process has a part: choose Adam, SGD or another that does not, and "
+            "global_clipnorm in place of clipnorm."
         )
-    return found
 
 
 _RULES: dict[Kind, str] = {

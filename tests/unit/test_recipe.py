@@ -280,8 +280,11 @@ def test_load_recipe_refuses_a_module_without_recipe(ending, message, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("digit_cnn", "no recipe 'digit_cnn'. Did you mean 'digits_cnn'[?] Choose one of digits_cnn, "),
-        ("zzz", "no recipe 'zzz'. Choose one of digits_cnn, "),
+        (
+            "digit_cnn",
+            "no recipe 'digit_cnn'. Did you mean 'digits_cnn'[?] Choose one of deep_lm, digits_cnn, ",
+        ),
+        ("zzz", "no recipe 'zzz'. Choose one of deep_lm, digits_cnn, "),
         ("./nothing.py", "no recipe file '/.*/nothing.py'"),
         ("package_of_mine.zzz", "no module 'package_of_mine'"),
         ("json.zzz", "no module 'json.zzz'"),

@@ -10,6 +10,10 @@ import tensorflow as tf
 
 from tfdist.errors import ConfigError
 
+_SHARED_CACHE = (
+    "another process writes the same file of dataset.cache(), or was killed while it did, as {1} says: give each "
+    "worker a file of its own, as by cache(f'PATH-{{run.task.index}}'), and remove what no process writes any more."
+)
 _FAULTS = {
     r"expected to contain (\d+) elements but contained only (\d+)": (
         "the data source ended after {2} examples, and promised {1}: the order of an epoch follows from its length; "
@@ -19,10 +23,9 @@ _FAULTS = {
         "examples of the stream have different shapes, {1} and {2}, and so make no batch: bring them to one where they "
         "are read, as by dataset.map(lambda x, y: (tf.pad(x, [[0, LENGTH - tf.shape(x)[0]]]), y))."
     ),
-    r"concurrent caching iterator running.*?'(.*?)'": (
-        "another process writes the same file of dataset.cache(), or was killed while it did, as {1} says: give each "
-        "worker a file of its own, as by cache(f'PATH-{{run.task.index}}'), and remove what no process writes any more."
-    ),
+    r"concurrent caching iterator running.*?'(.*?)'": _SHARED_CACHE,
+    # Whoever was done first has taken its parts together.
+    r"(\S+)\.data-\d{5}-of-\d{5}\S*; No such file": _SHARED_CACHE,
 }
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import cases
 import keras
@@ -13,6 +14,7 @@ import numpy as np
 from cases import COUNT, IDS, Case
 
 import tfdist.layers
+from tfdist.optimizers import LazyAdam
 
 layers, optimizers, ops = keras.layers, keras.optimizers, keras.ops
 rng = np.random.default_rng(1)
@@ -59,16 +61,13 @@ def stock() -> keras.Model:
     return model
 
 
-def averaged() -> keras.Model:
-    """Returns a model of one pair, whose optimizer keeps averages and sums, and a table that is long enough."""
+def averaged(kind: Any = optimizers.Adam, **options: Any) -> keras.Model:
+    """Returns a model of one pair, whose optimizer may keep averages and sums, and a table that is long enough."""
     ids = keras.Input((5,), dtype="int32")
     x = layers.GlobalAveragePooling1D()(layers.Embedding(30_001, 9)(ids))
     x = layers.Dense(3)(layers.Dense(5, activation="tanh")(x))
     model = keras.Model(ids, x)
-    optimizer = optimizers.Adam(
-        1e-2, epsilon=1e-3, use_ema=True, ema_overwrite_frequency=2, gradient_accumulation_steps=2
-    )
-    model.compile(optimizer, "mse", metrics=["mae"])
+    model.compile(kind(1e-2, epsilon=1e-3, **options), "mse", metrics=["mae"])
     return model
 
 
@@ -78,7 +77,12 @@ CASES = {
     "weights": Case(lambda: language(metric=False), (TEXT, NEXT[..., None], WEIGHTS)),
     "dropout": Case(lambda: language(dropout=0.3), (TEXT, NEXT)),
     "stock": Case(stock, ((SIGNALS, IDS), NEXT)),
-    "averaged": Case(averaged, (1500 * IDS, SIGNALS[:, 0, :3])),
+    "averaged": Case(
+        lambda: averaged(use_ema=True, ema_overwrite_frequency=2, gradient_accumulation_steps=2),
+        (1500 * IDS, SIGNALS[:, 0, :3]),
+    ),
+    # Moves the rows that a batch asks for, and those alone.
+    "rows": Case(lambda: averaged(LazyAdam), (1500 * IDS, SIGNALS[:, 0, :3])),
 }
 
 

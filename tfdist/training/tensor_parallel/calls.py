@@ -117,8 +117,8 @@ def _looking_up(call: Call, group: BlockGroup, place: tuple[int, int, int]) -> C
         if reverse:
             return call(group.enter(inputs), reverse=True)
         ids = tf.cast(inputs, tf.int32)
-        # Of other words nothing is looked up: a row that nobody asked for would get a gradient of zeros, which Adam
-        # takes for news.
+        # Of other words nothing is looked up: a row that nobody asked for would get a gradient of zeros, by which
+        # optimizers that move the rows of a batch move it, too.
         own = tf.where((ids >= start) & (ids < stop))
         rows = call(tf.gather_nd(ids, own) - start)
         shape = tf.concat([tf.shape(ids), tf.shape(rows)[-1:]], 0)

@@ -51,14 +51,11 @@ def build_model(
         width=width,
         num_heads=num_heads,
         dropout=dropout,
+        learning_rate=learning_rate,
         sequence_length=sequence_length,
         seed=seed,
     )
-    model.compile(
-        optimizer=keras.optimizers.AdamW(learning_rate, weight_decay=0.01, global_clipnorm=clip_norm),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
+    model.optimizer.global_clipnorm = clip_norm
     return model
 
 

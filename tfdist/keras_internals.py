@@ -1022,9 +1022,9 @@ def whole_shape(variable: keras.Variable) -> tuple[int, ...]:
     return getattr(variable, "_whole_shape", tuple(variable.shape))
 
 
-def is_whole(model: keras.Model) -> bool:
-    """Tells whether all of a built model's weights are in this process."""
-    return all(has_memory(weight) and own_part(weight) is None for weight in model.weights)
+def is_whole(variable: keras.Variable) -> bool:
+    """Tells whether all of a variable's value is here."""
+    return has_memory(variable) and own_part(variable) is None
 
 
 def count_parameters(model: keras.Model) -> int:
@@ -1164,6 +1164,11 @@ class LayerCall:
     inputs: Sequence[keras.KerasTensor]
     outputs: Sequence[keras.KerasTensor]
     _node: Any
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it was given by name."""
+        return dict(self._node.arguments.kwargs)
 
     def run(self, values: dict[int, Any]) -> None:
         """Makes the call.

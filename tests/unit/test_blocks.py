@@ -27,8 +27,10 @@ def compiled(inputs, outputs, loss="mse", metrics=None, optimizer="adam"):
 
 
 def kinds_of(model, num_blocks=2):
-    found = find_divided(model, keras_internals.layer_calls(model), num_blocks)
-    return {layer.name.rstrip("_0123456789"): found.kinds[id(layer)] for layer in found.layers}, found
+    calls = keras_internals.layer_calls(model)
+    found = find_divided(model, calls, num_blocks)
+    names = {id(call.operation): call.operation.name.rstrip("_0123456789") for call in calls}
+    return {names[key]: kind for key, kind in found.kinds.items()}, found
 
 
 def chain(*made, width=8, **options):
@@ -100,6 +102,20 @@ def test_rule_that_is_for_whole_weights_leaves_them_whole(options, is_divided):
     else:
         with pytest.raises(ConfigError, match="no layer of the model can be divided"):
             kinds_of(model)
+
+
+def test_layer_that_is_called_in_another_way_too_is_whole():
+    inputs = keras.Input((5, 8))
+    attention, dropout = layers.MultiHeadAttention(2, 4), layers.Dropout(0.2)
+    attended, _ = attention(attention(inputs, inputs), inputs, return_attention_scores=True)
+    hidden = dropout(layers.Dense(6)(dropout(attended)))
+    with pytest.raises(ConfigError, match="no layer of the model can be divided"):
+        kinds_of(compiled(inputs, layers.Dense(5)(hidden)))
+    ids = keras.Input((5,))  # float32, of a table that is as wide as it is long
+    table = layers.ReversibleEmbedding(8, 8, name="table")
+    assert kinds_of(compiled(ids, table(table(ids), reverse=True), loss=LOGITS))[0] == {"table": "vocabulary"}
+    with pytest.raises(ConfigError, match="no layer of the model can be divided"):
+        kinds_of(compiled(ids, table(ids), loss=LOGITS))
 
 
 def test_text_lm_is_divided_in_all_its_blocks():

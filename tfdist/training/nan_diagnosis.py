@@ -43,7 +43,7 @@ def describe_step(model: keras.Model, source: Source, plan: BatchPlan, step: int
         Clauses such as "first in the output of layer 'log'; example 17 of the training data", or "" where the
         batch cannot be read again, or this process has not all of the model.
     """
-    if not keras_internals.is_whole(model):
+    if not all(map(keras_internals.is_whole, model.weights)):
         return ""
     if isinstance(source, (SelfShardedSource, ServedSource, ShardedSource)):
         return ""

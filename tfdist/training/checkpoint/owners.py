@@ -10,11 +10,9 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.layers.blocks import bounds
-from tfdist.layers.partition import rows_inside
 from tfdist.training.checkpoint.state import (
     Blocks,
     StateArray,
@@ -172,19 +170,12 @@ class AbsentArray(StateArray):
         part = keras_internals.own_part(self._variables[0])
         if part is None:
             return
-        native = keras_internals.native(self._variables[0])
+        rows, others = slice(*part[0].indices(self.shape[0])), (slice(None), *part[1:])
+        own = StateArray(self._variables, [rows], self.shape[0])
         if isinstance(values, np.ndarray):
-            native.assign(tf.cast(values[part], native.dtype))
-            return
-        start = 0
-        for block in values.blocks():
-            rows = slice(*part[0].indices(self.shape[0]))
-            inside = rows_inside(rows, start, start + len(block))
-            if inside is not None:
-                first = start + inside.start - rows.start
-                own = block[(inside, *part[1:])]
-                native[first : first + len(own)].assign(tf.cast(own, native.dtype))
-            start += len(block)
+            own.assign(values[others])
+        else:
+            own.assign_blocks(block[others] for block in values.blocks())
 
 
 _of_model: weakref.WeakKeyDictionary[keras.Model, Owners] = weakref.WeakKeyDictionary()

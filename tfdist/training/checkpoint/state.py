@@ -101,12 +101,13 @@ class StateArray:
     def assign(self, values: np.ndarray | Blocks) -> None:
         """Assigns the whole array, which has the same shape."""
         if not isinstance(values, np.ndarray):
-            self._assign_blocks(values.blocks())
+            self.assign_blocks(values.blocks())
             return
         for variable, rows in zip(self._variables, self._rows or [slice(None)], strict=True):
             variable.assign(values[rows] if self._rows else values)
 
-    def _assign_blocks(self, blocks: Iterable[np.ndarray]) -> None:
+    def assign_blocks(self, blocks: Iterable[np.ndarray]) -> None:
+        """Assigns the whole array, of which runs of rows come in order."""
         start = 0
         for block in blocks:
             if not self.shape:
@@ -155,8 +156,7 @@ def set_absent_arrays(model: keras.Model, make: Callable[[Any], StateArray]) -> 
 
 def state_array(model: keras.Model, variable: keras.Variable) -> StateArray:
     """Returns what holds a variable of a model, here or elsewhere."""
-    is_here = keras_internals.has_memory(variable) and keras_internals.own_part(variable) is None
-    return StateArray([variable]) if is_here else _absent_arrays[model](variable)
+    return StateArray([variable]) if keras_internals.is_whole(variable) else _absent_arrays[model](variable)
 
 
 def named_state(model: keras.Model, *, with_optimizers: bool = True) -> dict[str, StateArray]:

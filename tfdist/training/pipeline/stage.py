@@ -304,7 +304,8 @@ class Stage:
     def _see(self, y: Any, outputs: Sequence[Any]) -> tuple[Any, Any, Any]:
         """Returns targets, and outputs as the loss and as the metrics are to see them."""
         if self._vocabulary is None:
-            return y, self.pack(outputs), self.pack(outputs)
+            y_pred = self.pack(outputs)
+            return y, y_pred, y_pred
         view = self._vocabulary.view(keras.tree.flatten(y)[0], *outputs)
         return (
             keras.tree.pack_sequence_as(y, [view.labels]),

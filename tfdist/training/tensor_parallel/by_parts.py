@@ -36,10 +36,8 @@ def updates_by_parts(optimizer: keras.optimizers.Optimizer) -> bool:
     results = []
     whole, halves = _draw((_SIZE, _SIZE), 0)
     for values in ([whole], halves):
-        config = optimizer.get_config()
-        if config.get("gradient_accumulation_steps"):
-            config["gradient_accumulation_steps"] = None
-        copy = type(optimizer).from_config(config | {"global_clipnorm": None, "learning_rate": 0.1})
+        own = {"learning_rate": 0.1, "global_clipnorm": None, "gradient_accumulation_steps": None}
+        copy = type(optimizer).from_config(optimizer.get_config() | own)
         variables = [keras.Variable(value) for value in values]
         copy.build(variables)
         for scale in (3.0, -1.0):

@@ -32,8 +32,7 @@ def divide_call(layer: Any, kind: str, group: BlockGroup, block: int) -> None:
         layer.input_spec = None  # It knows the width of the whole.
         keras_internals.replace_call(layer, lambda call: functools.partial(_sum_rows, layer, multiply, group))
     elif kind == "heads":
-        projections, dropout = keras_internals.attention_parts(layer)
-        del projections
+        _, dropout = keras_internals.attention_parts(layer)
         last = layer.output_dense
         multiply = functools.partial(_multiply_all, last)
         keras_internals.replace_call(last, lambda call: functools.partial(_sum_rows, last, multiply, group))
@@ -41,8 +40,8 @@ def divide_call(layer: Any, kind: str, group: BlockGroup, block: int) -> None:
         keras_internals.replace_call(dropout, functools.partial(_dropping, axis=1, place=place))
         keras_internals.replace_call(layer, functools.partial(_attending, group=group))
     elif kind == "vocabulary":
-        place = (layer.input_dim, *bounds(layer.input_dim, group.size, block))
-        keras_internals.replace_call(layer, functools.partial(_looking_up, group=group, place=place))
+        own = bounds(layer.input_dim, group.size, block)
+        keras_internals.replace_call(layer, functools.partial(_looking_up, group=group, words=own))
 
 
 def divide_dropout(layer: Any, size: int, group: BlockGroup, block: int) -> None:
@@ -109,8 +108,8 @@ def _dropping(call: Call, axis: int, place: tuple[int, int, int]) -> Call:
     return dropping
 
 
-def _looking_up(call: Call, group: BlockGroup, place: tuple[int, int, int]) -> Call:
-    _, start, stop = place
+def _looking_up(call: Call, group: BlockGroup, words: tuple[int, int]) -> Call:
+    start, stop = words
 
     @functools.wraps(call)
     def looking_up(inputs: Any, reverse: bool = False) -> Any:

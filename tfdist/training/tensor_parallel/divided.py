@@ -34,7 +34,6 @@ class DividedLayers:
     Attributes:
         num_blocks: Into so many each.
         kinds: How each is, by the layer's id; `drops` a layer between two that drops some of the features.
-        layers: They.
         axes: Along which each of their weights is divided, by the weight's id; others every process has whole.
         tensors: The `id` of each symbolic tensor of which each process has a part, along its last axis.
         has_vocabulary: Whether the model's output is one of these.
@@ -42,7 +41,6 @@ class DividedLayers:
 
     num_blocks: int = 1
     kinds: dict[int, str] = dataclasses.field(default_factory=dict)
-    layers: list[keras.Layer] = dataclasses.field(default_factory=list)
     axes: dict[int, int] = dataclasses.field(default_factory=dict)
     tensors: set[int] = dataclasses.field(default_factory=set)
     has_vocabulary: bool = False
@@ -75,8 +73,6 @@ class DividedLayers:
 
     def add(self, layer: keras.Layer, kind: str, axes: Sequence[tuple[keras.Variable, int]]) -> None:
         """Divides a layer."""
-        if id(layer) not in self.kinds:
-            self.layers.append(layer)
         self.kinds[id(layer)] = kind
         self.axes.update((id(variable), axis) for variable, axis in axes)
 
@@ -95,7 +91,7 @@ def find_divided(model: keras.Model, calls: Sequence[LayerCall], num_blocks: int
     if num_blocks == 1:
         return DividedLayers()
     found = _Finder(model, calls, num_blocks).find()
-    for layer in model._flatten_layers(include_self=False):
+    for layer in keras_internals.find_layers(model, keras.Layer):
         kind = wanted_kind(layer)
         if kind is not None and found.kinds.get(id(layer)) != kind:
             raise ConfigError(
@@ -161,7 +157,7 @@ class _Finder:
             if self._can_be_rows(call):
                 self._divide_pair(call)
             elif type(call.operation) is keras.layers.MultiHeadAttention:
-                self._divide_heads(call)
+                self._divide_heads(call.operation)
             elif type(call.operation) is keras.layers.Embedding:
                 self._divide_table(call)
         self._divide_vocabulary()
@@ -216,7 +212,7 @@ class _Finder:
                 return
             if self._can_be_columns(call):
                 columns.append(call)
-            elif _drops(call) or acts_by_parts(call):
+            elif self._drops(call) or acts_by_parts(call):
                 between.append(call)
                 waiting.extend(call.inputs)
             else:
@@ -226,28 +222,29 @@ class _Finder:
             return
         for call in columns:
             self._add_columns(call)
-        for call in filter(_drops, between):
+        for call in filter(self._drops, between):
             self._found.add(call.operation, "drops", [])
         self._found.add(last.operation, "rows", [(last.operation.kernel, 0)])
         self._found.tensors |= region.keys()
+
+    def _drops(self, call: LayerCall) -> bool:
+        layer = call.operation
+        is_dropout = type(layer) is keras.layers.Dropout and layer.noise_shape is None and layer.rate > 0
+        return is_dropout and self._num_calls[id(layer)] == 1
 
     def _add_columns(self, call: LayerCall) -> None:
         layer = call.operation
         bias = [] if layer.bias is None else [(layer.bias, 0)]
         self._found.add(layer, "columns", [(layer.kernel, 1), *bias])
 
-    def _divide_heads(self, call: LayerCall) -> None:
-        layer = call.operation
-        if not (
-            id(layer) in self._found.kinds
-            or (
-                self._is_free(layer, "heads")
-                and layer.num_heads >= self._found.num_blocks
-                and layer.activity_regularizer is None
-            )
-        ):
+    def _divide_heads(self, layer: keras.layers.MultiHeadAttention) -> None:
+        if not self._is_free(layer, "heads") or layer.num_heads < self._found.num_blocks:
             return
-        if len(call.outputs) > 1 or any(len(tensor.shape) != 3 for tensor in call.inputs):
+        calls = [call for call in self._calls if call.operation is layer]
+        shapes = [tensor.shape for call in calls for tensor in call.inputs]
+        if layer.activity_regularizer is not None or any(len(call.outputs) > 1 for call in calls):
+            return
+        if any(len(shape) != 3 for shape in shapes):
             return
         projections, _ = keras_internals.attention_parts(layer)
         axes = [(dense.kernel, 1) for dense in projections]
@@ -282,7 +279,7 @@ class _Finder:
         layer = call.operation
         if self._can_be_columns(call):
             self._add_columns(call)
-        elif type(layer) is keras.layers.ReversibleEmbedding and self._is_vocabulary(layer):
+        elif type(layer) is keras.layers.ReversibleEmbedding and self._is_vocabulary(call):
             axes = [(layer.embeddings, 0)]
             if not layer.tie_weights:
                 axes.append((layer.reverse_embeddings, 1))
@@ -292,15 +289,12 @@ class _Finder:
         self._found.tensors.add(id(output))
         self._found.has_vocabulary = True
 
-    def _is_vocabulary(self, layer: keras.layers.ReversibleEmbedding) -> bool:
-        num_reversed = sum(
-            call.operation is layer
-            and call.outputs[0].shape[-1] == layer.input_dim
-            and call.inputs[0].dtype != "int32"
-            for call in self._calls
-        )
+    def _is_vocabulary(self, last: LayerCall) -> bool:
+        """Tells whether a table's call is its only one in reverse, and it can be divided."""
+        layer = last.operation
+        backwards = [c for c in self._calls if c.operation is layer and c.options.get("reverse")]
         return (
-            num_reversed == 1
+            backwards == [last]
             and self._is_free(layer, "vocabulary")
             and layer.input_dim >= self._found.num_blocks
             and not layer.mask_zero
@@ -308,11 +302,6 @@ class _Finder:
             and keras_internals.is_plain(layer)
             and is_divisible(layer.embeddings, 0)
         )
-
-
-def _drops(call: LayerCall) -> bool:
-    layer = call.operation
-    return type(layer) is keras.layers.Dropout and layer.noise_shape is None and layer.rate > 0
 
 
 def _takes_parts_of_logits(model: keras.Model) -> bool:

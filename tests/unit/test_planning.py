@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from tfdist.errors import TfdistError
 from tfdist.plan import main
 from tfdist.planning.link import Link, parse_link
 from tfdist.planning.marks import OWN
@@ -120,6 +121,14 @@ def test_each_cluster_is_started_once_with_all_its_trials():
     assert [(needed.strategy, needed.num_workers) for needed in linked.clusters()] == [
         ("one_device", 1), ("multiworker", 2), ("ps", 1),
     ]  # fmt: skip
+
+
+def test_model_that_nothing_can_train_is_said_to_be_so():
+    plan = Plan(["one_device", "blocks"], [2], None)
+    for name, why in (("one_device", "out of memory"), ("blocks", "no layer")):
+        plan.worlds[name, 1] = World(num_workers=1, model={}, timings={}, refused={name: why}, start_secs=0.0)
+    with pytest.raises(TfdistError, match="one_device: out of memory; blocks: no layer"):
+        plan.predict()
 
 
 def test_large_model_is_tried_in_parts():

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from tfdist.errors import TfdistError
 from tfdist.planning.link import Link
 from tfdist.planning.marks import OWN
 from tfdist.planning.measure import Trial, World
@@ -176,8 +177,15 @@ class Plan:
 
     @property
     def alone(self) -> World:
-        """The trials on one device; where these were not to be made, of the smallest cluster."""
-        return next(world for world in self.worlds.values() if world.model)
+        """The trials on one device; where these were not to be made, of the smallest cluster.
+
+        Raises:
+            TfdistError: If none could be made anywhere.
+        """
+        found = [world for world in self.worlds.values() if world.model]
+        if not found:
+            raise TfdistError("; ".join(f"{name}: {why}" for name, why in self.refusals().items()))
+        return found[0]
 
     @property
     def batch_size(self) -> int:

@@ -105,6 +105,14 @@ def test_ranks_on_two_hosts_find_each_other(mpirun, hosts, tmp_path):
     assert "the run is in" in done.stdout
 
 
+@pytest.mark.everything
+def test_divided_model_trains(mpirun):
+    words = [*TRAIN, "--recipe=text_lm", "--strategy=pipeline", "--num_stages=2", "--tensor_parallel=2"]
+    done = mpirun("-np", "4", *words, "--epochs=1", "--steps_per_epoch=2", "--verbose=2")
+    assert done.returncode == 0, explain(done)
+    assert re.search(r"2 stages: .* 2 blocks: ", done.stdout) and accuracy(done.stdout) > 0, explain(done)
+
+
 def commands():
     """The commands of the page's part about MPI."""
     (block,) = re.findall(r"^## MPI\n.*?```sh\n(.*?)```", PAGE, re.MULTILINE | re.DOTALL)

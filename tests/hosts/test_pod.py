@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from namespaces import ADDRESSES, two_hosts
 
 from tfdist.launcher.flags import parse_flags
 
@@ -187,3 +188,66 @@ def test_rendered_pod_knows_its_task_and_may_do_little(podman, tmp_path):
         "token": False,
         "arguments": ["$(PATH)", "$$"],
     }
+
+
+@pytest.fixture
+def named_hosts():
+    """Two hosts that know each other by the names that a headless Service gives to the pods of a Job."""
+    with two_hosts() as hosts:
+        names = "".join(f"{address} tfdist-{i}.tfdist\n" for i, address in enumerate(ADDRESSES))
+        folders = [
+            Path("/etc/netns", host.name) for host in hosts
+        ]  # where `ip netns exec` looks for /etc/hosts
+        try:
+            for folder in folders:
+                folder.mkdir(parents=True)
+                (folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
+            yield hosts
+        finally:
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "flags"),
+    [
+        ("pipeline", ["--recipe=text_lm", "--tensor_parallel=2"]),
+        pytest.param("multiworker", [], marks=pytest.mark.everything),
+    ],
+)
+def test_program_of_a_rendered_job_trains(named_hosts, tmp_path, strategy, flags):
+    """Outside of containers, whose image has no TensorFlow, but with the pods' commands, variables and names."""
+    train = [
+        "-m",
+        "tfdist.train",
+        *flags,
+        "--epochs=1",
+        "--steps_per_epoch=2",
+        "--verbose=2",
+        "--run_dir=run",
+    ]
+    words = ["--kubernetes", "--image=i", "--num_workers=2", f"--strategy={strategy}", *train]
+    parsed = parse_flags(words, {})
+    *_, job = yaml.safe_load_all(parsed.backend.render(parsed.job, parsed.place))
+    processes = []
+    for index, host in enumerate(named_hosts):
+        (container,) = build_pod(job, index)["spec"]["containers"]
+        env = {variable["name"]: variable["value"] for variable in container["env"] if "value" in variable}
+        python, *rest = container["command"]
+        assert python == "python"
+        process = subprocess.Popen(
+            host.command(sys.executable, *rest),
+            cwd=tmp_path,
+            env={**os.environ, **env, "JOB_COMPLETION_INDEX": str(index), "PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        processes.append(process)
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "".join(outputs)[-4000:]
+    assert f"under {strategy}" in outputs[0] and "the run is in run" in outputs[0]

@@ -119,6 +119,15 @@ def test_command_of_the_readme_runs(run, tmp_path, command, pytestconfig):
     assert is_short or accuracy(output) > METRIC
 
 
+@pytest.mark.everything
+def test_divided_model_trains(run):
+    words = [*TRAIN, "--recipe=text_lm", "--strategy=pipeline", "--num_stages=2", "--tensor_parallel=2"]
+    short = ["--epochs=1", "--steps_per_epoch=2", "--verbose=2"]
+    done = run("srun", "-n4", "--distribution=cyclic", *words, *short)
+    assert done.returncode == 0, explain(done)
+    assert re.search(r"2 stages: .* 2 blocks: ", done.stdout) and accuracy(done.stdout) > 0, explain(done)
+
+
 def job_state(run, job):
     """A job's state and how often it was restarted, or ("", 0) when it is gone."""
     shown = run("scontrol", "show", "job", "--oneliner", job).stdout

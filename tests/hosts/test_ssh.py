@@ -224,6 +224,17 @@ def test_digits_learn_on_three_hosts_whatever_happens(lab, folder, strategy, fai
     assert lab.commands() == []
 
 
+@pytest.mark.everything
+def test_divided_model_spans_the_hosts(lab, folder):
+    """Blocks of a layer share a host, stages lie on different ones."""
+    flags = ["--strategy=pipeline", "--num_stages=2", "--tensor_parallel=2", "--num_workers=4"]
+    words = [*flags, "--recipe=text_lm", "--epochs=1", "--steps_per_epoch=2", "--verbose=2"]
+    done = run(lab, "tfdist.train", folder, *words, slots=2, hosts=lab.hosts[:2])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"2 stages: .* 2 blocks: ", done.stdout) and re.search(r"test .*accuracy", done.stdout)
+    assert lab.commands() == []
+
+
 def test_host_that_is_powered_off_is_named(folder, tmp_path):
     """Without restarts the run ends, as soon as that is noticed."""
     (tmp_path / "lab").mkdir()

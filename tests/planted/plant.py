@@ -11,6 +11,7 @@ pytest takes them, then the difference as `git diff` writes it. A fault is found
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import os
 import platform
 import re
@@ -91,31 +92,50 @@ def find(fault: Fault) -> str:
         return failed[0] if failed else ""
 
 
+def write_table(path: Path, rows: dict[str, str]) -> None:
+    """Writes the table of all faults; one that was not tried now keeps the row that it has."""
+    if path.exists():
+        known = re.findall(r"^(\| (.+?) \| `.*\n)", path.read_text(), re.MULTILINE)
+        rows = {sentence: row for row, sentence in known} | rows
+    kept = [rows[fault.sentence] for fault in read_faults() if fault.sentence in rows]
+    versions = f"Python {platform.python_version()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}.\n\n"
+    table = "| fault | planted in | seconds | found by |\n|---|---|---|---|\n"
+    path.write_text(HEAD + versions + table + "".join(kept))
+
+
 def main() -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="*", help="how the faults' names begin; none: all")
-    parser.add_argument("--table", metavar="FILE", help="write what was found here")
+    parser.add_argument("--table", metavar="FILE", type=Path, help="write what was found here, after each")
+    parser.add_argument("--jobs", metavar="N", type=int, default=1, help="so many side by side")
     flags = parser.parse_args()
     faults = [f for f in read_faults() if not flags.names or f.name.startswith(tuple(flags.names))]
-    rows, num_missed = [], 0
-    for number, fault in enumerate(faults, start=1):
+
+    def try_out(fault: Fault) -> tuple[str, float]:
         start = time.monotonic()
-        finder = find(fault)
-        secs = time.monotonic() - start
-        num_missed += not finder
-        print(
-            f"{number}/{len(faults)}  {fault.name}: {finder or 'NOBODY FOUND IT'} ({secs:.0f} s)", flush=True
-        )
-        rows.append(f"| {fault.sentence} | `{fault.place}` | {secs:.0f} | `{finder or 'nobody'}` |\n")
-    if flags.table:
-        versions = (
-            f"Python {platform.python_version()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}.\n\n"
-        )
-        table = "| fault | planted in | seconds | found by |\n|---|---|---|---|\n"
-        Path(flags.table).write_text(HEAD + versions + table + "".join(rows))
-    print(f"{len(faults) - num_missed} of {len(faults)} faults found")
-    return 1 if num_missed else 0
+        try:
+            finder = find(fault)
+        except RuntimeError as error:  # the others are tried all the same
+            print(error, file=sys.stderr)
+            finder = ""
+        return finder, time.monotonic() - start
+
+    rows: dict[str, str] = {}
+    num_found = 0
+    with concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
+        for number, (fault, (finder, secs)) in enumerate(
+            zip(faults, pool.map(try_out, faults), strict=True), 1
+        ):
+            num_found += bool(finder)
+            said = f"{number}/{len(faults)}  {fault.name}: {finder or 'NOBODY FOUND IT'} ({secs:.0f} s)"
+            print(said, flush=True)
+            row = f"| {fault.sentence} | `{fault.place}` | {secs:.0f} | `{finder or 'nobody'}` |\n"
+            rows[fault.sentence] = row
+            if flags.table:
+                write_table(flags.table, rows)
+    print(f"{num_found} of {len(faults)} faults found")
+    return 1 if num_found < len(faults) else 0
 
 
 if __name__ == "__main__":

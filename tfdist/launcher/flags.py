@@ -20,8 +20,8 @@ from tfdist.launcher.backends import BACKENDS, Backend, choose_backend, count_wo
 from tfdist.launcher.hosts import SSH_FLAGS, add_host_flags, read_hosts, read_ssh_options
 from tfdist.launcher.job import Job, build_python_command, parse_num_workers
 
-_EXAMPLES = """\
-usage: python -m tfdist.launch [flags] script.py [its flags]
+_USAGE = """\
+python -m tfdist.launch [flags] script.py [its flags]
        python -m tfdist.launch [flags] -m module [its flags]
        python -m tfdist.launch [flags] -- program [its flags]
 
@@ -55,12 +55,6 @@ class LaunchFlags:
     dry_run: bool
     backend: Backend
     place: Any
-
-
-class _Parser(OneLineParser):
-    def format_help(self) -> str:
-        listing = super().format_help()
-        return f"{_EXAMPLES}\n{listing[listing.index('flags:') :]}"
 
 
 def parse_flags(args: Sequence[str], env: Mapping[str, str]) -> LaunchFlags:
@@ -105,8 +99,8 @@ def parse_flags(args: Sequence[str], env: Mapping[str, str]) -> LaunchFlags:
     return LaunchFlags(job=job, dry_run=flags.dry_run, backend=backend, place=place)
 
 
-def _build_parser() -> _Parser:
-    parser = _Parser(prog="tfdist.launch", usage="", allow_abbrev=False, add_help=False)
+def _build_parser() -> OneLineParser:
+    parser = OneLineParser(prog="tfdist.launch", usage=_USAGE, allow_abbrev=False, add_help=False)
     group = parser.add_argument_group("flags")
     add = group.add_argument
     add("--num_workers", "--nproc_per_node", "--num_proc", "-np", "-n", metavar="N",

@@ -22,8 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tfdist.cluster.cores import count_cores
 from tfdist.cluster.spec import CLUSTER_STRATEGIES
 from tfdist.config.parser import OneLineParser, canonical_flag
+from tfdist.config.settings import settings_of
 from tfdist.errors import ConfigError, TfdistError
-from tfdist.launcher.hosts import SSH_FLAGS, add_host_flags, read_hosts
+from tfdist.launcher.hosts import SshOptions, add_host_flags, read_hosts
 from tfdist.planning.link import parse_link
 from tfdist.planning.measure import World, Worlds
 from tfdist.planning.predict import Needed, Plan
@@ -152,7 +153,7 @@ def _read_place(flags: argparse.Namespace) -> list[str]:
         raise ConfigError(
             f"link={flags.link!r} with hosts: between machines that are there the link is measured; leave one out."
         )
-    names = ["hosts", "hostfile", *(flag.removeprefix("--") for flag in SSH_FLAGS)]
+    names = ["hosts", "hostfile", *settings_of(SshOptions)]
     return [f"--{name}={getattr(flags, name)}" for name in names if getattr(flags, name) is not None]
 
 

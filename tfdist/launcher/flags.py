@@ -17,7 +17,7 @@ from tfdist.config.run_config import RunConfig
 from tfdist.config.settings import settings_of, types_of
 from tfdist.errors import ConfigError
 from tfdist.launcher.backends import BACKENDS, Backend, choose_backend, count_workers
-from tfdist.launcher.hosts import SSH_FLAGS, add_host_flags, read_hosts, read_ssh_options
+from tfdist.launcher.hosts import SshOptions, add_host_flags, read_hosts, read_ssh_options
 from tfdist.launcher.job import Job, build_python_command, parse_num_workers
 
 _USAGE = """\
@@ -159,8 +159,8 @@ _TRAIN = "tfdist.train"
 _NOTHING_TO_RUN = "nothing to run: name script.py, -m module, or -- program, after the flags (see --help)"
 _VALUED = (
     "--num_workers", "--nproc_per_node", "--num_proc", "-np", "-n", "--num_ps", "--strategy", "--run_dir",
-    "--num_threads", "--hosts", "-H", "--hostfile", *SSH_FLAGS, "-i", "--exchange", "--config",
-    *(f"--{name}" for name in _OPTIONS),
+    "--num_threads", "--hosts", "-H", "--hostfile", "-i", "--exchange", "--config",
+    *(f"--{name}" for name in (*settings_of(SshOptions), *_OPTIONS)),
     *(flag for backend in BACKENDS.values() for flag in backend.flags),
 )  # fmt: skip
 

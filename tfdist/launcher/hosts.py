@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tfdist.cluster.spec import Task
+from tfdist.config.settings import setting, settings_of, types_of
 from tfdist.errors import ConfigError
 
 
@@ -24,31 +25,14 @@ class Host:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SshOptions:
-    """How other machines are reached; what is None is left to the user's ssh configuration.
+    """How other machines are reached: the flags that every command has beside --hosts."""
 
-    Args:
-        port: Of sshd.
-        identity_file: The private key.
-        config_file: In place of the user's own.
-        python: The interpreter there; None: the same path as here.
-    """
-
-    port: int | None = None
-    identity_file: str | None = None
-    config_file: str | None = None
-    python: str | None = None
-
-
-# What a command has beside --hosts, as argparse takes it.
-SSH_FLAGS: Mapping[str, Mapping[str, Any]] = {
-    "--ssh_port": {"type": int, "metavar": "N", "help": "of sshd (default: as ssh is configured)"},
-    "--identity_file": {"metavar": "FILE", "help": "private key (default: as ssh is configured)"},
-    "--ssh_config": {"metavar": "FILE", "help": "in place of the user's own"},
-    "--python": {
-        "metavar": "PATH",
-        "help": "the hosts' Python, which has tfdist (default: the same path as here)",
-    },
-}
+    ssh_port: int | None = setting(None, help="Port of sshd. Default: as ssh is configured.")
+    identity_file: str | None = setting(None, help="Private key for ssh. Default: as ssh is configured.")
+    ssh_config: str | None = setting(None, help="Configuration of ssh in place of the user's own.")
+    python: str | None = setting(
+        None, help="The hosts' Python, which has tfdist. Default: the path of this one."
+    )
 
 
 def add_host_flags(parser: Any, what: str) -> None:
@@ -62,18 +46,17 @@ def add_host_flags(parser: Any, what: str) -> None:
     parser.add_argument(
         "--hostfile", metavar="FILE", help="the same from a file: a line `h1 slots=2` for each"
     )
-    for flag, keywords in SSH_FLAGS.items():
-        parser.add_argument(flag, *(["-i"] if flag == "--identity_file" else []), **keywords)
+    kinds = types_of(SshOptions)
+    for name, (_, rule) in settings_of(SshOptions).items():
+        (kind,) = kinds[name]
+        parser.add_argument(
+            f"--{name}", *(["-i"] if name == "identity_file" else []), type=kind, help=rule.help
+        )
 
 
 def read_ssh_options(flags: Any) -> SshOptions:
-    """Takes the values of `SSH_FLAGS` from a parsed command line."""
-    return SshOptions(
-        port=flags.ssh_port,
-        identity_file=flags.identity_file,
-        config_file=flags.ssh_config,
-        python=flags.python,
-    )
+    """Takes what a parsed command line says of ssh."""
+    return SshOptions(**{name: getattr(flags, name) for name in settings_of(SshOptions)})
 
 
 def parse_hosts(text: str) -> tuple[Host, ...]:

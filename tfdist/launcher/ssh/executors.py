@@ -69,8 +69,8 @@ def render_ssh(host: Host, options: SshOptions, *, folder: str, python_path: str
         f"ServerAliveCountMax={_ALIVE_COUNT}",
     ]
     words = ["ssh", "-T", "-x", *(word for setting in settings for word in ("-o", setting))]
-    words += ["-F", options.config_file] if options.config_file else []
-    words += ["-p", str(options.port)] if options.port else []
+    words += ["-F", options.ssh_config] if options.ssh_config else []
+    words += ["-p", str(options.ssh_port)] if options.ssh_port else []
     words += ["-i", options.identity_file] if options.identity_file else []
     # `env`, since the far side's shell may be any.
     path = ["env", f"PYTHONPATH={python_path}"] if python_path else []

@@ -130,8 +130,10 @@ def _build_parser() -> OneLineParser:
     for name, backend in BACKENDS.items():
         group = parser.add_argument_group(f"with --{name}")
         group.add_argument(f"--{name}", action="store_true", help=backend.help)
-        for flag, keywords in backend.flags.items():
-            group.add_argument(flag, **keywords)
+        kinds = types_of(backend.kind)
+        for flag, (_, rule) in settings_of(backend.kind).items():
+            (kind,) = kinds[flag]
+            group.add_argument(f"--{flag}", type=kind, help=rule.help)
     return parser
 
 
@@ -161,7 +163,7 @@ _VALUED = (
     "--num_workers", "--nproc_per_node", "--num_proc", "-np", "-n", "--num_ps", "--strategy", "--run_dir",
     "--num_threads", "--hosts", "-H", "--hostfile", "-i", "--exchange", "--config",
     *(f"--{name}" for name in (*settings_of(SshOptions), *_OPTIONS)),
-    *(flag for backend in BACKENDS.values() for flag in backend.flags),
+    *(f"--{name}" for backend in BACKENDS.values() for name in settings_of(backend.kind)),
 )  # fmt: skip
 
 

@@ -49,9 +49,8 @@ def add_host_flags(parser: Any, what: str) -> None:
     kinds = types_of(SshOptions)
     for name, (_, rule) in settings_of(SshOptions).items():
         (kind,) = kinds[name]
-        parser.add_argument(
-            f"--{name}", *(["-i"] if name == "identity_file" else []), type=kind, help=rule.help
-        )
+        short = ["-i"] if name == "identity_file" else []
+        parser.add_argument(f"--{name}", *short, type=kind, help=rule.help)
 
 
 def read_ssh_options(flags: Any) -> SshOptions:

@@ -20,7 +20,7 @@ from tfdist.cluster.spec import (
     split_address,
 )
 from tfdist.config.job_options import JobOptions
-from tfdist.config.settings import check_settings
+from tfdist.config.settings import check_settings, setting
 from tfdist.config.sync_options import EXCHANGES
 from tfdist.errors import ConfigError
 from tfdist.launcher.hosts import Host, SshOptions
@@ -53,17 +53,11 @@ class Job(JobOptions):
 
     Args:
         command: Program and arguments, the same for every task.
-        num_workers: Tasks that compute.
-        num_ps: Tasks that hold variables; None is 1 under the strategy `ps`, else 0.
         strategy: Any name of a strategy, handed to the tasks; None leaves the choice to the command.
         run_dir: Folder of the run; each task's whole output is kept in its `logs`. None keeps no logs.
         env: The environment that every task starts from, save for what makes this process a rank of MPI.
-        threads_per_task: TensorFlow's intra-op threads in each task; None divides this machine's cores.
-        min_workers: With how few workers the job may go on when some have died; None: only with all.
         hosts: Machines to run on, by ssh; none: this one.
         ssh: How they are reached.
-        exchange: What carries gradients between the workers of `multiworker`: `collective`, TensorFlow's own; `mpi`,
-            for which this launcher stands in for `mpiexec`; `auto` lets the tasks choose.
         preload: Modules that are imported once, before this machine's tasks are forked; none: each is started anew.
 
     Raises:
@@ -72,16 +66,24 @@ class Job(JobOptions):
     """
 
     command: Sequence[str]
-    num_workers: int = 1
-    num_ps: int | None = None
+    num_workers: int = setting(1, least=1, help="Tasks that compute.")
+    num_ps: int | None = setting(
+        None, least=0, help="Tasks that hold variables. Default: 1 under the strategy ps, else 0."
+    )
     strategy: str | None = None
     run_dir: str | None = None
     env: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(os.environ))
-    threads_per_task: int | None = None
-    min_workers: int | None = None
+    threads_per_task: int | None = setting(
+        None, least=1, help="TensorFlow's intra-op threads in each task. Default: its share of the cores."
+    )
+    min_workers: int | None = setting(
+        None, least=1, help="With so few workers the job may go on when some have died. Default: with all."
+    )
     hosts: tuple[Host, ...] = ()
     ssh: SshOptions = SshOptions()
-    exchange: str = "auto"
+    exchange: str = setting(
+        "auto", choices=EXCHANGES, help="What carries gradients; mpi: this launcher is its mpiexec."
+    )
     preload: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -97,21 +99,15 @@ class Job(JobOptions):
         if self.elastic == "in_process" and self.hosts:
             raise ConfigError("elastic is 'in_process' with hosts: it is for one machine; choose 'restart'")
         self._check_exchange()
-        _check_at_least("num_workers", self.num_workers, 1)
-        _check_at_least("num_ps", self.num_ps, 0)
-        _check_at_least("min_workers", self.min_workers, 1)
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ConfigError(
                 f"num_workers is {self.min_workers}:{self.num_workers}: write it as least:most, such as 2:4"
             )
-        _check_at_least("threads_per_task", self.threads_per_task, 1)
         if self.strategy is not None:
             placeholders = range(1, self.num_tasks + 1)
             check_strategy(build_cluster(self, placeholders), self.strategy)
 
     def _check_exchange(self) -> None:
-        if self.exchange not in EXCHANGES:
-            raise ConfigError(f"exchange is {self.exchange!r}: it must be one of {', '.join(EXCHANGES)}")
         if self.exchange != "mpi":
             return
         if self.num_ps or self.strategy not in (None, "multiworker"):
@@ -309,8 +305,3 @@ def _render_threads(job: Job, cores: int | None, cores_per_task: int | None) -> 
     # A flag was given for this very launch; it wins over what an environment carries along.
     told = {"OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"} if job.threads_per_task else set()
     return {name: str(n) for name, n in threads.items() if name in told or not job.env.get(name)}
-
-
-def _check_at_least(name: str, value: float | None, least: int) -> None:
-    if value is not None and not value >= least:
-        raise ConfigError(f"{name} is {value:g}: it must be at least {least}")

@@ -108,7 +108,8 @@ class Child:
             if state is None:
                 return False
             self.exit_code = state.si_status + (0 if state.si_code == os.CLD_EXITED else 128)
-        else:  # macOS before Python 3.13
+        else:  # macOS before Python 3.13, where nothing is forked
+            assert isinstance(self.process, subprocess.Popen)
             code = self.process.poll()
             if code is None:
                 return False

@@ -78,13 +78,6 @@ class ForkedProcess:
             self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.returncode
 
-    def poll(self) -> int | None:
-        """Reaps it if it has ended; returns its exit code, None while it runs."""
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
 
 def can_fork(command: Sequence[str], *, gpu_device: str = _GPU_DEVICE) -> bool:
     """Says whether a command can run in a fork: `python -m MODULE` or `python SCRIPT` by this interpreter, on Linux.

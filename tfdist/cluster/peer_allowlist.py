@@ -20,15 +20,8 @@ LISTEN_VARIABLE = "TFDIST_LISTEN_INTERFACE"
 ANYBODY = "any"
 _SO_ATTACH_FILTER = 26
 # Instructions of the kernel's classic packet filter, and where its memory begins with the IP header.
-_LOAD_BYTE, _LOAD_WORD, _AND, _SHIFT_RIGHT, _JUMP, _JUMP_IF_EQUAL, _RETURN = (
-    0x30,
-    0x20,
-    0x54,
-    0x74,
-    0x05,
-    0x15,
-    0x06,
-)
+_LOAD_BYTE, _LOAD_WORD, _AND, _SHIFT_RIGHT = 0x30, 0x20, 0x54, 0x74
+_JUMP, _JUMP_IF_EQUAL, _RETURN = 0x05, 0x15, 0x06
 _IP_HEADER = 0xFFF00000
 _SOURCE_V4, _SOURCE_V6 = _IP_HEADER + 12, _IP_HEADER + 8
 _PASS, _DROP = (_RETURN, 0, 0, 0xFFFFFFFF), (_RETURN, 0, 0, 0)
@@ -55,9 +48,8 @@ def find_peers(cluster: Cluster, env: Mapping[str, str]) -> tuple[str, ...]:
     told = env.get(VARIABLE, "").strip()
     if cluster.is_local or cluster.is_loopback or told == ANYBODY or "KUBERNETES_SERVICE_HOST" in env:
         return ()
-    hosts = sorted({split_address(cluster.address(task))[0] for task in cluster.tasks})
     try:
-        found = {host: _resolve(host) for host in hosts}
+        found = {host: _resolve(host) for host in cluster.hosts}
     except OSError:
         return ()
     peers = {*_parse_addresses(told), *(address for own in found.values() for address in own)}

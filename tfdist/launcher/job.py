@@ -11,14 +11,7 @@ from tfdist.cluster.cores import count_cores
 from tfdist.cluster.environments.mpi import drop_rank
 from tfdist.cluster.gpus import PER_WORKER_VARIABLE
 from tfdist.cluster.peer_allowlist import LISTEN_VARIABLE
-from tfdist.cluster.spec import (
-    Cluster,
-    Task,
-    canonical_strategy,
-    check_strategy,
-    render_tf_config,
-    split_address,
-)
+from tfdist.cluster.spec import Cluster, Task, canonical_strategy, check_strategy, render_tf_config
 from tfdist.config.job_options import JobOptions
 from tfdist.config.settings import check_settings, setting
 from tfdist.config.sync_options import EXCHANGES
@@ -221,8 +214,7 @@ def render_env(
         own |= _render_mpi(job, cluster, is_crowded=sharing > cores)
     shared = render_shared_env(job, cores=cores, cores_per_task=max(1, cores // sharing))
     if "no_grpc_proxy" in shared and not cluster.is_loopback:
-        hosts = {split_address(cluster.address(other))[0] for other in cluster.tasks}
-        own["no_grpc_proxy"] = ",".join([*filter(None, [job.env.get("no_proxy")]), *sorted(hosts)])
+        own["no_grpc_proxy"] = ",".join([*filter(None, [job.env.get("no_proxy")]), *cluster.hosts])
     return shared | own
 
 

@@ -111,8 +111,7 @@ def _prepare_grpc(cluster: Cluster, strategy: str) -> None:
     given = os.environ
     given.setdefault("GRPC_FAIL_FAST", "use_caller")
     if any(given.get(name) for name in ("http_proxy", "https_proxy", "grpc_proxy")):
-        hosts = {split_address(cluster.address(task))[0] for task in cluster.tasks}
-        given.setdefault("no_grpc_proxy", ",".join([*sorted(hosts), given.get("no_proxy", "")]).strip(","))
+        given.setdefault("no_grpc_proxy", ",".join([*cluster.hosts, given.get("no_proxy", "")]).strip(","))
     if strategy == "ps" and count_cores() < _MIN_THREADS_PS:
         # With fewer, as where mpirun binds a task to one core, tensors between workers and ps would wait for ever.
         given.setdefault("TF_NUM_INTEROP_THREADS", str(_MIN_THREADS_PS))

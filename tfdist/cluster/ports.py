@@ -5,7 +5,6 @@ import os
 import socket
 import time
 from collections.abc import Iterable
-from types import TracebackType
 
 from tfdist.cluster.peer_allowlist import admit_only, find_peers
 from tfdist.cluster.spec import Cluster, Task, split_address
@@ -54,12 +53,7 @@ class PortReservation:
     def __enter__(self) -> "PortReservation":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 

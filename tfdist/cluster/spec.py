@@ -131,8 +131,8 @@ class Cluster:
         ordered = {role: tuple(self.addresses[role]) for role in ROLES if self.addresses.get(role)}
         object.__setattr__(self, "addresses", ordered)
         _check_addresses(ordered)
-        if self.task is not None:
-            _check_task(ordered, self.task)
+        if self.task is not None and self.task.type != EVALUATOR:
+            self.address(self.task)  # which it must have
 
     def __hash__(self) -> int:
         return hash((tuple(self.addresses.items()), self.task))
@@ -384,11 +384,6 @@ def _check_addresses(addresses: Mapping[str, tuple[str, ...]]) -> None:
         raise ClusterError(
             f"{len(addresses['chief'])} chief tasks: a cluster has one chief; make the others workers"
         )
-
-
-def _check_task(addresses: Mapping[str, tuple[str, ...]], task: Task) -> None:
-    if task.type != EVALUATOR and task.index >= len(addresses.get(task.type, ())):
-        raise ClusterError(_missing_task_message(addresses, task))
 
 
 def _missing_task_message(addresses: Mapping[str, tuple[str, ...]], task: Task) -> str:

@@ -1,12 +1,11 @@
 """Reads what a dead run has left, and says who died first, when, at which step, and of what."""
 
-import contextlib
-import json
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tfdist.config.run_dir import RunDir
 from tfdist.diagnostics.causes import find_cause
 from tfdist.diagnostics.findings import Finding
 from tfdist.errors import PEER_LOST_CODE, ConfigError
@@ -125,11 +124,7 @@ def _read_last(path: Path) -> str:
 
 
 def _describe_progress(folder: Path) -> Finding:
-    records = []
-    if (folder / "metrics.jsonl").is_file():
-        for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
+    records = RunDir(folder).read_metrics()
     num_checkpoints = len(list((folder / "checkpoints").glob("*.npz")))
     whole = (
         f"{records[-1]['epoch'] + 1} whole epochs, {records[-1]['step']} steps"

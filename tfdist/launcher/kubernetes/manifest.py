@@ -5,7 +5,7 @@ import signal
 from pathlib import PurePosixPath
 from typing import Any
 
-from tfdist.errors import PEER_LOST_CODE, ConfigError
+from tfdist.errors import PEER_LOST_CODE
 from tfdist.launcher.job import RESTART_VARIABLE, Job, render_shared_env
 from tfdist.launcher.kubernetes.pods import (
     INDEX,
@@ -36,12 +36,10 @@ def render_kubernetes(job: Job, pods: Pods) -> str:
         YAML, one document per object.
 
     Raises:
-        ConfigError: If the run_dir would be lost, or PyYAML is not installed.
+        ConfigError: If the run_dir would be lost.
     """
-    try:
-        import yaml  # here, since nobody else needs it
-    except ImportError:
-        raise ConfigError("--kubernetes needs PyYAML: pip install 'tfdist[kubernetes]'") from None
+    import yaml  # here, since nobody else needs it
+
     documents = build_documents(complete_job(job, pods), pods)
     return "---\n".join(yaml.safe_dump(one, sort_keys=False, width=2**20) for one in documents)
 

@@ -90,17 +90,8 @@ class _Follower:
 
     def _look(self) -> bool | None:
         selector = ",".join(f"{name}={value}" for name, value in labels(self._pods).items())
-        words = [
-            "kubectl",
-            "-n",
-            self._pods.namespace,
-            "get",
-            f"{self._kind},pods",
-            "-l",
-            selector,
-            "-o",
-            "json",
-        ]
+        get = ["get", f"{self._kind},pods", "-l", selector, "-o", "json"]
+        words = ["kubectl", "-n", self._pods.namespace, *get]
         done, pods = parse_listing(json.loads(subprocess.run(words, stdout=subprocess.PIPE).stdout))
         for pod in pods:
             before = self._seen.get(pod.name)

@@ -15,6 +15,8 @@ from tfdist.launcher.process.reaper import MARK_VARIABLE
 from tfdist.launcher.ssh.executors import Executor, RemoteExecutor, render_dry_run_remote
 from tfdist.launcher.supervise.chaos import Chaos, parse_chaos
 from tfdist.launcher.supervise.elastic import ElasticCluster
+from tfdist.launcher.supervise.processes import Processes
+from tfdist.launcher.supervise.recovery import Recovery
 from tfdist.launcher.supervise.restarts import Restarts
 from tfdist.launcher.supervise.supervisor import Supervisor
 from tfdist.launcher.supervise.watch import Watch
@@ -72,24 +74,15 @@ def _run_once(
     }
     regrouping = None
     if job.elastic == "in_process" and not job.has_chief and isinstance(executor, LocalExecutor):
+        path = watch.fresh_path("members")
         regrouping = ElasticCluster(
-            watch,
-            path=watch.fresh_path("members"),
-            reserve=executor.hold_ports,
-            min_members=restarts.min_workers,
+            watch, path=path, reserve=executor.hold_ports, min_members=restarts.min_workers
         )
         envs = {task: env | regrouping.render_env(task) for task, env in envs.items()}
-    supervisor = Supervisor(
-        job,
-        cluster,
-        mark,
-        executor=executor,
-        restarts=restarts,
-        watch=watch,
-        chaos=chaos,
-        regrouping=regrouping,
-    )
-    return supervisor, supervisor.run(envs)
+    processes = Processes(job, cluster, mark, envs, executor=executor)
+    recovery = Recovery(job, cluster, processes, restarts=restarts, watch=watch, regrouping=regrouping)
+    supervisor = Supervisor(job, cluster, processes, recovery, restarts=restarts, watch=watch, chaos=chaos)
+    return supervisor, supervisor.run()
 
 
 def render_dry_run_local(job: Job) -> str:

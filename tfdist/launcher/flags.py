@@ -105,12 +105,8 @@ def _build_parser() -> OneLineParser:
     add = group.add_argument
     add("--num_workers", "--nproc_per_node", "--num_proc", "-np", "-n", metavar="N",
         help="tasks that compute (default: 1, or all slots of --hosts); 2:4: at most 4, at least 2")  # fmt: skip
-    add(
-        "--num_ps",
-        type=int,
-        metavar="N",
-        help="tasks that hold variables (default: 1 with --strategy=ps, else 0)",
-    )
+    add("--num_ps", type=int, metavar="N",
+        help="tasks that hold variables (default: 1 with --strategy=ps, else 0)")  # fmt: skip
     add("--strategy", metavar="NAME", help="one_device, mirrored, multiworker or ps, handed to the tasks")
     add("--run_dir", metavar="DIR", help="folder of the run; each task's output is kept in DIR/logs")
     add("--num_threads", type=int, metavar="N", help="threads of each task (default: cores / workers)")
@@ -232,13 +228,8 @@ def _build_command(mode: str, words: Sequence[str]) -> list[str]:
         return build_python_command(words, module=True)
     path = Path(words[0])
     is_program = os.access(path, os.X_OK) and os.sep in words[0] and path.suffix != ".py"
-    if (
-        path.is_dir()
-        and (path / "__main__.py").is_file()
-        or path.is_file()
-        and not is_program
-        and mode == "script"
-    ):
+    is_script = path.is_file() and not is_program and mode == "script"
+    if is_script or path.is_dir() and (path / "__main__.py").is_file():
         return build_python_command(words)
     if path.suffix == ".py":
         if path.is_file():
@@ -257,9 +248,8 @@ def _build_command(mode: str, words: Sequence[str]) -> list[str]:
 def _check_module(name: str) -> None:
     top = name.partition(".")[0]
     try:
-        found = (
-            importlib.util.find_spec(top) is not None
-        )  # only the top package: looking deeper would import it
+        # Only the top package: looking deeper would import it.
+        found = importlib.util.find_spec(top) is not None
     except (ImportError, ValueError):
         found = False
     if not found:

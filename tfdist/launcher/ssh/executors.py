@@ -34,18 +34,8 @@ _SIGN_OF_LIFE_SECS = 5.0
 _SHOWN_PORT = 2222  # where nothing is started
 # What belongs to a session on one machine, and means nothing on another.
 _OWN_VARIABLES = {
-    "HOME",
-    "USER",
-    "LOGNAME",
-    "MAIL",
-    "SHELL",
-    "HOSTNAME",
-    "PWD",
-    "OLDPWD",
-    "TERM",
-    "TMPDIR",
-    "DISPLAY",
-}
+    "HOME", "USER", "LOGNAME", "MAIL", "SHELL", "HOSTNAME", "PWD", "OLDPWD", "TERM", "TMPDIR", "DISPLAY",
+}  # fmt: skip
 _OWN_PREFIXES = ("SSH_", "XDG_", "DBUS_", "SUDO_", "BASH_")
 _CHUNK_BYTES = 2**16
 

@@ -292,11 +292,11 @@ class Supervisor:
     def _note(self, child: Child, kind: str, end: str, *, say: bool = False, step: int | None = None) -> None:
         how = render_exit(child)
         write = self._processes.say if say else self._processes.note
-        write(
-            f"{child.task} {how}{end}",
-            kind=kind,
-            task=str(child.task),
-            how=how,
-            exit_code=child.exit_code,
-            step=step,
-        )
+        facts = {
+            "kind": kind,
+            "task": str(child.task),
+            "how": how,
+            "exit_code": child.exit_code,
+            "step": step,
+        }
+        write(f"{child.task} {how}{end}", **facts)

@@ -123,9 +123,7 @@ class TaskOutput:
             self._log.write(data)
         except OSError as error:  # a full disk must not end the training that is being watched
             with contextlib.suppress(OSError):
-                print(
-                    f"tfdist.launch: the log of {self.task} ends here: {error}", file=sys.stderr, flush=True
-                )
+                say(f"the log of {self.task} ends here: {error}")
             self._log.close()
             self._log = None
 
@@ -171,7 +169,12 @@ class Display:
                 return
             self._ended.add(stream)  # a full disk must not end the training that is being watched
             with contextlib.suppress(OSError):
-                print(f"tfdist.launch: {stream} ends here: {error}", file=sys.stderr, flush=True)
+                say(f"{stream} ends here: {error}")
+
+
+def say(text: str) -> None:
+    """Prints a line of the launcher's own."""
+    print(f"tfdist.launch: {text}", file=sys.stderr, flush=True)
 
 
 def render_prefix(task: Task, *, colour: int | None) -> bytes:

@@ -16,7 +16,7 @@ from tfdist.launcher.events import Event, note_event
 from tfdist.launcher.job import Job
 from tfdist.launcher.process import reaper
 from tfdist.launcher.process.children import Child, Reaper
-from tfdist.launcher.process.logs import Display, TaskOutput, open_log, render_prefix
+from tfdist.launcher.process.logs import Display, TaskOutput, open_log, render_prefix, say
 from tfdist.launcher.process.signals import SignalInbox
 from tfdist.launcher.ssh.executors import Executor
 
@@ -144,7 +144,7 @@ class Processes:
         """Prints a line of the launcher's own, and notes it."""
         # Nobody listens, or the disk is full: the tasks must still be looked after.
         with contextlib.suppress(OSError):
-            print(f"tfdist.launch: {text}", file=sys.stderr, flush=True)
+            say(text)
         self.note(text, **facts)
 
     def note(self, text: str, **facts: Any) -> None:

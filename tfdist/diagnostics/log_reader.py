@@ -77,13 +77,10 @@ def explain(end: Event, output: str, chaos: Sequence[str] = ()) -> Finding:
     cause, line = find_cause([end.how, *chaos]) or find_cause(lines) or (None, "")
     if cause is not None:
         text = f"{head}; most likely {cause.text.format(line=textwrap.shorten(line, _LINE_CHARS))}"
-        return Finding(severity="error", text=text, remedy=cause.remedy, issue=cause.issue)
+        return Finding("error", text, cause.remedy, cause.issue)
     what = "a Python exception" if _TRACEBACK in lines else "its last line"
-    return Finding(
-        severity="error",
-        text=f"{head}; {what}: {lines[-1] if lines else '(nothing)'}",
-        remedy="mend what it names; its log has the rest",
-    )
+    text = f"{head}; {what}: {lines[-1] if lines else '(nothing)'}"
+    return Finding("error", text, "mend what it names; its log has the rest")
 
 
 def _last_try(events: Sequence[Event]) -> list[Event]:
@@ -98,9 +95,8 @@ def _has_ended(events: Sequence[Event]) -> bool:
 def _describe_no_failure(events: Sequence[Event]) -> Finding:
     if events and not _has_ended(events):
         text = f"no task has failed since {events[0].clock}, and the launcher has not ended"
-        return Finding(severity="note", text=text, remedy="it still runs, or was killed with all its tasks")
-    text = "no task has failed, as far as the logs say"
-    return Finding(severity="note", text=text, remedy="nothing is to be done")
+        return Finding("note", text, "it still runs, or was killed with all its tasks")
+    return Finding("note", "no task has failed, as far as the logs say", "nothing is to be done")
 
 
 def _guess_first(logs: Path, outputs: Mapping[str, str]) -> Event | None:
@@ -126,12 +122,8 @@ def _read_last(path: Path) -> str:
 def _describe_progress(folder: Path) -> Finding:
     records = RunDir(folder).read_metrics()
     num_checkpoints = len(list((folder / "checkpoints").glob("*.npz")))
-    whole = (
-        f"{records[-1]['epoch'] + 1} whole epochs, {records[-1]['step']} steps"
-        if records
-        else "no whole epoch"
-    )
+    whole = "no whole epoch"
+    if records:
+        whole = f"{records[-1]['epoch'] + 1} whole epochs, {records[-1]['step']} steps"
     remedy = "--resume goes on from the last" if num_checkpoints else "a new run starts from the beginning"
-    return Finding(
-        severity="note", text=f"it had made {whole}, and keeps {num_checkpoints} checkpoints", remedy=remedy
-    )
+    return Finding("note", f"it had made {whole}, and keeps {num_checkpoints} checkpoints", remedy)

@@ -55,13 +55,8 @@ def survey_job(job: Job) -> list[Finding]:
     silent = [task for task in tasks if task not in facts]
     if silent:
         reason = next((line for line in reversed(said) if line.strip()), "no output")
-        findings.append(
-            Finding(
-                severity="error",
-                text=f"no answer from {', '.join(silent)} ({reason})",
-                remedy="run `python -m tfdist.diagnostics.facts` there by hand",
-            )
-        )
+        text = f"no answer from {', '.join(silent)} ({reason})"
+        findings.append(Finding("error", text, "run `python -m tfdist.diagnostics.facts` there by hand"))
     return check(facts, findings, job.strategy)
 
 
@@ -99,9 +94,9 @@ def check(
 def _check_unheard(own: Mapping[str, Any], heard: set[str]) -> list[Finding]:
     return [
         Finding(
-            severity="error",
-            text=f"{own['task']} on {own['host']} reaches {peer}, which does not reach it",
-            remedy="open its port in that direction too",
+            "error",
+            f"{own['task']} on {own['host']} reaches {peer}, which does not reach it",
+            "open its port in that direction too",
         )
         for peer, seen in own["peers"].items()
         if seen["error"] is None and peer not in heard
@@ -124,4 +119,4 @@ def _launch(job: Job) -> tuple[dict[str, Any], list[str]]:
 
 def _explain_refusal(message: str) -> Finding:
     text, _, remedy = message.partition("; ")
-    return Finding(severity="error", text=text, remedy=remedy or "see above")
+    return Finding("error", text, remedy or "see above")

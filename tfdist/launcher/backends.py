@@ -70,9 +70,6 @@ def choose_backend(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> tu
         values: All flags, by their names; None where a backend's own was not given.
         defaults: What they are if nobody says anything.
 
-    Returns:
-        The backend, and the place in it.
-
     Raises:
         ConfigError: If two worlds are asked for, or a flag belongs to one that is not.
     """
@@ -99,15 +96,7 @@ def choose_backend(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> tu
 
 
 def count_workers(values: Mapping[str, Any], place: Any) -> str:
-    """Says how many workers there are where nobody has.
-
-    Args:
-        values: All flags, by their names.
-        place: Where the job runs.
-
-    Returns:
-        What fills a Slurm job's machines beside the chief and the ps; else one.
-    """
+    """Says how many workers there are where nobody has: what fills a Slurm job's machines, else one."""
     num_tasks = place.num_tasks if isinstance(place, script.Allocation) else None
     if num_tasks is None:
         return "1"

@@ -15,11 +15,7 @@ from tfdist.launcher.process.logs import TaskOutput
 
 
 class LocalExecutor:
-    """Starts every task here.
-
-    Args:
-        job: Whose tasks.
-    """
+    """Starts every task of a job here."""
 
     num_slots: float = math.inf
 

@@ -42,14 +42,7 @@ In flag names - and _ are the same.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaunchFlags:
-    """What was asked for on the command line.
-
-    Args:
-        job: What to run.
-        dry_run: Whether only to show it.
-        backend: In what kind of place.
-        place: Where in it.
-    """
+    """What was asked for on the command line: to run a job, or only to show it, and where in what kind of place."""
 
     job: Job
     dry_run: bool
@@ -63,9 +56,6 @@ def parse_flags(args: Sequence[str], env: Mapping[str, str]) -> LaunchFlags:
     Args:
         args: Without the program's name.
         env: The environment that the tasks start from.
-
-    Returns:
-        The job, where it runs, and whether it is only to be shown.
 
     Raises:
         ConfigError: If a flag is unknown or malformed, or the command is missing or does not exist.

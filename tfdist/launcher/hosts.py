@@ -12,12 +12,7 @@ from tfdist.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Host:
-    """A machine.
-
-    Args:
-        name: As ssh and the other machines know it.
-        num_slots: Workers that it may run.
-    """
+    """A machine, by the name that ssh and the other machines know, and how many workers it may run."""
 
     name: str
     num_slots: int = 1
@@ -36,12 +31,7 @@ class SshOptions:
 
 
 def add_host_flags(parser: Any, what: str) -> None:
-    """Adds the flags that name hosts and say how ssh gets there.
-
-    Args:
-        parser: Or a group of one, as argparse has them.
-        what: Is done on the hosts.
-    """
+    """Adds to a parser of argparse, or a group of one, the flags that say on which hosts to do something."""
     parser.add_argument("--hosts", "-H", metavar="LIST", help=f"{what}: h1:2,h2:4, with slots for workers")
     parser.add_argument(
         "--hostfile", metavar="FILE", help="the same from a file: a line `h1 slots=2` for each"
@@ -65,9 +55,6 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
         text: `h1:2,h2:4`; a host without a number has one slot. An IPv6 address with a number stands in brackets:
             `[fd00::1]:2`.
 
-    Returns:
-        The hosts, in order.
-
     Raises:
         ConfigError: If a name or number is missing, or a host comes twice.
     """
@@ -76,12 +63,6 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
 
 def parse_host_file(text: str) -> tuple[Host, ...]:
     """Reads a host file of horovodrun or Open MPI: a host a line, `slots=N` after it; `#` begins a comment.
-
-    Args:
-        text: The file's content.
-
-    Returns:
-        The hosts, in order.
 
     Raises:
         ConfigError: If a line is something else, or a host comes twice.
@@ -102,14 +83,7 @@ def parse_host_file(text: str) -> tuple[Host, ...]:
 
 
 def read_hosts(listed: str | None, file: str | None) -> tuple[Host, ...]:
-    """Reads the hosts of a command line.
-
-    Args:
-        listed: As `parse_hosts` reads them, or None.
-        file: A host file's path, or None.
-
-    Returns:
-        The hosts; none if neither is given.
+    """Reads the hosts of a command line, listed or from a host file; none if neither is given.
 
     Raises:
         ConfigError: If both are given, or what is given cannot be read.
@@ -128,13 +102,6 @@ def read_hosts(listed: str | None, file: str | None) -> tuple[Host, ...]:
 
 def place_tasks(tasks: Sequence[Task], hosts: Sequence[Host]) -> Mapping[Task, Host]:
     """Says on which host each task runs: the chief on the first, ps in turn, workers by the hosts' slots.
-
-    Args:
-        tasks: Of the cluster.
-        hosts: Where they may run.
-
-    Returns:
-        Task → host.
 
     Raises:
         ConfigError: If there are fewer slots than workers.

@@ -159,15 +159,7 @@ def parse_num_workers(text: str) -> tuple[int | None, int]:
 
 
 def build_cluster(job: Job, ports: Sequence[int]) -> Cluster:
-    """Gives each task of a job an address on this machine's loopback.
-
-    Args:
-        job: The job.
-        ports: One port per task.
-
-    Returns:
-        The cluster, seen from outside (its `task` is None).
-    """
+    """Gives each task of a job a port of this machine's loopback; the cluster is seen from outside."""
     counts = {"chief": int(job.has_chief), "worker": job.num_workers, "ps": job.num_ps or 0}
     left = iter(ports)
     return Cluster(
@@ -178,15 +170,7 @@ def build_cluster(job: Job, ports: Sequence[int]) -> Cluster:
 
 
 def build_python_command(words: Sequence[str], *, module: bool = False) -> list[str]:
-    """Makes the command that runs a Python script or module with this interpreter.
-
-    Args:
-        words: The script or module and its arguments.
-        module: Whether the first word is a module, as after `python -m`.
-
-    Returns:
-        Program and arguments.
-    """
+    """Makes the command that runs a Python script, or a module, and its arguments with this interpreter."""
     return [sys.executable, *(["-m"] if module else []), *words]
 
 
@@ -203,9 +187,6 @@ def render_env(
         task: The one that is to be started.
         num_cores: Of its machine; None: as this one's.
         num_sharing: Workers that share them; None: all.
-
-    Returns:
-        Variables that are new or changed.
     """
     cores, sharing = num_cores or count_cores(), num_sharing or job.num_workers
     own = {"TF_CONFIG": render_tf_config(cluster.with_task(task))}
@@ -225,9 +206,6 @@ def render_shared_env(job: Job, *, cores: int | None, cores_per_task: int | None
         job: The job.
         cores: How many cores a task sees; None if nobody knows.
         cores_per_task: How many of them it should use, unless the job says so.
-
-    Returns:
-        Variables that are new or changed.
     """
     added = {
         "GRPC_FAIL_FAST": "use_caller",  # else a call to a server that is not up yet fails at once
@@ -253,15 +231,7 @@ def render_shared_env(job: Job, *, cores: int | None, cores_per_task: int | None
 
 
 def render_dry_run(job: Job, cluster: Cluster) -> str:
-    """Shows what would be started.
-
-    Args:
-        job: The job.
-        cluster: Its tasks with their addresses.
-
-    Returns:
-        For each task a comment line and a command that can be pasted into a shell.
-    """
+    """Shows what would be started: for each task a comment line and a command that can be pasted into a shell."""
     lines = []
     for task in cluster.tasks:
         variables = [f"{name}={shlex.quote(value)}" for name, value in render_env(job, cluster, task).items()]

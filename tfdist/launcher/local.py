@@ -28,9 +28,6 @@ def run_local(job: Job) -> int:
     None of them outlives this process, even if it is killed. SIGINT, SIGTERM and SIGHUP are passed on to them.
     If one is killed, freezes or hangs, all are started again, up to `job.max_restarts` times.
 
-    Args:
-        job: What to run.
-
     Returns:
         0 if the job ended well; else the exit code of the task that failed first (128 + n for signal n), or
         128 + n if this process was told to end by signal n.
@@ -86,13 +83,7 @@ def _run_once(
 
 
 def render_dry_run_local(job: Job) -> str:
-    """Shows what `run_local` would start, with ports that are free now; starts nothing.
-
-    Args:
-        job: What would be run.
-
-    Returns:
-        Text with every TF_CONFIG and command.
+    """Shows every TF_CONFIG and command that `run_local` would start, with ports that are free now; starts nothing.
 
     Raises:
         LaunchError: If there are no free ports.

@@ -26,14 +26,7 @@ _WORTH_A_RESTART = [PEER_LOST_CODE, *sorted(128 + signal.Signals[name] for name 
 
 
 def render_kubernetes(job: Job, pods: Pods) -> str:
-    """Writes what `kubectl apply -f -` takes.
-
-    Args:
-        job: What to run.
-        pods: Where and in what.
-
-    Returns:
-        YAML, one document per object.
+    """Writes what `kubectl apply -f -` takes: YAML, one document per object.
 
     Raises:
         ConfigError: If the run_dir would be lost.
@@ -45,11 +38,7 @@ def render_kubernetes(job: Job, pods: Pods) -> str:
 
 
 def build_documents(job: Job, pods: Pods) -> list[dict[str, Any]]:
-    """Builds the objects that make up a job.
-
-    Args:
-        job: What to run, as `complete_job` returns it.
-        pods: Where and in what.
+    """Builds the objects that make up a job, as `complete_job` returns it.
 
     Returns:
         A NetworkPolicy first, so that no pod is open before it; then a headless Service and an Indexed Job, or, with ps

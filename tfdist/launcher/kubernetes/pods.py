@@ -64,12 +64,7 @@ class Pods:
 def complete_job(job: Job, pods: Pods) -> Job:
     """Gives a job what follows from where it runs: threads, and a run_dir on the shared volume.
 
-    Args:
-        job: As on the command line; nothing of this machine's environment comes along.
-        pods: Where it runs.
-
-    Returns:
-        The job that the pods run.
+    Nothing of this machine's environment comes along.
 
     Raises:
         ConfigError: If the run_dir would be lost with its pod.
@@ -97,15 +92,7 @@ def labels(pods: Pods) -> dict[str, str]:
 
 
 def build_pod_cluster(job: Job, pods: Pods) -> Cluster:
-    """Says under which names the pods of a job find each other.
-
-    Args:
-        job: The job.
-        pods: Where it runs.
-
-    Returns:
-        The cluster, seen from outside.
-    """
+    """Says under which names the pods of a job find each other; the cluster is seen from outside."""
     counts = {"chief": int(job.has_chief), "worker": job.num_workers, "ps": job.num_ps or 0}
     infix = {role: f"-{role}-0" if job.has_chief else "" for role in counts}
     return Cluster(

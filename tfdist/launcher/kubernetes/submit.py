@@ -26,10 +26,6 @@ def run_kubernetes(job: Job, pods: Pods) -> int:
 
     A signal to this process deletes the job.
 
-    Args:
-        job: What to run.
-        pods: Where and in what.
-
     Returns:
         0 if the job ended well; else the exit code of the task that failed first, or 128 + n for signal n.
 

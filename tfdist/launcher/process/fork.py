@@ -37,12 +37,7 @@ _MAX_INT = 2**31 - 1
 
 
 class ForkedProcess:
-    """A Python program in a fork of this process: what `subprocess.Popen` is for one started anew.
-
-    Args:
-        command: As `can_fork` takes it.
-        env: Its whole environment.
-        fds: Descriptors that it inherits, by their numbers here.
+    """A program that `can_fork` in a fork of this process: what `subprocess.Popen` is for one started anew.
 
     Raises:
         LaunchError: If the system has no room for another process.
@@ -94,12 +89,7 @@ def can_fork(command: Sequence[str], *, gpu_device: str = _GPU_DEVICE) -> bool:
 
 
 def preload(modules: Sequence[str], env: Mapping[str, str]) -> None:
-    """Imports what forks shall have; what cannot be imported is left to them, who say it best.
-
-    Args:
-        modules: Their names.
-        env: A task's environment, of which some is read at import.
-    """
+    """Imports what forks shall have, by a task's environment; what cannot be imported they themselves say best."""
     given = {name: env[name] for name in _READ_AT_IMPORT if name in env}
     before = {name: os.environ.get(name) for name in given}
     os.environ.update(given)

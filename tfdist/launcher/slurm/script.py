@@ -60,12 +60,7 @@ class Allocation:
 def render_sbatch(job: Job, allocation: Allocation) -> str:
     """Writes the script that sbatch takes; words after the script's name go to the program.
 
-    Args:
-        job: What to run; what its `env` has set stays.
-        allocation: On what.
-
-    Returns:
-        A bash script that ends with the exit code of the task that failed first.
+    It ends with the exit code of the task that failed first. What the job's `env` has set stays.
 
     Raises:
         ConfigError: If the tasks are not as many as the machines are to hold.

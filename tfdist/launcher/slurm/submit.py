@@ -30,10 +30,6 @@ _FIRST = re.compile(r"tfdist: task (\d+) on \S+ was the first to fail, with exit
 def run_slurm(job: Job, allocation: Allocation) -> int:
     """Submits a job, shows its output until it ends, and cancels it when this process is told to end.
 
-    Args:
-        job: What to run.
-        allocation: On what.
-
     Returns:
         0 if the job ended well; else the exit code of the task that failed first, or 128 + n for signal n.
 

@@ -41,16 +41,10 @@ _CHUNK_BYTES = 2**16
 
 
 def render_ssh(host: Host, options: SshOptions, *, folder: str, python_path: str | None) -> list[str]:
-    """Makes the command that starts an agent.
+    """Makes the command that starts an agent, in a folder of the same path on the far side.
 
-    Args:
-        host: Where.
-        options: How.
-        folder: The working folder, on the far side too.
-        python_path: PYTHONPATH of the agent; None leaves the far side's own.
-
-    Returns:
-        Program and arguments. Host keys are checked as the user's ssh does; nothing is asked.
+    Host keys are checked as the user's ssh does; nothing is asked. Where `python_path` is None the far side's own
+    PYTHONPATH stays.
     """
     settings = [
         "BatchMode=yes",
@@ -78,13 +72,9 @@ def carried(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def render_dry_run_remote(job: Job) -> str:
-    """Shows what would run on a job's hosts; connects to none.
+    """Shows every TF_CONFIG and command that would run on a job's hosts; connects to none.
 
-    Args:
-        job: What would be run.
-
-    Returns:
-        Text with every TF_CONFIG and command; its ports stand for those that the hosts will choose.
+    The ports stand for those that the hosts will choose.
 
     Raises:
         ConfigError: If there are fewer slots than workers.
@@ -105,13 +95,7 @@ def _build_placed_cluster(places: Mapping[Task, Host], ports: Mapping[Task, int]
 
 
 class RemoteChild(Child):
-    """A task on another machine; its process here is the ssh client.
-
-    Args:
-        output: Where what it prints goes.
-        command: As `render_ssh` made it.
-        host: Where it runs.
-        port: That it shall have; 0: any.
+    """A task on another machine, at a port there (0: any); its process here is the ssh client of `render_ssh`.
 
     Raises:
         LaunchError: If ssh cannot be started.
@@ -197,11 +181,7 @@ class RemoteChild(Child):
 
 
 class RemoteExecutor:
-    """Starts tasks on the hosts of a job.
-
-    Args:
-        job: Its hosts, and how ssh gets there.
-    """
+    """Starts tasks on the hosts of a job."""
 
     def __init__(self, job: Job) -> None:
         self._hosts = job.hosts

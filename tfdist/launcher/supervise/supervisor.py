@@ -37,15 +37,6 @@ class Supervisor:
     The job ends well when every task has ended with 0, or in a ps job when the chief has. It fails with the first
     task that ends otherwise, unless this process had asked for the end already or `Recovery` knows how to go on; then
     all the others are stopped.
-
-    Args:
-        job: What to run.
-        cluster: Its tasks with their addresses.
-        processes: Those of this try, none of them started yet.
-        recovery: Knows how to go on without some.
-        restarts: Those that are left.
-        watch: Reads the tasks' records.
-        chaos: Failures to make.
     """
 
     def __init__(

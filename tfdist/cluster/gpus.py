@@ -59,15 +59,8 @@ def list_gpus(env: Mapping[str, str]) -> list[str]:
 def deal_gpus(env: Mapping[str, str], cluster: Cluster, strategy: str) -> OwnGpus:
     """Deals a host's GPUs to its workers, by their order in the cluster; tasks that do not compute have none.
 
-    What a scheduler has dealt already, or the user by CUDA_VISIBLE_DEVICES without a launcher, stays.
-
-    Args:
-        env: This process's environment variables.
-        cluster: With this process's task.
-        strategy: Canonical name.
-
-    Returns:
-        This task's own.
+    What a scheduler has dealt already, or the user by CUDA_VISIBLE_DEVICES without a launcher, stays. The strategy goes
+    by its canonical name.
 
     Raises:
         ConfigError: If TFDIST_GPUS_PER_WORKER asks for more than there are.

@@ -71,12 +71,6 @@ class Membership:
     def wait_for_cluster(self, *, timeout_secs: float) -> Cluster:
         """Waits for a later generation with this process in it, and becomes its member.
 
-        Args:
-            timeout_secs: Longest wait, in seconds.
-
-        Returns:
-            The new cluster.
-
         Raises:
             ClusterError: If none comes in time.
         """

@@ -34,10 +34,6 @@ def find_peers(cluster: Cluster, env: Mapping[str, str]) -> tuple[str, ...]:
     TFDIST_ADMIT adds addresses to them, where a machine has several, or leaves the door open by `any`. Pods change
     their addresses when they start again, so on Kubernetes this is left to a NetworkPolicy.
 
-    Args:
-        cluster: The cluster, with this process's task.
-        env: The environment variables.
-
     Returns:
         IP addresses; none where everybody may come, or not all names can be resolved yet.
 
@@ -61,10 +57,6 @@ def find_peers(cluster: Cluster, env: Mapping[str, str]) -> tuple[str, ...]:
 def is_open(cluster: Cluster, env: Mapping[str, str]) -> bool:
     """Tells whether this task's server would hear anyone who can connect.
 
-    Args:
-        cluster: The cluster, with this process's task.
-        env: The environment variables.
-
     Raises:
         ClusterError: As `find_peers`.
     """
@@ -81,11 +73,7 @@ def may_filter() -> bool:
 
 
 def admit_only(listener: socket.socket, peers: Iterable[str]) -> bool:
-    """Lets a socket receive nothing but what comes from given addresses, or from this machine's loopback device.
-
-    Args:
-        listener: A TCP socket of this process.
-        peers: IP addresses.
+    """Lets a TCP socket receive nothing but what comes from IP addresses, or from this machine's loopback device.
 
     Returns:
         Whether the kernel lets this process do so.
@@ -104,13 +92,9 @@ def admit_only(listener: socket.socket, peers: Iterable[str]) -> bool:
 
 
 def render_filter(peers: Iterable[str]) -> list[_Instruction]:
-    """Writes the filter: each is an operation, two jumps (if true, if false) and a number.
+    """Writes the filter for IP addresses: a program that passes a packet whole or not at all.
 
-    Args:
-        peers: IP addresses.
-
-    Returns:
-        The program; it passes a packet whole or not at all.
+    Each instruction is an operation, two jumps (if true, if false) and a number.
     """
     addresses = [ipaddress.ip_address(peer) for peer in peers]
     v4: list[_Instruction] = [(_LOAD_WORD, 0, 0, _SOURCE_V4)]

@@ -6,14 +6,7 @@ _FILES_ISSUE = "https://github.com/tensorflow/tensorflow/issues/36846"
 
 
 def check_folders(facts: AllFacts) -> list[Finding]:
-    """Looks at the run_dir and the data files.
-
-    Args:
-        facts: Of all tasks.
-
-    Returns:
-        What is missing.
-    """
+    """Looks at the run_dir and the data files."""
     findings = []
     for task, own in facts.items():
         if own["run_dir_error"]:

@@ -20,9 +20,6 @@ _LINE_CHARS = 200
 def read_run(folder: str) -> list[Finding]:
     """Looks for the cause of a run's death.
 
-    Args:
-        folder: The run_dir.
-
     Returns:
         An error for the task that died first, and notes; only notes if none has died.
 
@@ -43,10 +40,7 @@ def read_run(folder: str) -> list[Finding]:
 
 
 def find_first(events: Sequence[Event]) -> Event | None:
-    """Finds the task that failed first in one try of a job.
-
-    Args:
-        events: What the launcher has noted.
+    """Finds the task that failed first in one try of a job, by what the launcher has noted.
 
     Returns:
         How it ended; None if the job went well, or the launcher does not say.
@@ -61,16 +55,7 @@ def find_first(events: Sequence[Event]) -> Event | None:
 
 
 def explain(end: Event, output: str, chaos: Sequence[str] = ()) -> Finding:
-    """Says of what a task most likely died.
-
-    Args:
-        end: How it ended.
-        output: What it printed.
-        chaos: Failures that the launcher was told to make of it.
-
-    Returns:
-        One finding.
-    """
+    """Says of what a task most likely died, by its end, its output and the failures that were made on purpose."""
     step = f", at step {end.step}" if end.step is not None else ""
     head = f"{end.task} died first, at {end.clock}{step}: it {end.how}"
     lines = [line.strip() for line in output.splitlines() if line.strip()][-_TAIL_LINES:]

@@ -13,14 +13,7 @@ _MAX_SKEW_SECS = 1.0
 
 
 def check_network(facts: AllFacts) -> list[Finding]:
-    """Looks at who has reached whom, and at the clocks.
-
-    Args:
-        facts: Of all tasks.
-
-    Returns:
-        What keeps them apart.
-    """
+    """Looks at who has reached whom, and at the clocks."""
     findings = []
     for task, own in facts.items():
         findings += _check_own(task, own)

@@ -8,14 +8,7 @@ _DISK_BYTES = 2**30
 
 
 def check_resources(facts: AllFacts) -> list[Finding]:
-    """Looks at threads, GPUs, memory and disk of each host.
-
-    Args:
-        facts: Of all tasks.
-
-    Returns:
-        What is short or shared.
-    """
+    """Looks at threads, GPUs, memory and disk of each host."""
     findings = []
     for host, tasks in group_by_host(facts).items():
         findings += _check_threads(host, tasks, facts)

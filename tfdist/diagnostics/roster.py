@@ -13,15 +13,7 @@ _SRUN_ISSUE = "https://github.com/tensorflow/tensorflow/issues/36094"
 
 
 def check_roster(facts: AllFacts, strategy: str | None) -> list[Finding]:
-    """Looks at the cluster that each task has detected.
-
-    Args:
-        facts: Of all tasks.
-        strategy: The one to be used; None: any that fits.
-
-    Returns:
-        What is wrong with it.
-    """
+    """Looks at the cluster that each task has detected, and at the strategy; None: any that fits."""
     findings = []
     for task, own in facts.items():
         if own["cluster_error"]:

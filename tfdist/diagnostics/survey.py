@@ -26,15 +26,9 @@ def build_command(asked: FactsRequest, python: str | None) -> list[str]:
 
 
 def survey_job(job: Job) -> list[Finding]:
-    """Starts the facts program on all tasks of a job.
+    """Starts the facts program, by the command of `build_command`, on all tasks of a job; the worst findings first.
 
     A host that cannot be reached is a finding; the others are asked without it.
-
-    Args:
-        job: What would run, with the command of `build_command`.
-
-    Returns:
-        The findings, the worst first.
 
     Raises:
         ConfigError: If there are fewer slots than workers.
@@ -61,15 +55,7 @@ def survey_job(job: Job) -> list[Finding]:
 
 
 def survey_here(env: Mapping[str, str], asked: FactsRequest) -> list[Finding]:
-    """Meets the others as the task that the environment names; the doctor must run on all of them.
-
-    Args:
-        env: The environment variables.
-        asked: What to look for.
-
-    Returns:
-        The findings, the worst first.
-    """
+    """Meets the others as the task that the environment names; the doctor must run on all of them."""
     own = gather_facts(env, asked)
     facts = {own["task"] or "this process": own}
     for task, seen in own["peers"].items():
@@ -84,7 +70,7 @@ def survey_here(env: Mapping[str, str], asked: FactsRequest) -> list[Finding]:
 def check(
     facts: Mapping[str, Mapping[str, Any]], findings: list[Finding], strategy: str | None
 ) -> list[Finding]:
-    """Runs every check."""
+    """Runs every check; the worst findings first."""
     findings = [*findings, *check_roster(facts, strategy)]
     for examine in (check_network, check_versions, check_resources, check_folders):
         findings += examine(facts)

@@ -15,14 +15,7 @@ _REMEDIES = {
 
 
 def check_versions(facts: AllFacts) -> list[Finding]:
-    """Compares Python, the packages, tfdist's own source and the recipe's file.
-
-    Args:
-        facts: Of all tasks.
-
-    Returns:
-        Where they differ, or are missing.
-    """
+    """Compares Python, the packages, tfdist's own source and the recipe's file."""
     findings = []
     for task, own in facts.items():
         for name in _NEEDED:

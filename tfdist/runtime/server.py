@@ -68,11 +68,8 @@ def isolate_server(cluster: Cluster) -> None:
 def serve(cluster: Cluster, *, start_timeout_secs: float = 300.0) -> NoReturn:
     """Serves a `ps` run's chief as this worker or ps, until the launcher ends this process or the chief is gone.
 
-    At SIGTERM it serves on for as long as the chief may need to save its state.
-
-    Args:
-        cluster: With this process's task.
-        start_timeout_secs: Longest wait for the chief, in seconds.
+    The chief may take `start_timeout_secs` to come. At SIGTERM this task serves on for as long as the chief may need to
+    save its state.
 
     Raises:
         ClusterError: If this task's port is taken, or the chief does not come in time.

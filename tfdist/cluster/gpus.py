@@ -73,9 +73,8 @@ def deal_gpus(env: Mapping[str, str], cluster: Cluster, strategy: str) -> OwnGpu
     if DEALT_VARIABLE in env:
         return OwnGpus(is_shared=env[DEALT_VARIABLE] == "shared")
     mates = [t for t in computing if _host(cluster, t) == _host(cluster, cluster.task)]
-    if any(env.get(name) for name in _DEALT_BY_SLURM):
-        return OwnGpus()
-    if VISIBLE_VARIABLE in env and not any(env.get(name) for name in _STARTERS):
+    is_chosen = VISIBLE_VARIABLE in env and not any(env.get(name) for name in _STARTERS)
+    if is_chosen or any(env.get(name) for name in _DEALT_BY_SLURM):
         return OwnGpus()
     return _deal(list_gpus(env), mates.index(cluster.task), len(mates), env)
 

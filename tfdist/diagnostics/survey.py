@@ -45,7 +45,7 @@ def survey_job(job: Job) -> list[Finding]:
             if not left or len(left) == len(job.hosts):
                 return findings
             job = dataclasses.replace(job, hosts=left, num_workers=max(1, job.num_workers - num_lost))
-    tasks = [str(task) for task in build_cluster(job, range(1, job.num_tasks + 1)).tasks]
+    tasks = [str(task) for task in build_cluster(job).tasks]
     silent = [task for task in tasks if task not in facts]
     if silent:
         reason = next((line for line in reversed(said) if line.strip()), "no output")

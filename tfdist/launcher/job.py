@@ -97,8 +97,7 @@ class Job(JobOptions):
                 f"num_workers is {self.min_workers}:{self.num_workers}: write it as least:most, such as 2:4"
             )
         if self.strategy is not None:
-            placeholders = range(1, self.num_tasks + 1)
-            check_strategy(build_cluster(self, placeholders), self.strategy)
+            check_strategy(build_cluster(self), self.strategy)
 
     def _check_exchange(self) -> None:
         if self.exchange != "mpi":
@@ -158,10 +157,10 @@ def parse_num_workers(text: str) -> tuple[int | None, int]:
     return least, int(words[-1])
 
 
-def build_cluster(job: Job, ports: Sequence[int]) -> Cluster:
-    """Gives each task of a job a port of this machine's loopback; the cluster is seen from outside."""
+def build_cluster(job: Job, ports: Sequence[int] | None = None) -> Cluster:
+    """Gives each task of a job a port on loopback (None: placeholders); the cluster is seen from outside."""
     counts = {"chief": int(job.has_chief), "worker": job.num_workers, "ps": job.num_ps or 0}
-    left = iter(ports)
+    left = iter(ports or range(1, job.num_tasks + 1))
     return Cluster(
         addresses={
             role: tuple(f"127.0.0.1:{next(left)}" for _ in range(n)) for role, n in counts.items() if n

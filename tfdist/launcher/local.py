@@ -42,8 +42,7 @@ def run_local(job: Job) -> int:
         executor: Executor = RemoteExecutor(job) if job.hosts else LocalExecutor(job)
         stack.enter_context(executor)
         watch = Watch(folder, hang_timeout_secs=job.hang_timeout_secs)
-        placeholders = build_cluster(job, range(1, job.num_tasks + 1))
-        failures = parse_chaos(job.chaos, placeholders, has_hosts=bool(job.hosts))
+        failures = parse_chaos(job.chaos, build_cluster(job), has_hosts=bool(job.hosts))
         chaos = Chaos(failures, run_dir=job.run_dir, started_at=time.monotonic())
         while True:
             # Of an elastic job no more than there is room for on the hosts that are left.

@@ -119,11 +119,8 @@ def _list_options(job: Job, allocation: Allocation) -> list[str]:
     given = {
         "job-name": allocation.job_name,
         "nodes": allocation.nodes,
-        **(
-            {"ntasks": job.num_tasks}
-            if allocation.nodes is None
-            else {"ntasks-per-node": allocation.ntasks_per_node or 1}
-        ),
+        "ntasks": job.num_tasks if allocation.nodes is None else None,
+        "ntasks-per-node": allocation.nodes and (allocation.ntasks_per_node or 1),
         "cpus-per-task": allocation.cpus_per_task,
         "gpus-per-task": allocation.gpus_per_task,
         "time": allocation.time,

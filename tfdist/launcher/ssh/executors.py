@@ -79,7 +79,7 @@ def render_dry_run_remote(job: Job) -> str:
     Raises:
         ConfigError: If there are fewer slots than workers.
     """
-    tasks = build_cluster(job, range(1, job.num_tasks + 1)).tasks
+    tasks = build_cluster(job).tasks
     places = place_tasks(tasks, job.hosts)
     ports = {task: _SHOWN_PORT + i for i, task in enumerate(tasks)}
     return "# by ssh; each host chooses free ports in place of these\n" + render_dry_run(
@@ -216,7 +216,7 @@ class RemoteExecutor:
         """
         self._note_lost()
         self._drop_waiting()
-        tasks = build_cluster(job, range(1, job.num_tasks + 1)).tasks
+        tasks = build_cluster(job).tasks
         self._places = place_tasks(tasks, self._usable)
         self._check_interface(job)
         for task, host in self._places.items():

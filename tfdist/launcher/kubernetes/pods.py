@@ -33,11 +33,11 @@ class Pods:
     image: str = setting("", help="container image with Python, tfdist and the program")
     namespace: str = setting("default", help="where the pods live (default: default)")
     name: str = setting("tfdist", help="what the job and its pods are called (default: tfdist)")
-    cpus: float = setting(2.0, least=0.1, help="cores of each task (default: 2)")
-    memory: str = setting("4Gi", help="memory of each task, such as 16Gi (default: 4Gi)")
+    cpus: float = setting(2.0, least=0.1, help="cores of each task, and as many threads (default: 2)")
+    memory: str = setting("4Gi", help="memory of each task, and its limit, such as 16Gi (default: 4Gi)")
     gpus: int = setting(0, least=0, help="GPUs of each worker (default: 0)")
     volume_claim: str | None = setting(
-        None, help="volume that every pod mounts at the folder above --run_dir (default run_dir: /runs/NAME)"
+        None, help="volume that all may write, mounted above --run_dir (default run_dir: /runs/NAME)"
     )
     port: int = setting(2222, help="where each task's server listens (default: 2222)")
 

@@ -22,8 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tfdist.cluster.cores import count_cores
 from tfdist.cluster.spec import CLUSTER_STRATEGIES
 from tfdist.config.parser import OneLineParser, canonical_flag
+from tfdist.config.settings import settings_of
 from tfdist.errors import ConfigError, TfdistError
-from tfdist.launcher.hosts import SSH_FLAGS, add_host_flags, read_hosts
+from tfdist.launcher.hosts import SshOptions, add_host_flags, read_hosts
 from tfdist.planning.link import parse_link
 from tfdist.planning.measure import World, Worlds
 from tfdist.planning.predict import Needed, Plan
@@ -152,7 +153,7 @@ def _read_place(flags: argparse.Namespace) -> list[str]:
         raise ConfigError(
             f"link={flags.link!r} with hosts: between machines that are there the link is measured; leave one out."
         )
-    names = ["hosts", "hostfile", *(flag.removeprefix("--") for flag in SSH_FLAGS)]
+    names = ["hosts", "hostfile", *settings_of(SshOptions)]
     return [f"--{name}={getattr(flags, name)}" for name in names if getattr(flags, name) is not None]
 
 
@@ -193,23 +194,14 @@ def _read_number(name: str, text: str) -> int:
 def _build_parser() -> OneLineParser:
     parser = OneLineParser(prog="tfdist.plan", usage=__doc__, allow_abbrev=False)
     add: Any = parser.add_argument
-    add(
-        "--workers",
-        metavar="N,N",
-        help="numbers of workers (default: those that the hosts, or this machine, have)",
-    )
-    add(
-        "--ways",
-        metavar="NAME,NAME",
+    add("--workers", metavar="N,N",
+        help="numbers of workers (default: those that the hosts, or this machine, have)")  # fmt: skip
+    add("--ways", metavar="NAME,NAME",
         help=f"of {', '.join(KINDS)} (default: {', '.join(DEFAULT_WAYS)}; where one process takes half of a machine's "
-        f"memory {', '.join(DIVIDING)}, too)",
-    )
+        f"memory {', '.join(DIVIDING)}, too)")  # fmt: skip
     add_host_flags(parser, "try on these machines by ssh")
-    add(
-        "--link",
-        metavar="RATE,TIME",
-        help="of machines that are not there, but like this one: 100mbit,5ms (as ping says)",
-    )
+    add("--link", metavar="RATE,TIME",
+        help="of machines that are not there, but like this one: 100mbit,5ms (as ping says)")  # fmt: skip
     add("--json", action="store_true", help="print all of it as JSON")
     add("--simulate", type=int, metavar="N", help="carry it on to N workers, with stragglers and failures")
     add("--mtbf_days", type=float, default=DEFAULT_MTBF_DAYS, metavar="DAYS",

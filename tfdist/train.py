@@ -29,15 +29,9 @@ from tfdist.config.run_config import RunConfig
 from tfdist.config.run_dir import RunDir, write_atomically
 from tfdist.config.settings import settings_of
 from tfdist.errors import ConfigError, NonFiniteError, OutOfMemoryError, TfdistError
-from tfdist.launcher import (
-    ONEDNN,
-    Job,
-    build_python_command,
-    parse_num_workers,
-    render_dry_run_local,
-    run_local,
-)
 from tfdist.launcher.hosts import read_hosts, read_ssh_options
+from tfdist.launcher.job import ONEDNN, Job, build_python_command, parse_num_workers
+from tfdist.launcher.local import render_dry_run_local, run_local
 from tfdist.launcher.process.fork import quiet_imports
 from tfdist.recipe import check_recipe_exists, list_recipes, load_recipe
 from tfdist.report import write_report

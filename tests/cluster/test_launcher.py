@@ -16,7 +16,8 @@ import pytest
 
 import tfdist
 from tfdist.errors import LaunchError
-from tfdist.launcher import Job, run_local
+from tfdist.launcher.job import Job
+from tfdist.launcher.local import run_local
 from tfdist.launcher.supervise import supervisor
 
 pytestmark = pytest.mark.cluster

@@ -113,7 +113,7 @@ def test_kubernetes_flags_make_pods_whose_program_need_not_lie_here():
         (["--num_workers", "--num_ps=1", "train.py"], "--num_workers needs a value"),
         (["-np"], "-np needs a value"),
         (["--dry_run=yes", "train.py"], "dry_run"),
-        (["--num_workers=0", "train.py"], "num_workers is 0"),
+        (["--num_workers=0", "train.py"], "num_workers=0"),
         (["--strategy=mirrored", "--num_workers=2", "train.py"], "one process"),
     ],
 )

@@ -88,7 +88,7 @@ def test_command_holds_what_was_chosen_and_leaves_the_rest_to_ssh():
     assert "-p" not in plain and "-i" not in plain and "-F" not in plain
     assert not any("StrictHostKeyChecking" in word for word in plain)
     assert plain[-1].startswith("cd '/work/a b' && exec ")
-    chosen = SshOptions(port=2222, identity_file="key", config_file="config", python="/opt/py")
+    chosen = SshOptions(ssh_port=2222, identity_file="key", ssh_config="config", python="/opt/py")
     words = render_ssh(Host(name="h1"), chosen, folder="/", python_path="/src")
     assert [words[words.index(flag) + 1] for flag in ("-p", "-i", "-F")] == ["2222", "key", "config"]
     assert words[-1] == "cd / && exec env PYTHONPATH=/src /opt/py -m tfdist.launcher.ssh.agent"

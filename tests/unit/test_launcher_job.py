@@ -5,7 +5,8 @@ import pytest
 
 from tfdist.cluster.spec import Task
 from tfdist.errors import ClusterError, ConfigError
-from tfdist.launcher import Job, build_cluster, job, render_dry_run, render_env
+from tfdist.launcher import job
+from tfdist.launcher.job import Job, build_cluster, render_dry_run, render_env
 
 PS_JOB = {"command": ["true"], "num_workers": 2, "num_ps": 1, "strategy": "parameter_server", "env": {}}
 

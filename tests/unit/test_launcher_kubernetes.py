@@ -309,9 +309,9 @@ def test_restarts_are_for_ends_that_are_nobodys_fault():
         ({"namespace": "a.b"}, "namespace"),
         ({"volume_claim": "-x"}, "volume_claim"),
         ({"memory": "4 GB"}, "'4 GB'"),
-        ({"cpus": 0}, "cpus is 0"),
-        ({"cpus": float("nan")}, "cpus is nan"),
-        ({"gpus": -1}, "gpus is -1"),
+        ({"cpus": 0}, "cpus=0"),
+        ({"cpus": float("nan")}, "cpus=nan"),
+        ({"gpus": -1}, "gpus=-1"),
         ({"port": 80}, "port is 80"),
     ],
 )

@@ -151,7 +151,7 @@ def test_rank_of_an_outer_mpi_is_not_handed_on(exchange):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"exchange": "smoke"}, "must be one of auto, collective, mpi"),
+        ({"exchange": "smoke"}, "choose one of auto, collective, mpi"),
         ({"exchange": "mpi", "strategy": "ps"}, "only multiworker has it"),
         ({"exchange": "mpi", "elastic": "in_process"}, "choose 'restart'"),
     ],

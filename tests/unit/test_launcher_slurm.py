@@ -76,7 +76,7 @@ def test_ps_tasks_with_few_cores_have_threads_enough():
 @pytest.mark.parametrize(
     ("allocation", "changes", "said"),
     [
-        ({"nodes": 0}, {}, "nodes is 0"),
+        ({"nodes": 0}, {}, "nodes=0"),
         ({"ntasks_per_node": 2}, {}, "--nodes beside it"),
         ({"nodes": 2}, {"num_workers": 3}, "leave one of them out"),
         ({"partition": "a b"}, {}, "'a b'"),

@@ -12,7 +12,7 @@ import pytest
 from tfdist.cluster.heartbeat import Beat, Heartbeat, render_beat
 from tfdist.cluster.spec import Task
 from tfdist.errors import ConfigError
-from tfdist.launcher import Job, build_cluster, parse_num_workers
+from tfdist.launcher.job import Job, build_cluster, parse_num_workers
 from tfdist.launcher.process.children import read_stop_mark
 from tfdist.launcher.process.memory import is_memory_short
 from tfdist.launcher.supervise.chaos import Chaos, Failure, parse_chaos

@@ -59,15 +59,8 @@ def list_gpus(env: Mapping[str, str]) -> list[str]:
 def deal_gpus(env: Mapping[str, str], cluster: Cluster, strategy: str) -> OwnGpus:
     """Deals a host's GPUs to its workers, by their order in the cluster; tasks that do not compute have none.
 
-    What a scheduler has dealt already, or the user by CUDA_VISIBLE_DEVICES without a launcher, stays.
-
-    Args:
-        env: This process's environment variables.
-        cluster: With this process's task.
-        strategy: Canonical name.
-
-    Returns:
-        This task's own.
+    What a scheduler has dealt already, or the user by CUDA_VISIBLE_DEVICES without a launcher, stays. The strategy goes
+    by its canonical name.
 
     Raises:
         ConfigError: If TFDIST_GPUS_PER_WORKER asks for more than there are.
@@ -80,9 +73,8 @@ def deal_gpus(env: Mapping[str, str], cluster: Cluster, strategy: str) -> OwnGpu
     if DEALT_VARIABLE in env:
         return OwnGpus(is_shared=env[DEALT_VARIABLE] == "shared")
     mates = [t for t in computing if _host(cluster, t) == _host(cluster, cluster.task)]
-    if any(env.get(name) for name in _DEALT_BY_SLURM):
-        return OwnGpus()
-    if VISIBLE_VARIABLE in env and not any(env.get(name) for name in _STARTERS):
+    is_chosen = VISIBLE_VARIABLE in env and not any(env.get(name) for name in _STARTERS)
+    if is_chosen or any(env.get(name) for name in _DEALT_BY_SLURM):
         return OwnGpus()
     return _deal(list_gpus(env), mates.index(cluster.task), len(mates), env)
 

@@ -60,11 +60,7 @@ def read_beat(path: str | Path) -> Beat | None:
 
 
 class Heartbeat:
-    """Keeps this task's record; without a launcher that reads it, it does nothing.
-
-    Args:
-        path: The file; None for none.
-    """
+    """Keeps this task's record in a file; without a launcher that reads it, it does nothing."""
 
     def __init__(self, path: str | None) -> None:
         self._fd: int | None = None

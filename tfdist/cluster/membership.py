@@ -17,26 +17,16 @@ JOINS_VARIABLE = "TFDIST_JOINS"  # For a process that comes later: the generatio
 _POLL_SECS = 0.02
 
 
-def render_members(generation: int, addresses: Mapping[int, str]) -> str:
-    """Renders who belongs to a generation of a cluster; `parse_members` undoes it.
+def write_members(path: str, generation: int, addresses: Mapping[int, str]) -> None:
+    """Makes a generation of a cluster known; a reader sees the whole of it or the one before.
 
     Args:
+        path: The file.
         generation: Counts up from 1; 0 is the cluster that everybody was started with.
         addresses: Place → `host:port`.
     """
-    return json.dumps({"generation": generation, "addresses": dict(sorted(addresses.items()))})
-
-
-def parse_members(text: str) -> tuple[int, dict[int, str]]:
-    """Parses what `render_members` rendered."""
-    values = json.loads(text)
-    return values["generation"], {int(place): address for place, address in values["addresses"].items()}
-
-
-def write_members(path: str, generation: int, addresses: Mapping[int, str]) -> None:
-    """Makes a generation known; a reader sees the whole of it or the one before."""
     new = Path(f"{path}.new")
-    new.write_text(render_members(generation, addresses))
+    new.write_text(json.dumps({"generation": generation, "addresses": dict(sorted(addresses.items()))}))
     os.replace(new, path)
 
 
@@ -81,12 +71,6 @@ class Membership:
     def wait_for_cluster(self, *, timeout_secs: float) -> Cluster:
         """Waits for a later generation with this process in it, and becomes its member.
 
-        Args:
-            timeout_secs: Longest wait, in seconds.
-
-        Returns:
-            The new cluster.
-
         Raises:
             ClusterError: If none comes in time.
         """
@@ -105,4 +89,5 @@ class Membership:
         )
 
     def _read(self) -> tuple[int, dict[int, str]]:
-        return parse_members(Path(self._path).read_text())
+        values = json.loads(Path(self._path).read_text())
+        return values["generation"], {int(place): address for place, address in values["addresses"].items()}

@@ -26,16 +26,13 @@ _DESCRIPTORS = "/proc/self/fd"
 def isolate_when_listening(
     port: int, *, device: str | None = LOOPBACK, peers: Sequence[str] = (), timeout_secs: float = 60.0
 ) -> threading.Thread:
-    """Closes this process's own listening socket to others, as soon as it exists.
+    """Closes this process's own listening socket to others, as soon as it exists, by a daemon thread.
 
     Args:
         port: The port that this process is about to listen on.
         device: The network interface that it stays open to; None: all.
         peers: IP addresses that it stays open to; none: all.
         timeout_secs: How long to look for it.
-
-    Returns:
-        The daemon thread that waits for the socket.
     """
 
     def watch() -> None:

@@ -20,15 +20,8 @@ LISTEN_VARIABLE = "TFDIST_LISTEN_INTERFACE"
 ANYBODY = "any"
 _SO_ATTACH_FILTER = 26
 # Instructions of the kernel's classic packet filter, and where its memory begins with the IP header.
-_LOAD_BYTE, _LOAD_WORD, _AND, _SHIFT_RIGHT, _JUMP, _JUMP_IF_EQUAL, _RETURN = (
-    0x30,
-    0x20,
-    0x54,
-    0x74,
-    0x05,
-    0x15,
-    0x06,
-)
+_LOAD_BYTE, _LOAD_WORD, _AND, _SHIFT_RIGHT = 0x30, 0x20, 0x54, 0x74
+_JUMP, _JUMP_IF_EQUAL, _RETURN = 0x05, 0x15, 0x06
 _IP_HEADER = 0xFFF00000
 _SOURCE_V4, _SOURCE_V6 = _IP_HEADER + 12, _IP_HEADER + 8
 _PASS, _DROP = (_RETURN, 0, 0, 0xFFFFFFFF), (_RETURN, 0, 0, 0)
@@ -41,10 +34,6 @@ def find_peers(cluster: Cluster, env: Mapping[str, str]) -> tuple[str, ...]:
     TFDIST_ADMIT adds addresses to them, where a machine has several, or leaves the door open by `any`. Pods change
     their addresses when they start again, so on Kubernetes this is left to a NetworkPolicy.
 
-    Args:
-        cluster: The cluster, with this process's task.
-        env: The environment variables.
-
     Returns:
         IP addresses; none where everybody may come, or not all names can be resolved yet.
 
@@ -55,9 +44,8 @@ def find_peers(cluster: Cluster, env: Mapping[str, str]) -> tuple[str, ...]:
     told = env.get(VARIABLE, "").strip()
     if cluster.is_local or cluster.is_loopback or told == ANYBODY or "KUBERNETES_SERVICE_HOST" in env:
         return ()
-    hosts = sorted({split_address(cluster.address(task))[0] for task in cluster.tasks})
     try:
-        found = {host: _resolve(host) for host in hosts}
+        found = {host: _resolve(host) for host in cluster.hosts}
     except OSError:
         return ()
     peers = {*_parse_addresses(told), *(address for own in found.values() for address in own)}
@@ -68,10 +56,6 @@ def find_peers(cluster: Cluster, env: Mapping[str, str]) -> tuple[str, ...]:
 
 def is_open(cluster: Cluster, env: Mapping[str, str]) -> bool:
     """Tells whether this task's server would hear anyone who can connect.
-
-    Args:
-        cluster: The cluster, with this process's task.
-        env: The environment variables.
 
     Raises:
         ClusterError: As `find_peers`.
@@ -89,11 +73,7 @@ def may_filter() -> bool:
 
 
 def admit_only(listener: socket.socket, peers: Iterable[str]) -> bool:
-    """Lets a socket receive nothing but what comes from given addresses, or from this machine's loopback device.
-
-    Args:
-        listener: A TCP socket of this process.
-        peers: IP addresses.
+    """Lets a TCP socket receive nothing but what comes from IP addresses, or from this machine's loopback device.
 
     Returns:
         Whether the kernel lets this process do so.
@@ -112,13 +92,9 @@ def admit_only(listener: socket.socket, peers: Iterable[str]) -> bool:
 
 
 def render_filter(peers: Iterable[str]) -> list[_Instruction]:
-    """Writes the filter: each is an operation, two jumps (if true, if false) and a number.
+    """Writes the filter for IP addresses: a program that passes a packet whole or not at all.
 
-    Args:
-        peers: IP addresses.
-
-    Returns:
-        The program; it passes a packet whole or not at all.
+    Each instruction is an operation, two jumps (if true, if false) and a number.
     """
     addresses = [ipaddress.ip_address(peer) for peer in peers]
     v4: list[_Instruction] = [(_LOAD_WORD, 0, 0, _SOURCE_V4)]

@@ -5,7 +5,6 @@ import os
 import socket
 import time
 from collections.abc import Iterable
-from types import TracebackType
 
 from tfdist.cluster.peer_allowlist import admit_only, find_peers
 from tfdist.cluster.spec import Cluster, Task, split_address
@@ -54,22 +53,15 @@ class PortReservation:
     def __enter__(self) -> "PortReservation":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 
 def check_port_free(cluster: Cluster) -> None:
     """Checks that no other program listens on this task's own port.
 
-    A TensorFlow server that meets a taken port says so in its own process only, and its peers wait for an hour.
-
-    Args:
-        cluster: The cluster, with the task that is about to serve. Local clusters have nothing to check.
+    A TensorFlow server that meets a taken port says so in its own process only, and its peers wait for an hour. Local
+    clusters have nothing to check.
 
     Raises:
         ClusterError: If the port is taken, or may not be bound.
@@ -91,12 +83,8 @@ def check_reachable(cluster: Cluster, *, timeout_secs: float, tasks: Iterable[Ta
     """Waits until other tasks accept connections.
 
     Only for tasks that serve before this one starts, as a ps cluster's workers and ps do for the chief; for peers
-    that wait for each other there is `meet_peers`.
-
-    Args:
-        cluster: The cluster.
-        timeout_secs: Longest wait for all of them together, in seconds.
-        tasks: Whom to reach; by default everybody but this process.
+    that wait for each other there is `meet_peers`. By default all but this process are waited for, all together no
+    longer than `timeout_secs`.
 
     Raises:
         ClusterError: If some do not answer in time; the message names each with its address and the reason.
@@ -121,11 +109,7 @@ def check_reachable(cluster: Cluster, *, timeout_secs: float, tasks: Iterable[Ta
 
 
 def is_refused(address: str, *, timeout_secs: float = 2.0) -> bool | None:
-    """Asks whether somebody listens at an address.
-
-    Args:
-        address: `host:port`.
-        timeout_secs: How long to try.
+    """Asks whether somebody listens at an address, `host:port`.
 
     Returns:
         False if somebody does; True if the host itself says that nobody does; None if nothing was heard of it, as while
@@ -138,11 +122,7 @@ def is_refused(address: str, *, timeout_secs: float = 2.0) -> bool | None:
 
 
 def check_grpc_server(address: str, *, timeout_secs: float) -> str | None:
-    """Waits until a gRPC server answers at an address; TensorFlow's own calls would wait for one for ever.
-
-    Args:
-        address: `host:port`.
-        timeout_secs: Longest wait, in seconds.
+    """Waits until a gRPC server answers at `host:port`; TensorFlow's own calls would wait for one for ever.
 
     Returns:
         Why there is none; None if there is.
@@ -165,10 +145,6 @@ def meet_peers(cluster: Cluster, *, timeout_secs: float) -> None:
     Each listens on its own port meanwhile, so that the others find it, and leaves the port to TensorFlow's server.
     That server's own wait lasts an hour, holds Python's lock and says nothing.
 
-    Args:
-        cluster: The cluster, with this process's task.
-        timeout_secs: Longest wait, in seconds.
-
     Raises:
         ClusterError: If some do not come in time, or this task's own port is taken.
     """
@@ -177,13 +153,7 @@ def meet_peers(cluster: Cluster, *, timeout_secs: float) -> None:
 
 
 def open_listener(cluster: Cluster) -> socket.socket:
-    """Listens on this task's own port, where TensorFlow's server will.
-
-    Args:
-        cluster: The cluster, with this process's task.
-
-    Returns:
-        The socket; closed to machines that are no part of the cluster, as the server will be.
+    """Listens on this task's own port as TensorFlow's server will, closed to machines that are no part of the cluster.
 
     Raises:
         ClusterError: If the port is taken, or may not be bound.

@@ -31,9 +31,6 @@ def meet_ranks(
         size: How many ranks there are.
         timeout_secs: Longest wait for all of them, in seconds.
 
-    Returns:
-        The host of each rank.
-
     Raises:
         ClusterError: If some do not come in time, or rank 0's port is taken.
     """

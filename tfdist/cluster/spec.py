@@ -37,27 +37,13 @@ _logger = logging.getLogger("tfdist")
 
 
 def find_nearest(name: str, choices: Iterable[str]) -> str | None:
-    """Finds the choice that a mistyped name most likely meant.
-
-    Args:
-        name: What was written.
-        choices: What could have been meant.
-
-    Returns:
-        The nearest choice, or None if nothing is near.
-    """
+    """Finds the choice that a mistyped name most likely meant; None if nothing is near."""
     found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
     return found[0] if found else None
 
 
 def canonical_strategy(name: str) -> str:
-    """Maps any accepted spelling of a strategy to its one name.
-
-    Args:
-        name: A name or an alias; case does not matter, `-` and `_` are the same.
-
-    Returns:
-        One of `STRATEGIES`.
+    """Maps a name or an alias to one of `STRATEGIES`; case does not matter, `-` and `_` are the same.
 
     Raises:
         ConfigError: If the name is unknown; the message holds the nearest known one.
@@ -131,8 +117,8 @@ class Cluster:
         ordered = {role: tuple(self.addresses[role]) for role in ROLES if self.addresses.get(role)}
         object.__setattr__(self, "addresses", ordered)
         _check_addresses(ordered)
-        if self.task is not None:
-            _check_task(ordered, self.task)
+        if self.task is not None and self.task.type != EVALUATOR:
+            self.address(self.task)  # which it must have
 
     def __hash__(self) -> int:
         return hash((tuple(self.addresses.items()), self.task))
@@ -300,11 +286,7 @@ def render_tf_config(cluster: Cluster) -> str:
 
 
 def check_strategy(cluster: Cluster, strategy: str) -> None:
-    """Checks that a strategy can run on a cluster.
-
-    Args:
-        cluster: The cluster, local or not.
-        strategy: Any accepted name of a strategy.
+    """Checks that a strategy, by any of its names, can run on a cluster, local or not.
 
     Raises:
         ClusterError: If the cluster lacks a task that the strategy needs, or has one it cannot use.
@@ -384,11 +366,6 @@ def _check_addresses(addresses: Mapping[str, tuple[str, ...]]) -> None:
         raise ClusterError(
             f"{len(addresses['chief'])} chief tasks: a cluster has one chief; make the others workers"
         )
-
-
-def _check_task(addresses: Mapping[str, tuple[str, ...]], task: Task) -> None:
-    if task.type != EVALUATOR and task.index >= len(addresses.get(task.type, ())):
-        raise ClusterError(_missing_task_message(addresses, task))
 
 
 def _missing_task_message(addresses: Mapping[str, tuple[str, ...]], task: Task) -> str:

@@ -22,7 +22,7 @@ from tfdist.config.run_dir import RunDir
 from tfdist.config.settings import Setting, settings_of, types_of
 from tfdist.config.sync_options import SyncOptions
 from tfdist.errors import ConfigError
-from tfdist.launcher.hosts import Host, read_hosts
+from tfdist.launcher.hosts import Host, SshOptions, read_hosts
 from tfdist.launcher.job import RESTART_VARIABLE, parse_num_workers
 from tfdist.optimizers import LR_SCALINGS, OPTIMIZERS, SCHEDULES
 from tfdist.recipe import Recipe, resolve_recipe_name
@@ -113,19 +113,14 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_multi_string("set", [], _help_of("overrides"), **own)
     flags.DEFINE_string("verbose", "auto", _help_of("verbose"), **own)
     flags.DEFINE_string("num_workers", None, _help_of("num_workers"), **own)
-    kinds = types_of(JobOptions)
-    for name, (field, rule) in settings_of(JobOptions).items():
-        _define(values, name, kinds[name], TRAIN_DEFAULTS.get(name, field.default), rule)
+    for options in (JobOptions, SshOptions):
+        kinds = types_of(options)
+        for name, (field, rule) in settings_of(options).items():
+            _define(values, name, kinds[name], TRAIN_DEFAULTS.get(name, field.default), rule)
     flags.DEFINE_string(
         "hosts", None, "Run on these machines by ssh: h1:2,h2:4, with slots.", short_name="H", **own
     )
     flags.DEFINE_string("hostfile", None, "File that lists --hosts: a line `h1 slots=2` for each.", **own)
-    flags.DEFINE_integer("ssh_port", None, "Port of sshd. Default: as ssh is configured.", **own)
-    flags.DEFINE_string("identity_file", None, "Private key for ssh. Default: as ssh is configured.", **own)
-    flags.DEFINE_string("ssh_config", None, "Configuration of ssh in place of the user's own.", **own)
-    flags.DEFINE_string(
-        "python", None, "The hosts' Python, which has tfdist. Default: the path of this one.", **own
-    )
     flags.DEFINE_bool("preload", True, "Import TensorFlow once, and fork a local cluster's tasks.", **own)
     flags.DEFINE_string(
         "config", None, "File of settings, YAML or a run's config.json; what flags say wins.", **own

@@ -92,10 +92,7 @@ CAUSES = (
 
 
 def find_cause(lines: Sequence[str]) -> tuple[Cause, str] | None:
-    """Finds the most telling cause in what was said.
-
-    Args:
-        lines: Without blanks around them.
+    """Finds the most telling cause in what was said, in lines without blanks around them.
 
     Returns:
         The cause, and the line that tells it (of a traceback its last); None if there is none.

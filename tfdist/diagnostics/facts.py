@@ -55,15 +55,7 @@ class FactsRequest:
 
 
 def gather_facts(env: Mapping[str, str], asked: FactsRequest) -> dict[str, Any]:
-    """Looks at this machine, and meets the other tasks.
-
-    Args:
-        env: The environment variables.
-        asked: What to look for.
-
-    Returns:
-        Values that JSON can hold; none of them is a secret.
-    """
+    """Looks at this machine, and meets the other tasks; JSON can hold what is found, and none of it is a secret."""
     cluster, error = _detect(env, asked)
     facts: dict[str, Any] = {
         "task": str(cluster.task) if cluster.task else None,
@@ -92,15 +84,7 @@ def gather_facts(env: Mapping[str, str], asked: FactsRequest) -> dict[str, Any]:
 
 
 def find_proxied(env: Mapping[str, str], cluster: Cluster) -> list[str]:
-    """Says for which hosts of the cluster gRPC would ask a proxy.
-
-    Args:
-        env: The environment variables.
-        cluster: The cluster.
-
-    Returns:
-        Their names.
-    """
+    """Says for which hosts of the cluster gRPC would ask a proxy."""
     if not any(env.get(name) for name in _PROXIES):
         return []
     # gRPC reads the first of these that is set.
@@ -110,11 +94,7 @@ def find_proxied(env: Mapping[str, str], cluster: Cluster) -> list[str]:
 
 
 def main() -> int:
-    """Prints the facts of this task.
-
-    Returns:
-        0.
-    """
+    """Prints the facts of this task."""
     facts = gather_facts(os.environ, FactsRequest(**json.loads(sys.argv[1] if len(sys.argv) > 1 else "{}")))
     for peer in facts["peers"].values():
         peer.pop("facts", None)  # it tells its own

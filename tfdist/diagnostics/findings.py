@@ -10,7 +10,7 @@ AllFacts = Mapping[str, Mapping[str, Any]]
 SEVERITIES = ("error", "warning", "note")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Finding:
     """One line for a person.
 

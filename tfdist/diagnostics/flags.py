@@ -32,15 +32,7 @@ class DoctorFlags:
 
 
 def parse_flags(words: Sequence[str], env: Mapping[str, str], usage: str) -> DoctorFlags:
-    """Reads the command line.
-
-    Args:
-        words: Without the program's name.
-        env: The environment variables.
-        usage: What `--help` says first.
-
-    Returns:
-        What was asked for.
+    """Reads the command line, without the program's name; `--help` says `usage` first.
 
     Raises:
         ConfigError: If a flag is unknown or malformed.

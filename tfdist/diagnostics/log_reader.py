@@ -1,12 +1,11 @@
 """Reads what a dead run has left, and says who died first, when, at which step, and of what."""
 
-import contextlib
-import json
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tfdist.config.run_dir import RunDir
 from tfdist.diagnostics.causes import find_cause
 from tfdist.diagnostics.findings import Finding
 from tfdist.errors import PEER_LOST_CODE, ConfigError
@@ -20,9 +19,6 @@ _LINE_CHARS = 200
 
 def read_run(folder: str) -> list[Finding]:
     """Looks for the cause of a run's death.
-
-    Args:
-        folder: The run_dir.
 
     Returns:
         An error for the task that died first, and notes; only notes if none has died.
@@ -44,10 +40,7 @@ def read_run(folder: str) -> list[Finding]:
 
 
 def find_first(events: Sequence[Event]) -> Event | None:
-    """Finds the task that failed first in one try of a job.
-
-    Args:
-        events: What the launcher has noted.
+    """Finds the task that failed first in one try of a job, by what the launcher has noted.
 
     Returns:
         How it ended; None if the job went well, or the launcher does not say.
@@ -62,29 +55,17 @@ def find_first(events: Sequence[Event]) -> Event | None:
 
 
 def explain(end: Event, output: str, chaos: Sequence[str] = ()) -> Finding:
-    """Says of what a task most likely died.
-
-    Args:
-        end: How it ended.
-        output: What it printed.
-        chaos: Failures that the launcher was told to make of it.
-
-    Returns:
-        One finding.
-    """
+    """Says of what a task most likely died, by its end, its output and the failures that were made on purpose."""
     step = f", at step {end.step}" if end.step is not None else ""
     head = f"{end.task} died first, at {end.clock}{step}: it {end.how}"
     lines = [line.strip() for line in output.splitlines() if line.strip()][-_TAIL_LINES:]
     cause, line = find_cause([end.how, *chaos]) or find_cause(lines) or (None, "")
     if cause is not None:
         text = f"{head}; most likely {cause.text.format(line=textwrap.shorten(line, _LINE_CHARS))}"
-        return Finding(severity="error", text=text, remedy=cause.remedy, issue=cause.issue)
+        return Finding("error", text, cause.remedy, cause.issue)
     what = "a Python exception" if _TRACEBACK in lines else "its last line"
-    return Finding(
-        severity="error",
-        text=f"{head}; {what}: {lines[-1] if lines else '(nothing)'}",
-        remedy="mend what it names; its log has the rest",
-    )
+    text = f"{head}; {what}: {lines[-1] if lines else '(nothing)'}"
+    return Finding("error", text, "mend what it names; its log has the rest")
 
 
 def _last_try(events: Sequence[Event]) -> list[Event]:
@@ -99,9 +80,8 @@ def _has_ended(events: Sequence[Event]) -> bool:
 def _describe_no_failure(events: Sequence[Event]) -> Finding:
     if events and not _has_ended(events):
         text = f"no task has failed since {events[0].clock}, and the launcher has not ended"
-        return Finding(severity="note", text=text, remedy="it still runs, or was killed with all its tasks")
-    text = "no task has failed, as far as the logs say"
-    return Finding(severity="note", text=text, remedy="nothing is to be done")
+        return Finding("note", text, "it still runs, or was killed with all its tasks")
+    return Finding("note", "no task has failed, as far as the logs say", "nothing is to be done")
 
 
 def _guess_first(logs: Path, outputs: Mapping[str, str]) -> Event | None:
@@ -125,18 +105,10 @@ def _read_last(path: Path) -> str:
 
 
 def _describe_progress(folder: Path) -> Finding:
-    records = []
-    if (folder / "metrics.jsonl").is_file():
-        for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
+    records = RunDir(folder).read_metrics()
     num_checkpoints = len(list((folder / "checkpoints").glob("*.npz")))
-    whole = (
-        f"{records[-1]['epoch'] + 1} whole epochs, {records[-1]['step']} steps"
-        if records
-        else "no whole epoch"
-    )
+    whole = "no whole epoch"
+    if records:
+        whole = f"{records[-1]['epoch'] + 1} whole epochs, {records[-1]['step']} steps"
     remedy = "--resume goes on from the last" if num_checkpoints else "a new run starts from the beginning"
-    return Finding(
-        severity="note", text=f"it had made {whole}, and keeps {num_checkpoints} checkpoints", remedy=remedy
-    )
+    return Finding("note", f"it had made {whole}, and keeps {num_checkpoints} checkpoints", remedy)

@@ -13,14 +13,7 @@ _MAX_SKEW_SECS = 1.0
 
 
 def check_network(facts: AllFacts) -> list[Finding]:
-    """Looks at who has reached whom, and at the clocks.
-
-    Args:
-        facts: Of all tasks.
-
-    Returns:
-        What keeps them apart.
-    """
+    """Looks at who has reached whom, and at the clocks."""
     findings = []
     for task, own in facts.items():
         findings += _check_own(task, own)
@@ -34,17 +27,11 @@ def _check_own(task: str, own: Mapping[str, Any]) -> list[Finding]:
     findings = []
     if own["port_error"]:
         text, remedy = split_message(own["port_error"])
-        findings.append(Finding(severity="error", text=f"on {own['host']}: {text}", remedy=remedy))
+        findings.append(Finding("error", f"on {own['host']}: {text}", remedy))
     if own["proxied_hosts"]:
         hosts = ",".join(own["proxied_hosts"])
-        findings.append(
-            Finding(
-                severity="error",
-                text=f"{task} on {own['host']} would ask a proxy ({', '.join(own['proxies'])}) for {hosts}",
-                remedy=f"set no_grpc_proxy={hosts} there",
-                issue=_PROXY_ISSUE,
-            )
-        )
+        text = f"{task} on {own['host']} would ask a proxy ({', '.join(own['proxies'])}) for {hosts}"
+        findings.append(Finding("error", text, f"set no_grpc_proxy={hosts} there", _PROXY_ISSUE))
     return findings
 
 
@@ -65,26 +52,17 @@ def _explain(task: str, peer: str, own: Mapping[str, Any], facts: AllFacts) -> F
     )
     if "answers there" in reason:
         remedy = f"{name} leads elsewhere as seen from there: correct DNS, /etc/hosts or the order"
-    return Finding(
-        severity="error",
-        text=f"{task} on {own['host']} does not reach {peer}{where} at {address} ({reason})",
-        remedy=remedy,
-        issue=_MISSING_ISSUE,
-    )
+    text = f"{task} on {own['host']} does not reach {peer}{where} at {address} ({reason})"
+    return Finding("error", text, remedy, _MISSING_ISSUE)
 
 
 def _check_isolation(facts: AllFacts) -> list[Finding]:
     tasks = [task for task, own in facts.items() if own["is_open"]]
     if not tasks:
         return []
-    return [
-        Finding(
-            severity="warning",
-            text=f"the servers of {name_tasks(tasks, facts)} would obey anyone who can connect",
-            remedy="put a firewall before them, or name their own network by --listen_interface (docs/security.md)",
-            issue=_DOOR_ISSUE,
-        )
-    ]
+    text = f"the servers of {name_tasks(tasks, facts)} would obey anyone who can connect"
+    remedy = "put a firewall before them, or name their own network by --listen_interface (docs/security.md)"
+    return [Finding("warning", text, remedy, _DOOR_ISSUE)]
 
 
 def _check_clocks(facts: AllFacts) -> list[Finding]:
@@ -95,12 +73,7 @@ def _check_clocks(facts: AllFacts) -> list[Finding]:
         skew = seen.get("skew_secs", 0.0)
         if seen["error"] is None and abs(skew) > _MAX_SKEW_SECS:
             where = name_tasks([peer], facts) if peer in facts else peer
-            findings.append(
-                Finding(
-                    severity="warning",
-                    text=f"the clock of {where} is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} "
-                    f"{name_tasks([first], facts)}",
-                    remedy="let NTP set both (timedatectl set-ntp true)",
-                )
-            )
+            side = "ahead of" if skew > 0 else "behind"
+            text = f"the clock of {where} is {abs(skew):.1f} s {side} {name_tasks([first], facts)}"
+            findings.append(Finding("warning", text, "let NTP set both (timedatectl set-ntp true)"))
     return findings

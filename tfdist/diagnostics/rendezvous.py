@@ -32,11 +32,7 @@ _MAX_VISITS = 16
 class Rendezvous:
     """This task's part in it; a context that leaves neither a listener nor a file behind.
 
-    Args:
-        cluster: All tasks; one without this process's own has nobody to meet.
-        facts: Of this task.
-        run_dir: Folder that all may write to, or None.
-        wait_secs: How long to wait for the others.
+    A process that is no task of the cluster has nobody to meet. `run_dir` is a folder that all may write to.
     """
 
     def __init__(
@@ -67,9 +63,8 @@ class Rendezvous:
         """Meets the others.
 
         Returns:
-            What was seen: `peers` (by task: `error` or None, `skew_secs`
-            (at least so far is its clock ahead), `facts`, `reads_run_dir`), `heard` (who has come
-            here), `port_error` and `run_dir_error`.
+            What was seen: `peers` (by task: `error` or None, `skew_secs` (at least so far is its clock ahead), `facts`,
+            `reads_run_dir`), `heard` (who has come here), `port_error` and `run_dir_error`.
         """
         peers = [task for task in self._cluster.tasks if task != self._cluster.task]
         deadline = time.monotonic() + self._wait_secs

@@ -8,37 +8,22 @@ _DISK_BYTES = 2**30
 
 
 def check_resources(facts: AllFacts) -> list[Finding]:
-    """Looks at threads, GPUs, memory and disk of each host.
-
-    Args:
-        facts: Of all tasks.
-
-    Returns:
-        What is short or shared.
-    """
+    """Looks at threads, GPUs, memory and disk of each host."""
     findings = []
     for host, tasks in group_by_host(facts).items():
         findings += _check_threads(host, tasks, facts)
         findings += _check_gpus(tasks, facts)
         available = facts[tasks[0]]["memory_bytes"]
         if available is not None and available < len(tasks) * _TASK_BYTES:
-            findings.append(
-                Finding(
-                    severity="warning",
-                    text=f"{host} has {available / 1e9:.1f} GB of free memory for {len(tasks)} tasks, which need about "
-                    f"{len(tasks) * _TASK_BYTES / 1e9:.1f} GB before any model",
-                    remedy="place fewer tasks there, or stop other programs",
-                )
+            text = (
+                f"{host} has {available / 1e9:.1f} GB of free memory for {len(tasks)} tasks, which need about "
+                f"{len(tasks) * _TASK_BYTES / 1e9:.1f} GB before any model"
             )
+            findings.append(Finding("warning", text, "place fewer tasks there, or stop other programs"))
         own = facts[tasks[0]]
         if own["disk_bytes"] < _DISK_BYTES:
-            findings.append(
-                Finding(
-                    severity="warning",
-                    text=f"{host} has {own['disk_bytes'] / 1e9:.2f} GB free at {own['disk']}",
-                    remedy="free some, or choose another --run_dir",
-                )
-            )
+            text = f"{host} has {own['disk_bytes'] / 1e9:.2f} GB free at {own['disk']}"
+            findings.append(Finding("warning", text, "free some, or choose another --run_dir"))
     return findings
 
 
@@ -55,13 +40,8 @@ def _check_threads(host: str, tasks: list[str], facts: AllFacts) -> list[Finding
         remedy = (
             f"set OMP_NUM_THREADS and TF_NUM_INTRAOP_THREADS to {number} there, or leave both to the launcher"
         )
-    return [
-        Finding(
-            severity="warning",
-            text=f"{len(workers)} workers on {host} compute with {num_threads} threads on {cores} cores",
-            remedy=remedy,
-        )
-    ]
+    text = f"{len(workers)} workers on {host} compute with {num_threads} threads on {cores} cores"
+    return [Finding("warning", text, remedy)]
 
 
 def _check_gpus(tasks: list[str], facts: AllFacts) -> list[Finding]:
@@ -71,10 +51,10 @@ def _check_gpus(tasks: list[str], facts: AllFacts) -> list[Finding]:
             owners.setdefault(gpu, []).append(task)
     return [
         Finding(
-            severity="warning",
-            text=f"GPU {gpu} is shared by {name_tasks(sharing, facts)}: they divide its time and memory, and under "
+            "warning",
+            f"GPU {gpu} is shared by {name_tasks(sharing, facts)}: they divide its time and memory, and under "
             "multiworker gradients cross by the host, for NCCL refuses two on one",
-            remedy="take as many workers as there are GPUs",
+            "take as many workers as there are GPUs",
         )
         for gpu, sharing in owners.items()
         if len(sharing) > 1

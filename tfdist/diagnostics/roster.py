@@ -13,32 +13,19 @@ _SRUN_ISSUE = "https://github.com/tensorflow/tensorflow/issues/36094"
 
 
 def check_roster(facts: AllFacts, strategy: str | None) -> list[Finding]:
-    """Looks at the cluster that each task has detected.
-
-    Args:
-        facts: Of all tasks.
-        strategy: The one to be used; None: any that fits.
-
-    Returns:
-        What is wrong with it.
-    """
+    """Looks at the cluster that each task has detected, and at the strategy; None: any that fits."""
     findings = []
     for task, own in facts.items():
         if own["cluster_error"]:
             text, remedy = split_message(own["cluster_error"])
-            findings.append(Finding(severity="error", text=f"{task} on {own['host']}: {text}", remedy=remedy))
+            findings.append(Finding("error", f"{task} on {own['host']}: {text}", remedy))
         if EVALUATOR in _read_roles(own["tf_config"]):
-            findings.append(
-                Finding(
-                    severity="warning",
-                    text=f"TF_CONFIG of {task} has an evaluator in the cluster; tfdist leaves it out, others hang",
-                    remedy="take it out of 'cluster'; it names itself in 'task' alone",
-                    issue=_EVALUATOR_ISSUE,
-                )
-            )
+            text = f"TF_CONFIG of {task} has an evaluator in the cluster; tfdist leaves it out, others hang"
+            remedy = "take it out of 'cluster'; it names itself in 'task' alone"
+            findings.append(Finding("warning", text, remedy, _EVALUATOR_ISSUE))
         if own["unused"]:
             text, _, remedy = own["unused"].partition("; ")
-            findings.append(Finding(severity="warning", text=text, remedy=remedy, issue=_SRUN_ISSUE))
+            findings.append(Finding("warning", text, remedy, _SRUN_ISSUE))
     return findings + _compare_clusters(facts) + _check_strategy(facts, strategy)
 
 
@@ -52,13 +39,8 @@ def _compare_clusters(facts: AllFacts) -> list[Finding]:
         return []
     same = all(_addresses(clusters[task]) == _addresses(clusters[first]) for task in others)
     what = "the same addresses in another order" if same else "other addresses"
-    return [
-        Finding(
-            severity="error",
-            text=f"{name_tasks(others, facts)} have {what} than {name_tasks([first], facts)}",
-            remedy="give all tasks the same 'cluster'; only 'task' differs",
-        )
-    ]
+    text = f"{name_tasks(others, facts)} have {what} than {name_tasks([first], facts)}"
+    return [Finding("error", text, "give all tasks the same 'cluster'; only 'task' differs")]
 
 
 def _check_strategy(facts: AllFacts, strategy: str | None) -> list[Finding]:
@@ -71,8 +53,7 @@ def _check_strategy(facts: AllFacts, strategy: str | None) -> list[Finding]:
     try:
         check_strategy(cluster, strategy)
     except ConfigError as error:
-        text, remedy = split_message(str(error))
-        return [Finding(severity="error", text=text, remedy=remedy)]
+        return [Finding("error", *split_message(str(error)))]
     return []
 
 

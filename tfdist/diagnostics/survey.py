@@ -26,15 +26,9 @@ def build_command(asked: FactsRequest, python: str | None) -> list[str]:
 
 
 def survey_job(job: Job) -> list[Finding]:
-    """Starts the facts program on all tasks of a job.
+    """Starts the facts program, by the command of `build_command`, on all tasks of a job; the worst findings first.
 
     A host that cannot be reached is a finding; the others are asked without it.
-
-    Args:
-        job: What would run, with the command of `build_command`.
-
-    Returns:
-        The findings, the worst first.
 
     Raises:
         ConfigError: If there are fewer slots than workers.
@@ -51,30 +45,17 @@ def survey_job(job: Job) -> list[Finding]:
             if not left or len(left) == len(job.hosts):
                 return findings
             job = dataclasses.replace(job, hosts=left, num_workers=max(1, job.num_workers - num_lost))
-    tasks = [str(task) for task in build_cluster(job, range(1, job.num_tasks + 1)).tasks]
+    tasks = [str(task) for task in build_cluster(job).tasks]
     silent = [task for task in tasks if task not in facts]
     if silent:
         reason = next((line for line in reversed(said) if line.strip()), "no output")
-        findings.append(
-            Finding(
-                severity="error",
-                text=f"no answer from {', '.join(silent)} ({reason})",
-                remedy="run `python -m tfdist.diagnostics.facts` there by hand",
-            )
-        )
+        text = f"no answer from {', '.join(silent)} ({reason})"
+        findings.append(Finding("error", text, "run `python -m tfdist.diagnostics.facts` there by hand"))
     return check(facts, findings, job.strategy)
 
 
 def survey_here(env: Mapping[str, str], asked: FactsRequest) -> list[Finding]:
-    """Meets the others as the task that the environment names; the doctor must run on all of them.
-
-    Args:
-        env: The environment variables.
-        asked: What to look for.
-
-    Returns:
-        The findings, the worst first.
-    """
+    """Meets the others as the task that the environment names; the doctor must run on all of them."""
     own = gather_facts(env, asked)
     facts = {own["task"] or "this process": own}
     for task, seen in own["peers"].items():
@@ -89,7 +70,7 @@ def survey_here(env: Mapping[str, str], asked: FactsRequest) -> list[Finding]:
 def check(
     facts: Mapping[str, Mapping[str, Any]], findings: list[Finding], strategy: str | None
 ) -> list[Finding]:
-    """Runs every check."""
+    """Runs every check; the worst findings first."""
     findings = [*findings, *check_roster(facts, strategy)]
     for examine in (check_network, check_versions, check_resources, check_folders):
         findings += examine(facts)
@@ -99,9 +80,9 @@ def check(
 def _check_unheard(own: Mapping[str, Any], heard: set[str]) -> list[Finding]:
     return [
         Finding(
-            severity="error",
-            text=f"{own['task']} on {own['host']} reaches {peer}, which does not reach it",
-            remedy="open its port in that direction too",
+            "error",
+            f"{own['task']} on {own['host']} reaches {peer}, which does not reach it",
+            "open its port in that direction too",
         )
         for peer, seen in own["peers"].items()
         if seen["error"] is None and peer not in heard
@@ -124,4 +105,4 @@ def _launch(job: Job) -> tuple[dict[str, Any], list[str]]:
 
 def _explain_refusal(message: str) -> Finding:
     text, _, remedy = message.partition("; ")
-    return Finding(severity="error", text=text, remedy=remedy or "see above")
+    return Finding("error", text, remedy or "see above")

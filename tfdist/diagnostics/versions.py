@@ -15,29 +15,17 @@ _REMEDIES = {
 
 
 def check_versions(facts: AllFacts) -> list[Finding]:
-    """Compares Python, the packages, tfdist's own source and the recipe's file.
-
-    Args:
-        facts: Of all tasks.
-
-    Returns:
-        Where they differ, or are missing.
-    """
+    """Compares Python, the packages, tfdist's own source and the recipe's file."""
     findings = []
     for task, own in facts.items():
         for name in _NEEDED:
             if own["packages"][name] is None:
-                findings.append(
-                    Finding(
-                        severity="error",
-                        text=f"{task} on {own['host']} has no {name} ({own['executable']})",
-                        remedy="install tfdist with its requirements there, or choose another by --python",
-                    )
-                )
+                text = f"{task} on {own['host']} has no {name} ({own['executable']})"
+                remedy = "install tfdist with its requirements there, or choose another by --python"
+                findings.append(Finding("error", text, remedy))
         if own["recipe_error"]:
             text, remedy = split_message(own["recipe_error"])
-            text = f"{task} on {own['host']}: {text}"
-            findings.append(Finding(severity="error", text=text, remedy=remedy))
+            findings.append(Finding("error", f"{task} on {own['host']}: {text}", remedy))
     versions = {task: _list_versions(own) for task, own in facts.items()}
     for name in dict.fromkeys(name for own in versions.values() for name in own):
         known = {task: version for task, own in versions.items() if (version := own.get(name))}
@@ -58,11 +46,8 @@ def _compare(name: str, versions: Mapping[str, str], facts: AllFacts) -> list[Fi
         tasks = [task for task, own in versions.items() if own == version]
         where = f" ({facts[tasks[0]]['executable']})" if name == "Python" else ""
         is_patch = name == "Python" and version.split(".")[:2] == usual.split(".")[:2]
-        findings.append(
-            Finding(
-                severity="warning" if is_patch or name in _HARMLESS else "error",
-                text=f"{name_tasks(tasks, facts)}: {name} is {version}{where}, elsewhere {usual}",
-                remedy=_REMEDIES.get(name, "install the same one everywhere, or choose another by --python"),
-            )
-        )
+        severity = "warning" if is_patch or name in _HARMLESS else "error"
+        text = f"{name_tasks(tasks, facts)}: {name} is {version}{where}, elsewhere {usual}"
+        remedy = _REMEDIES.get(name, "install the same one everywhere, or choose another by --python")
+        findings.append(Finding(severity, text, remedy))
     return findings

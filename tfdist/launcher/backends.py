@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tfdist.cluster.spec import canonical_strategy
+from tfdist.config.settings import settings_of
 from tfdist.errors import ConfigError
 from tfdist.launcher.job import Job
 from tfdist.launcher.kubernetes import pods
@@ -16,14 +17,13 @@ from tfdist.launcher.slurm.submit import run_slurm
 
 # What the launcher does for processes that it starts itself, and a scheduler does not.
 _LOCAL_ONLY = (
-    "restart_window_secs",
-    "hang_timeout_secs",
-    "rescale_every_secs",
-    "chaos",
-    "hosts",
-    "hostfile",
-    "listen_interface",
-)
+    "restart_window_secs", "hang_timeout_secs", "rescale_every_secs", "chaos", "hosts", "hostfile", "listen_interface",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """This machine, or the hosts of the job: a place of which nothing more is asked."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,16 +32,14 @@ class Backend:
 
     Attributes:
         help: What its switch does.
-        flags: Flags of its own, with the keywords of `argparse`; none has a default.
-        build: Makes a place from their values.
+        kind: Of place: a dataclass, whose settings are its own flags.
         render: Shows what would run.
         run: Runs a job to its end, and gives its exit code.
         holds_program: Whether the program lies on this machine too, so that it can be looked up here.
     """
 
     help: str = ""
-    flags: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    build: Callable[..., Any] = lambda: None
+    kind: type[Any] = Here
     render: Callable[[Job, Any], str]
     run: Callable[[Job, Any], int]
     holds_program: bool = True
@@ -51,15 +49,13 @@ LOCAL = Backend(render=lambda job, _: render_dry_run_local(job), run=lambda job,
 BACKENDS = {
     "slurm": Backend(
         help="submit to Slurm, and follow the job; --max_restarts requeues it",
-        flags=script.FLAGS,
-        build=script.Allocation,
+        kind=script.Allocation,
         render=script.render_sbatch,
         run=run_slurm,
     ),
     "kubernetes": Backend(
         help="hand to the cluster that kubectl knows, and follow the pods",
-        flags=pods.FLAGS,
-        build=pods.Pods,
+        kind=pods.Pods,
         render=render_kubernetes,
         run=run_kubernetes,
         holds_program=False,
@@ -74,9 +70,6 @@ def choose_backend(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> tu
         values: All flags, by their names; None where a backend's own was not given.
         defaults: What they are if nobody says anything.
 
-    Returns:
-        The backend, and the place in it.
-
     Raises:
         ConfigError: If two worlds are asked for, or a flag belongs to one that is not.
     """
@@ -84,10 +77,11 @@ def choose_backend(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> tu
     if len(chosen) > 1:
         raise ConfigError(f"--{' and --'.join(chosen)}: a job runs in one place; choose one")
     backend = BACKENDS[chosen[0]] if chosen else LOCAL
+    own = settings_of(backend.kind)
     for name, other in BACKENDS.items():
-        for flag in other.flags:
-            if values[flag[2:]] is not None and flag not in backend.flags:
-                raise ConfigError(f"{flag} is a flag of --{name}: add --{name}, or leave {flag} out")
+        for flag in settings_of(other.kind):
+            if values[flag] is not None and flag not in own:
+                raise ConfigError(f"--{flag} is a flag of --{name}: add --{name}, or leave --{flag} out")
     if chosen:
         for name in _LOCAL_ONLY:
             if values[name] != defaults[name]:
@@ -98,20 +92,11 @@ def choose_backend(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> tu
             raise ConfigError(
                 f"num_workers is {values['num_workers']!r}: with --{chosen[0]} write one number"
             )
-    given = {flag[2:]: values[flag[2:]] for flag in backend.flags if values[flag[2:]] is not None}
-    return backend, backend.build(**given)
+    return backend, backend.kind(**{flag: values[flag] for flag in own if values[flag] is not None})
 
 
 def count_workers(values: Mapping[str, Any], place: Any) -> str:
-    """Says how many workers there are where nobody has.
-
-    Args:
-        values: All flags, by their names.
-        place: Where the job runs.
-
-    Returns:
-        What fills a Slurm job's machines beside the chief and the ps; else one.
-    """
+    """Says how many workers there are where nobody has: what fills a Slurm job's machines, else one."""
     num_tasks = place.num_tasks if isinstance(place, script.Allocation) else None
     if num_tasks is None:
         return "1"

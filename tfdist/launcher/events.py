@@ -37,12 +37,7 @@ class Event:
 
 
 def note_event(run_dir: str, event: Event) -> None:
-    """Adds to both logs; a full disk must not end what is being watched.
-
-    Args:
-        run_dir: Folder of the run.
-        event: What happened.
-    """
+    """Adds an event to both logs of a run; a full disk must not end what is being watched."""
     values = {name: value for name, value in dataclasses.asdict(event).items() if value not in (None, "")}
     logs = Path(run_dir) / "logs"
     for name, line in (

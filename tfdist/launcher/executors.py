@@ -7,14 +7,7 @@ from collections.abc import Mapping, Sequence
 from tfdist.cluster.cores import count_cores
 from tfdist.cluster.ports import PortReservation
 from tfdist.cluster.spec import Cluster, Task
-from tfdist.launcher.job import (
-    PMI_FD,
-    PMI_RANK,
-    Job,
-    build_cluster,
-    render_env,
-    render_shared_env,
-)
+from tfdist.launcher.job import PMI_FD, PMI_RANK, Job, build_cluster, render_env, render_shared_env
 from tfdist.launcher.mpi.pmi import PmiServer, PmiWorld
 from tfdist.launcher.process.children import Child
 from tfdist.launcher.process.fork import can_fork, preload
@@ -22,11 +15,7 @@ from tfdist.launcher.process.logs import TaskOutput
 
 
 class LocalExecutor:
-    """Starts every task here.
-
-    Args:
-        job: Whose tasks.
-    """
+    """Starts every task of a job here."""
 
     num_slots: float = math.inf
 

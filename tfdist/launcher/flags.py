@@ -17,11 +17,11 @@ from tfdist.config.run_config import RunConfig
 from tfdist.config.settings import settings_of, types_of
 from tfdist.errors import ConfigError
 from tfdist.launcher.backends import BACKENDS, Backend, choose_backend, count_workers
-from tfdist.launcher.hosts import SSH_FLAGS, add_host_flags, read_hosts, read_ssh_options
+from tfdist.launcher.hosts import SshOptions, add_host_flags, read_hosts, read_ssh_options
 from tfdist.launcher.job import Job, build_python_command, parse_num_workers
 
-_EXAMPLES = """\
-usage: python -m tfdist.launch [flags] script.py [its flags]
+_USAGE = """\
+python -m tfdist.launch [flags] script.py [its flags]
        python -m tfdist.launch [flags] -m module [its flags]
        python -m tfdist.launch [flags] -- program [its flags]
 
@@ -42,25 +42,12 @@ In flag names - and _ are the same.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaunchFlags:
-    """What was asked for on the command line.
-
-    Args:
-        job: What to run.
-        dry_run: Whether only to show it.
-        backend: In what kind of place.
-        place: Where in it.
-    """
+    """What was asked for on the command line: to run a job, or only to show it, and where in what kind of place."""
 
     job: Job
     dry_run: bool
     backend: Backend
     place: Any
-
-
-class _Parser(OneLineParser):
-    def format_help(self) -> str:
-        listing = super().format_help()
-        return f"{_EXAMPLES}\n{listing[listing.index('flags:') :]}"
 
 
 def parse_flags(args: Sequence[str], env: Mapping[str, str]) -> LaunchFlags:
@@ -69,9 +56,6 @@ def parse_flags(args: Sequence[str], env: Mapping[str, str]) -> LaunchFlags:
     Args:
         args: Without the program's name.
         env: The environment that the tasks start from.
-
-    Returns:
-        The job, where it runs, and whether it is only to be shown.
 
     Raises:
         ConfigError: If a flag is unknown or malformed, or the command is missing or does not exist.
@@ -105,18 +89,14 @@ def parse_flags(args: Sequence[str], env: Mapping[str, str]) -> LaunchFlags:
     return LaunchFlags(job=job, dry_run=flags.dry_run, backend=backend, place=place)
 
 
-def _build_parser() -> _Parser:
-    parser = _Parser(prog="tfdist.launch", usage="", allow_abbrev=False, add_help=False)
+def _build_parser() -> OneLineParser:
+    parser = OneLineParser(prog="tfdist.launch", usage=_USAGE, allow_abbrev=False, add_help=False)
     group = parser.add_argument_group("flags")
     add = group.add_argument
     add("--num_workers", "--nproc_per_node", "--num_proc", "-np", "-n", metavar="N",
         help="tasks that compute (default: 1, or all slots of --hosts); 2:4: at most 4, at least 2")  # fmt: skip
-    add(
-        "--num_ps",
-        type=int,
-        metavar="N",
-        help="tasks that hold variables (default: 1 with --strategy=ps, else 0)",
-    )
+    add("--num_ps", type=int, metavar="N",
+        help="tasks that hold variables (default: 1 with --strategy=ps, else 0)")  # fmt: skip
     add("--strategy", metavar="NAME", help="one_device, mirrored, multiworker or ps, handed to the tasks")
     add("--run_dir", metavar="DIR", help="folder of the run; each task's output is kept in DIR/logs")
     add("--num_threads", type=int, metavar="N", help="threads of each task (default: cores / workers)")
@@ -136,8 +116,10 @@ def _build_parser() -> _Parser:
     for name, backend in BACKENDS.items():
         group = parser.add_argument_group(f"with --{name}")
         group.add_argument(f"--{name}", action="store_true", help=backend.help)
-        for flag, keywords in backend.flags.items():
-            group.add_argument(flag, **keywords)
+        kinds = types_of(backend.kind)
+        for flag, (_, rule) in settings_of(backend.kind).items():
+            (kind,) = kinds[flag]
+            group.add_argument(f"--{flag}", type=kind, help=rule.help)
     return parser
 
 
@@ -165,9 +147,9 @@ _TRAIN = "tfdist.train"
 _NOTHING_TO_RUN = "nothing to run: name script.py, -m module, or -- program, after the flags (see --help)"
 _VALUED = (
     "--num_workers", "--nproc_per_node", "--num_proc", "-np", "-n", "--num_ps", "--strategy", "--run_dir",
-    "--num_threads", "--hosts", "-H", "--hostfile", *SSH_FLAGS, "-i", "--exchange", "--config",
-    *(f"--{name}" for name in _OPTIONS),
-    *(flag for backend in BACKENDS.values() for flag in backend.flags),
+    "--num_threads", "--hosts", "-H", "--hostfile", "-i", "--exchange", "--config",
+    *(f"--{name}" for name in (*settings_of(SshOptions), *_OPTIONS)),
+    *(f"--{name}" for backend in BACKENDS.values() for name in settings_of(backend.kind)),
 )  # fmt: skip
 
 
@@ -236,13 +218,8 @@ def _build_command(mode: str, words: Sequence[str]) -> list[str]:
         return build_python_command(words, module=True)
     path = Path(words[0])
     is_program = os.access(path, os.X_OK) and os.sep in words[0] and path.suffix != ".py"
-    if (
-        path.is_dir()
-        and (path / "__main__.py").is_file()
-        or path.is_file()
-        and not is_program
-        and mode == "script"
-    ):
+    is_script = path.is_file() and not is_program and mode == "script"
+    if is_script or path.is_dir() and (path / "__main__.py").is_file():
         return build_python_command(words)
     if path.suffix == ".py":
         if path.is_file():
@@ -261,9 +238,8 @@ def _build_command(mode: str, words: Sequence[str]) -> list[str]:
 def _check_module(name: str) -> None:
     top = name.partition(".")[0]
     try:
-        found = (
-            importlib.util.find_spec(top) is not None
-        )  # only the top package: looking deeper would import it
+        # Only the top package: looking deeper would import it.
+        found = importlib.util.find_spec(top) is not None
     except (ImportError, ValueError):
         found = False
     if not found:

@@ -6,17 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from tfdist.cluster.spec import Task
+from tfdist.config.settings import setting, settings_of, types_of
 from tfdist.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Host:
-    """A machine.
-
-    Args:
-        name: As ssh and the other machines know it.
-        num_slots: Workers that it may run.
-    """
+    """A machine, by the name that ssh and the other machines know, and how many workers it may run."""
 
     name: str
     num_slots: int = 1
@@ -24,56 +20,32 @@ class Host:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SshOptions:
-    """How other machines are reached; what is None is left to the user's ssh configuration.
+    """How other machines are reached: the flags that every command has beside --hosts."""
 
-    Args:
-        port: Of sshd.
-        identity_file: The private key.
-        config_file: In place of the user's own.
-        python: The interpreter there; None: the same path as here.
-    """
-
-    port: int | None = None
-    identity_file: str | None = None
-    config_file: str | None = None
-    python: str | None = None
-
-
-# What a command has beside --hosts, as argparse takes it.
-SSH_FLAGS: Mapping[str, Mapping[str, Any]] = {
-    "--ssh_port": {"type": int, "metavar": "N", "help": "of sshd (default: as ssh is configured)"},
-    "--identity_file": {"metavar": "FILE", "help": "private key (default: as ssh is configured)"},
-    "--ssh_config": {"metavar": "FILE", "help": "in place of the user's own"},
-    "--python": {
-        "metavar": "PATH",
-        "help": "the hosts' Python, which has tfdist (default: the same path as here)",
-    },
-}
+    ssh_port: int | None = setting(None, help="Port of sshd. Default: as ssh is configured.")
+    identity_file: str | None = setting(None, help="Private key for ssh. Default: as ssh is configured.")
+    ssh_config: str | None = setting(None, help="Configuration of ssh in place of the user's own.")
+    python: str | None = setting(
+        None, help="The hosts' Python, which has tfdist. Default: the path of this one."
+    )
 
 
 def add_host_flags(parser: Any, what: str) -> None:
-    """Adds the flags that name hosts and say how ssh gets there.
-
-    Args:
-        parser: Or a group of one, as argparse has them.
-        what: Is done on the hosts.
-    """
+    """Adds to a parser of argparse, or a group of one, the flags that say on which hosts to do something."""
     parser.add_argument("--hosts", "-H", metavar="LIST", help=f"{what}: h1:2,h2:4, with slots for workers")
     parser.add_argument(
         "--hostfile", metavar="FILE", help="the same from a file: a line `h1 slots=2` for each"
     )
-    for flag, keywords in SSH_FLAGS.items():
-        parser.add_argument(flag, *(["-i"] if flag == "--identity_file" else []), **keywords)
+    kinds = types_of(SshOptions)
+    for name, (_, rule) in settings_of(SshOptions).items():
+        (kind,) = kinds[name]
+        short = ["-i"] if name == "identity_file" else []
+        parser.add_argument(f"--{name}", *short, type=kind, help=rule.help)
 
 
 def read_ssh_options(flags: Any) -> SshOptions:
-    """Takes the values of `SSH_FLAGS` from a parsed command line."""
-    return SshOptions(
-        port=flags.ssh_port,
-        identity_file=flags.identity_file,
-        config_file=flags.ssh_config,
-        python=flags.python,
-    )
+    """Takes what a parsed command line says of ssh."""
+    return SshOptions(**{name: getattr(flags, name) for name in settings_of(SshOptions)})
 
 
 def parse_hosts(text: str) -> tuple[Host, ...]:
@@ -83,9 +55,6 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
         text: `h1:2,h2:4`; a host without a number has one slot. An IPv6 address with a number stands in brackets:
             `[fd00::1]:2`.
 
-    Returns:
-        The hosts, in order.
-
     Raises:
         ConfigError: If a name or number is missing, or a host comes twice.
     """
@@ -94,12 +63,6 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
 
 def parse_host_file(text: str) -> tuple[Host, ...]:
     """Reads a host file of horovodrun or Open MPI: a host a line, `slots=N` after it; `#` begins a comment.
-
-    Args:
-        text: The file's content.
-
-    Returns:
-        The hosts, in order.
 
     Raises:
         ConfigError: If a line is something else, or a host comes twice.
@@ -120,14 +83,7 @@ def parse_host_file(text: str) -> tuple[Host, ...]:
 
 
 def read_hosts(listed: str | None, file: str | None) -> tuple[Host, ...]:
-    """Reads the hosts of a command line.
-
-    Args:
-        listed: As `parse_hosts` reads them, or None.
-        file: A host file's path, or None.
-
-    Returns:
-        The hosts; none if neither is given.
+    """Reads the hosts of a command line, listed or from a host file; none if neither is given.
 
     Raises:
         ConfigError: If both are given, or what is given cannot be read.
@@ -146,13 +102,6 @@ def read_hosts(listed: str | None, file: str | None) -> tuple[Host, ...]:
 
 def place_tasks(tasks: Sequence[Task], hosts: Sequence[Host]) -> Mapping[Task, Host]:
     """Says on which host each task runs: the chief on the first, ps in turn, workers by the hosts' slots.
-
-    Args:
-        tasks: Of the cluster.
-        hosts: Where they may run.
-
-    Returns:
-        Task → host.
 
     Raises:
         ConfigError: If there are fewer slots than workers.

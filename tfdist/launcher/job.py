@@ -11,16 +11,9 @@ from tfdist.cluster.cores import count_cores
 from tfdist.cluster.environments.mpi import drop_rank
 from tfdist.cluster.gpus import PER_WORKER_VARIABLE
 from tfdist.cluster.peer_allowlist import LISTEN_VARIABLE
-from tfdist.cluster.spec import (
-    Cluster,
-    Task,
-    canonical_strategy,
-    check_strategy,
-    render_tf_config,
-    split_address,
-)
+from tfdist.cluster.spec import Cluster, Task, canonical_strategy, check_strategy, render_tf_config
 from tfdist.config.job_options import JobOptions
-from tfdist.config.settings import check_settings
+from tfdist.config.settings import check_settings, setting
 from tfdist.config.sync_options import EXCHANGES
 from tfdist.errors import ConfigError
 from tfdist.launcher.hosts import Host, SshOptions
@@ -53,17 +46,11 @@ class Job(JobOptions):
 
     Args:
         command: Program and arguments, the same for every task.
-        num_workers: Tasks that compute.
-        num_ps: Tasks that hold variables; None is 1 under the strategy `ps`, else 0.
         strategy: Any name of a strategy, handed to the tasks; None leaves the choice to the command.
         run_dir: Folder of the run; each task's whole output is kept in its `logs`. None keeps no logs.
         env: The environment that every task starts from, save for what makes this process a rank of MPI.
-        threads_per_task: TensorFlow's intra-op threads in each task; None divides this machine's cores.
-        min_workers: With how few workers the job may go on when some have died; None: only with all.
         hosts: Machines to run on, by ssh; none: this one.
         ssh: How they are reached.
-        exchange: What carries gradients between the workers of `multiworker`: `collective`, TensorFlow's own; `mpi`,
-            for which this launcher stands in for `mpiexec`; `auto` lets the tasks choose.
         preload: Modules that are imported once, before this machine's tasks are forked; none: each is started anew.
 
     Raises:
@@ -72,16 +59,24 @@ class Job(JobOptions):
     """
 
     command: Sequence[str]
-    num_workers: int = 1
-    num_ps: int | None = None
+    num_workers: int = setting(1, least=1, help="Tasks that compute.")
+    num_ps: int | None = setting(
+        None, least=0, help="Tasks that hold variables. Default: 1 under the strategy ps, else 0."
+    )
     strategy: str | None = None
     run_dir: str | None = None
     env: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(os.environ))
-    threads_per_task: int | None = None
-    min_workers: int | None = None
+    threads_per_task: int | None = setting(
+        None, least=1, help="TensorFlow's intra-op threads in each task. Default: its share of the cores."
+    )
+    min_workers: int | None = setting(
+        None, least=1, help="With so few workers the job may go on when some have died. Default: with all."
+    )
     hosts: tuple[Host, ...] = ()
     ssh: SshOptions = SshOptions()
-    exchange: str = "auto"
+    exchange: str = setting(
+        "auto", choices=EXCHANGES, help="What carries gradients; mpi: this launcher is its mpiexec."
+    )
     preload: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -97,21 +92,14 @@ class Job(JobOptions):
         if self.elastic == "in_process" and self.hosts:
             raise ConfigError("elastic is 'in_process' with hosts: it is for one machine; choose 'restart'")
         self._check_exchange()
-        _check_at_least("num_workers", self.num_workers, 1)
-        _check_at_least("num_ps", self.num_ps, 0)
-        _check_at_least("min_workers", self.min_workers, 1)
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ConfigError(
                 f"num_workers is {self.min_workers}:{self.num_workers}: write it as least:most, such as 2:4"
             )
-        _check_at_least("threads_per_task", self.threads_per_task, 1)
         if self.strategy is not None:
-            placeholders = range(1, self.num_tasks + 1)
-            check_strategy(build_cluster(self, placeholders), self.strategy)
+            check_strategy(build_cluster(self), self.strategy)
 
     def _check_exchange(self) -> None:
-        if self.exchange not in EXCHANGES:
-            raise ConfigError(f"exchange is {self.exchange!r}: it must be one of {', '.join(EXCHANGES)}")
         if self.exchange != "mpi":
             return
         if self.num_ps or self.strategy not in (None, "multiworker"):
@@ -169,18 +157,10 @@ def parse_num_workers(text: str) -> tuple[int | None, int]:
     return least, int(words[-1])
 
 
-def build_cluster(job: Job, ports: Sequence[int]) -> Cluster:
-    """Gives each task of a job an address on this machine's loopback.
-
-    Args:
-        job: The job.
-        ports: One port per task.
-
-    Returns:
-        The cluster, seen from outside (its `task` is None).
-    """
+def build_cluster(job: Job, ports: Sequence[int] | None = None) -> Cluster:
+    """Gives each task of a job a port on loopback (None: placeholders); the cluster is seen from outside."""
     counts = {"chief": int(job.has_chief), "worker": job.num_workers, "ps": job.num_ps or 0}
-    left = iter(ports)
+    left = iter(ports or range(1, job.num_tasks + 1))
     return Cluster(
         addresses={
             role: tuple(f"127.0.0.1:{next(left)}" for _ in range(n)) for role, n in counts.items() if n
@@ -189,15 +169,7 @@ def build_cluster(job: Job, ports: Sequence[int]) -> Cluster:
 
 
 def build_python_command(words: Sequence[str], *, module: bool = False) -> list[str]:
-    """Makes the command that runs a Python script or module with this interpreter.
-
-    Args:
-        words: The script or module and its arguments.
-        module: Whether the first word is a module, as after `python -m`.
-
-    Returns:
-        Program and arguments.
-    """
+    """Makes the command that runs a Python script, or a module, and its arguments with this interpreter."""
     return [sys.executable, *(["-m"] if module else []), *words]
 
 
@@ -214,9 +186,6 @@ def render_env(
         task: The one that is to be started.
         num_cores: Of its machine; None: as this one's.
         num_sharing: Workers that share them; None: all.
-
-    Returns:
-        Variables that are new or changed.
     """
     cores, sharing = num_cores or count_cores(), num_sharing or job.num_workers
     own = {"TF_CONFIG": render_tf_config(cluster.with_task(task))}
@@ -225,8 +194,7 @@ def render_env(
         own |= _render_mpi(job, cluster, is_crowded=sharing > cores)
     shared = render_shared_env(job, cores=cores, cores_per_task=max(1, cores // sharing))
     if "no_grpc_proxy" in shared and not cluster.is_loopback:
-        hosts = {split_address(cluster.address(other))[0] for other in cluster.tasks}
-        own["no_grpc_proxy"] = ",".join([*filter(None, [job.env.get("no_proxy")]), *sorted(hosts)])
+        own["no_grpc_proxy"] = ",".join([*filter(None, [job.env.get("no_proxy")]), *cluster.hosts])
     return shared | own
 
 
@@ -237,9 +205,6 @@ def render_shared_env(job: Job, *, cores: int | None, cores_per_task: int | None
         job: The job.
         cores: How many cores a task sees; None if nobody knows.
         cores_per_task: How many of them it should use, unless the job says so.
-
-    Returns:
-        Variables that are new or changed.
     """
     added = {
         "GRPC_FAIL_FAST": "use_caller",  # else a call to a server that is not up yet fails at once
@@ -265,15 +230,7 @@ def render_shared_env(job: Job, *, cores: int | None, cores_per_task: int | None
 
 
 def render_dry_run(job: Job, cluster: Cluster) -> str:
-    """Shows what would be started.
-
-    Args:
-        job: The job.
-        cluster: Its tasks with their addresses.
-
-    Returns:
-        For each task a comment line and a command that can be pasted into a shell.
-    """
+    """Shows what would be started: for each task a comment line and a command that can be pasted into a shell."""
     lines = []
     for task in cluster.tasks:
         variables = [f"{name}={shlex.quote(value)}" for name, value in render_env(job, cluster, task).items()]
@@ -309,8 +266,3 @@ def _render_threads(job: Job, cores: int | None, cores_per_task: int | None) -> 
     # A flag was given for this very launch; it wins over what an environment carries along.
     told = {"OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"} if job.threads_per_task else set()
     return {name: str(n) for name, n in threads.items() if name in told or not job.env.get(name)}
-
-
-def _check_at_least(name: str, value: float | None, least: int) -> None:
-    if value is not None and not value >= least:
-        raise ConfigError(f"{name} is {value:g}: it must be at least {least}")

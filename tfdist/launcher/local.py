@@ -15,6 +15,8 @@ from tfdist.launcher.process.reaper import MARK_VARIABLE
 from tfdist.launcher.ssh.executors import Executor, RemoteExecutor, render_dry_run_remote
 from tfdist.launcher.supervise.chaos import Chaos, parse_chaos
 from tfdist.launcher.supervise.elastic import ElasticCluster
+from tfdist.launcher.supervise.processes import Processes
+from tfdist.launcher.supervise.recovery import Recovery
 from tfdist.launcher.supervise.restarts import Restarts
 from tfdist.launcher.supervise.supervisor import Supervisor
 from tfdist.launcher.supervise.watch import Watch
@@ -25,9 +27,6 @@ def run_local(job: Job) -> int:
 
     None of them outlives this process, even if it is killed. SIGINT, SIGTERM and SIGHUP are passed on to them.
     If one is killed, freezes or hangs, all are started again, up to `job.max_restarts` times.
-
-    Args:
-        job: What to run.
 
     Returns:
         0 if the job ended well; else the exit code of the task that failed first (128 + n for signal n), or
@@ -43,8 +42,7 @@ def run_local(job: Job) -> int:
         executor: Executor = RemoteExecutor(job) if job.hosts else LocalExecutor(job)
         stack.enter_context(executor)
         watch = Watch(folder, hang_timeout_secs=job.hang_timeout_secs)
-        placeholders = build_cluster(job, range(1, job.num_tasks + 1))
-        failures = parse_chaos(job.chaos, placeholders, has_hosts=bool(job.hosts))
+        failures = parse_chaos(job.chaos, build_cluster(job), has_hosts=bool(job.hosts))
         chaos = Chaos(failures, run_dir=job.run_dir, started_at=time.monotonic())
         while True:
             # Of an elastic job no more than there is room for on the hosts that are left.
@@ -72,34 +70,19 @@ def _run_once(
     }
     regrouping = None
     if job.elastic == "in_process" and not job.has_chief and isinstance(executor, LocalExecutor):
+        path = watch.fresh_path("members")
         regrouping = ElasticCluster(
-            watch,
-            path=watch.fresh_path("members"),
-            reserve=executor.hold_ports,
-            min_members=restarts.min_workers,
+            watch, path=path, reserve=executor.hold_ports, min_members=restarts.min_workers
         )
         envs = {task: env | regrouping.render_env(task) for task, env in envs.items()}
-    supervisor = Supervisor(
-        job,
-        cluster,
-        mark,
-        executor=executor,
-        restarts=restarts,
-        watch=watch,
-        chaos=chaos,
-        regrouping=regrouping,
-    )
-    return supervisor, supervisor.run(envs)
+    processes = Processes(job, cluster, mark, envs, executor=executor)
+    recovery = Recovery(job, cluster, processes, restarts=restarts, watch=watch, regrouping=regrouping)
+    supervisor = Supervisor(job, cluster, processes, recovery, restarts=restarts, watch=watch, chaos=chaos)
+    return supervisor, supervisor.run()
 
 
 def render_dry_run_local(job: Job) -> str:
-    """Shows what `run_local` would start, with ports that are free now; starts nothing.
-
-    Args:
-        job: What would be run.
-
-    Returns:
-        Text with every TF_CONFIG and command.
+    """Shows every TF_CONFIG and command that `run_local` would start, with ports that are free now; starts nothing.
 
     Raises:
         LaunchError: If there are no free ports.

@@ -68,11 +68,8 @@ def isolate_server(cluster: Cluster) -> None:
 def serve(cluster: Cluster, *, start_timeout_secs: float = 300.0) -> NoReturn:
     """Serves a `ps` run's chief as this worker or ps, until the launcher ends this process or the chief is gone.
 
-    At SIGTERM it serves on for as long as the chief may need to save its state.
-
-    Args:
-        cluster: With this process's task.
-        start_timeout_secs: Longest wait for the chief, in seconds.
+    The chief may take `start_timeout_secs` to come. At SIGTERM this task serves on for as long as the chief may need to
+    save its state.
 
     Raises:
         ClusterError: If this task's port is taken, or the chief does not come in time.
@@ -111,8 +108,7 @@ def _prepare_grpc(cluster: Cluster, strategy: str) -> None:
     given = os.environ
     given.setdefault("GRPC_FAIL_FAST", "use_caller")
     if any(given.get(name) for name in ("http_proxy", "https_proxy", "grpc_proxy")):
-        hosts = {split_address(cluster.address(task))[0] for task in cluster.tasks}
-        given.setdefault("no_grpc_proxy", ",".join([*sorted(hosts), given.get("no_proxy", "")]).strip(","))
+        given.setdefault("no_grpc_proxy", ",".join([*cluster.hosts, given.get("no_proxy", "")]).strip(","))
     if strategy == "ps" and count_cores() < _MIN_THREADS_PS:
         # With fewer, as where mpirun binds a task to one core, tensors between workers and ps would wait for ever.
         given.setdefault("TF_NUM_INTEROP_THREADS", str(_MIN_THREADS_PS))

@@ -39,15 +39,12 @@ class StagedStrategy:
 def build_strategy(
     *, strategy: str, cluster: Cluster | None, num_replicas: int | None
 ) -> tf.distribute.Strategy | StagedStrategy:
-    """Builds the strategy; under `multiworker` this waits for every peer.
+    """Builds the strategy, TensorFlow's default one for `one_device`; under `multiworker` this waits for every peer.
 
     Args:
         strategy: Canonical strategy name.
         cluster: The cluster with this process's own task; needed by `multiworker` and `ps`.
         num_replicas: Replicas of `mirrored`; None means every GPU, or two CPU replicas.
-
-    Returns:
-        The strategy; for `one_device` TensorFlow's default one.
 
     Raises:
         ConfigError: If more replicas are asked for than there are devices.

@@ -20,15 +20,7 @@ _MAX_CURVES = 6
 
 
 def write_sweep_report(sweep: Sweep, options: SweepOptions) -> str:
-    """Writes `report.html` into the sweep's folder.
-
-    Args:
-        sweep: Of which at least one trial has ended.
-        options: What it was told.
-
-    Returns:
-        What was the best, in lines for a person.
-    """
+    """Writes `report.html` into the folder of a sweep of which a trial has ended; returns the best one, for people."""
     path = options.folder / "report.html"
     trials = sorted(sweep.finished, key=lambda trial: _rank(trial, options.direction))
     best = trials[0]

@@ -55,9 +55,6 @@ def read_space(path: str) -> dict[str, Range]:
         path: YAML of name → list of choices, or `low` and `high` with or without `step` and `log`. A name is a flag of
             `tfdist.train`, or `set.NAME` for a recipe's own setting.
 
-    Returns:
-        Name → range.
-
     Raises:
         ConfigError: If the file cannot be read, or a range is none.
     """

@@ -16,13 +16,16 @@ from typing import Any, Literal
 import optuna
 
 from tfdist.cluster.cores import count_cores
-from tfdist.errors import ConfigError, TfdistError
+from tfdist.errors import ConfigError
 from tfdist.launcher.process import reaper as reaping
 from tfdist.launcher.process.children import Reaper
 from tfdist.sweeping.space import Range, render_choice
 from tfdist.sweeping.trial import TrialRun, build_command
 
-PRUNERS = ("asha", "hyperband", "none")
+_PRUNERS: dict[str, Callable[..., optuna.pruners.BasePruner]] = {
+    "asha": optuna.pruners.SuccessiveHalvingPruner,
+    "hyperband": optuna.pruners.HyperbandPruner,
+}
 # Of a trial that takes the place of one that was killed.
 _AGAIN_OF = "again_of"
 _MISTAKE_CODE = 2
@@ -42,7 +45,7 @@ class SweepOptions:
         num_parallel: At once.
         metric: The number that is to be the best, by its name in `metrics.jsonl`.
         direction: `minimize` or `maximize`.
-        pruner: One of `PRUNERS`: which trials are ended early.
+        pruner: Which trials are ended early.
         grace_epochs: That each trial has before it may be.
         seed: Of what is tried.
     """
@@ -55,7 +58,7 @@ class SweepOptions:
     num_parallel: int = 1
     metric: str = "val_loss"
     direction: Literal["minimize", "maximize"] = "minimize"
-    pruner: str = "asha"
+    pruner: Literal["asha", "hyperband", "none"] = "asha"
     grace_epochs: int = 1
     seed: int = 0
 
@@ -76,13 +79,15 @@ class Sweep:
         self._stopped_by: BaseException | signal.Signals | None = None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         options.folder.mkdir(parents=True, exist_ok=True)
+        build = _PRUNERS.get(options.pruner)
+        pruner = build(min_resource=options.grace_epochs) if build else optuna.pruners.NopPruner()
         try:
             self.study = optuna.create_study(
                 study_name="sweep",
                 storage=f"sqlite:///{options.folder.resolve() / 'study.db'}",
                 direction=options.direction,
                 sampler=optuna.samplers.TPESampler(seed=options.seed, constant_liar=options.num_parallel > 1),
-                pruner=_build_pruner(options.pruner, options.grace_epochs),
+                pruner=pruner,
                 load_if_exists=True,
             )
         except Exception as error:
@@ -237,13 +242,3 @@ def describe_importance(study: optuna.Study) -> dict[str, float]:
     except (RuntimeError, ValueError, ImportError):
         return {}
     return {name: float(share) for name, share in found.items()}
-
-
-def _build_pruner(name: str, grace_epochs: int) -> optuna.pruners.BasePruner:
-    if name == "none":
-        return optuna.pruners.NopPruner()
-    if name == "hyperband":
-        return optuna.pruners.HyperbandPruner(min_resource=grace_epochs)
-    if name == "asha":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=grace_epochs)
-    raise TfdistError(f"pruner={name!r}: choose one of {', '.join(PRUNERS)}.")

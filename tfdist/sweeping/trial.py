@@ -21,14 +21,7 @@ _END_SECS = 60.0
 
 
 class TrialRun:
-    """A run of `tfdist.train` in a process of its own.
-
-    Args:
-        command: Program and arguments.
-        run_dir: Where it writes.
-        env: Its environment.
-        reaper: Ends it if this process dies.
-    """
+    """A run of `tfdist.train` in a process of its own, which the reaper ends if this one dies."""
 
     def __init__(self, command: Sequence[str], run_dir: Path, env: Mapping[str, str], reaper: Reaper) -> None:
         self._run_dir = RunDir(run_dir)
@@ -99,12 +92,6 @@ class TrialRun:
 
 
 def build_command(flags: Sequence[str], run_dir: Path, launch: Sequence[str]) -> list[str]:
-    """Returns the command of one run.
-
-    Args:
-        flags: Of `tfdist.train`.
-        run_dir: Where it is to write.
-        launch: Flags of `tfdist.launch`, such as --slurm; none: the run starts its own cluster.
-    """
+    """Returns the command of one run, by `tfdist.launch` where that has flags; else the run starts its own cluster."""
     train = ["tfdist.train", *flags, f"--run_dir={run_dir}", "--report=off", "--verbose=2"]
     return [sys.executable, "-m", *(["tfdist.launch", *launch, "-m"] if launch else []), *train]

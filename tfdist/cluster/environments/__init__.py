@@ -1,8 +1,8 @@
 """Finds out which cluster the surrounding world (a scheduler, a launcher, a person) has described.
 
 Each module that `_ENVIRONMENTS` lists knows one world and offers `detect(env) -> bool` and
-`build_cluster(env, num_ps) -> Cluster`; the most explicit is asked first. Where a world only counts its tasks, `num_ps`
-deals the roles.
+`build_cluster(env, num_ps) -> Cluster`, with this process as its task; the most explicit is asked first. Where a world
+only counts its tasks, `num_ps` of them hold variables.
 """
 
 import functools

@@ -1,7 +1,8 @@
 """The world of Kubernetes: an Indexed Job or a StatefulSet behind a headless Service, or a JobSet.
 
 Kubernetes tells a pod its name, and neither how many there are nor their Service: the pod's template adds
-TFDIST_NUM_TASKS (a JobSet's TFDIST_NUM_WORKERS and TFDIST_NUM_PS) and TFDIST_SERVICE. All pods have one port.
+TFDIST_NUM_TASKS and TFDIST_SERVICE. A JobSet with jobs called chief, worker and ps has its own numbers,
+TFDIST_NUM_WORKERS and TFDIST_NUM_PS. All pods have one port.
 """
 
 from collections.abc import Mapping
@@ -22,24 +23,13 @@ SERVICE_VARIABLE = "TFDIST_SERVICE"
 
 
 def detect(env: Mapping[str, str]) -> bool:
-    """Tells whether this pod is one of several that know each other.
-
-    Args:
-        env: The environment variables.
-    """
+    """Tells whether this pod is one of several that know each other."""
     is_pod = "KUBERNETES_SERVICE_HOST" in env or "JOB_COMPLETION_INDEX" in env
     return is_pod and (_has_role(env) or read_number(env, NUM_TASKS_VARIABLE) > 1)
 
 
 def build_cluster(env: Mapping[str, str], num_ps: int = 0) -> Cluster:
     """Names the pods as Kubernetes does.
-
-    Args:
-        env: The environment variables.
-        num_ps: Tasks that hold variables; a JobSet with jobs called chief, worker and ps has its own number.
-
-    Returns:
-        The cluster, with this process as its task.
 
     Raises:
         ClusterError: If the pod's name and number contradict each other.

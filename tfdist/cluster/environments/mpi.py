@@ -22,11 +22,7 @@ _MEETING_PORT_OFFSET = 63  # The last of the job's own ports.
 
 
 def detect(env: Mapping[str, str]) -> bool:
-    """Tells whether this process is one of several that `mpirun` has started.
-
-    Args:
-        env: The environment variables.
-    """
+    """Tells whether this process is one of several that `mpirun` has started."""
     if "OMPI_COMM_WORLD_RANK" in env:
         return read_number(env, "OMPI_COMM_WORLD_SIZE") > 1
     # srun --mpi=pmi2 sets PMI_RANK too, and Slurm's own variables say more; mpirun alone counts local ranks.
@@ -36,9 +32,6 @@ def detect(env: Mapping[str, str]) -> bool:
 
 def find_starter(env: Mapping[str, str]) -> str:
     """Says whose MPI this process was started for; another's cannot join it.
-
-    Args:
-        env: The environment variables.
 
     Returns:
         "MPICH" (and its relatives, Slurm, tfdist's own launcher), "Open MPI", or "" where none was expected.
@@ -51,11 +44,7 @@ def find_starter(env: Mapping[str, str]) -> str:
 def drop_rank(env: Mapping[str, str]) -> dict[str, str]:
     """Leaves out what makes a process a rank of MPI: those that it starts are none, and MPI would end them for it.
 
-    Args:
-        env: The environment variables, such as those of a shell that `srun` has started.
-
-    Returns:
-        The others.
+    A shell that `srun` has started is such a rank.
     """
     return {name: value for name, value in env.items() if name not in _RANK_VARIABLES}
 
@@ -65,13 +54,6 @@ def build_cluster(env: Mapping[str, str], num_ps: int = 0) -> Cluster:
 
     They meet at TFDIST_COORDINATOR=HOST:PORT, a free port of rank 0's host, or, without it, where Open MPI's `mpirun`
     itself runs.
-
-    Args:
-        env: The environment variables.
-        num_ps: Tasks that hold variables.
-
-    Returns:
-        The cluster, with this process as its task.
 
     Raises:
         ClusterError: If nothing says where to meet, or some ranks do not come.
@@ -90,11 +72,7 @@ def build_cluster(env: Mapping[str, str], num_ps: int = 0) -> Cluster:
 
 
 def find_coordinator(env: Mapping[str, str], port: int) -> tuple[tuple[str, int], ...]:
-    """Finds where ranks on several hosts can meet rank 0.
-
-    Args:
-        env: The environment variables.
-        port: The port, where TFDIST_COORDINATOR names none.
+    """Finds where ranks on several hosts can meet rank 0, at `port` where TFDIST_COORDINATOR names none.
 
     Returns:
         Hosts and ports, all of one machine, of which one or another may be reached.

@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Mapping, Sequence
 
-from tfdist.cluster.spec import Cluster, Task, canonical_strategy
+from tfdist.cluster.spec import Cluster, Task, canonical_strategy, join_address
 from tfdist.errors import ClusterError
 
 STRATEGY_VARIABLE = "TFDIST_STRATEGY"
@@ -16,15 +16,7 @@ _NUM_SLOTS = 340
 
 
 def read_number(env: Mapping[str, str], name: str, default: int = 0) -> int:
-    """Reads a whole number.
-
-    Args:
-        env: The environment variables.
-        name: Of the variable.
-        default: Where the variable is missing or blank.
-
-    Returns:
-        The number, 0 or more.
+    """Reads a whole number, 0 or more; the default where the variable is missing or blank.
 
     Raises:
         ClusterError: If it is something else.
@@ -38,15 +30,9 @@ def read_number(env: Mapping[str, str], name: str, default: int = 0) -> int:
 
 
 def read_num_ps(env: Mapping[str, str], strategy: str | None = None, num_ps: int | None = None) -> int:
-    """Settles how many tasks shall hold variables.
+    """Settles how many tasks shall hold variables: under `ps` by default one, under other strategies none.
 
-    Args:
-        env: The environment variables; TFDIST_STRATEGY and TFDIST_NUM_PS stand in for what is not given.
-        strategy: Any accepted name of a strategy.
-        num_ps: How many under `ps`; by default one.
-
-    Returns:
-        The number, 0 under other strategies.
+    TFDIST_STRATEGY, any name of a strategy, and TFDIST_NUM_PS stand in for what is not given.
 
     Raises:
         ConfigError: If the strategy is unknown.
@@ -58,14 +44,9 @@ def read_num_ps(env: Mapping[str, str], strategy: str | None = None, num_ps: int
 
 
 def find_port(env: Mapping[str, str], job: int) -> int:
-    """Finds the first port of a job's tasks, so that jobs that share a host do not meet.
+    """Finds the port of a job's first task on each host, so that jobs that share one do not meet; others follow it.
 
-    Args:
-        env: Whose TFDIST_PORT goes before.
-        job: A number of the job; neighbours have different ports.
-
-    Returns:
-        The port of the first task on each host; the others have the next ones.
+    Jobs of neighbouring numbers have different ports. TFDIST_PORT goes before.
     """
     return read_number(env, PORT_VARIABLE, _FIRST_PORT + job * 13 % _NUM_SLOTS * _PORTS_PER_JOB)
 
@@ -81,9 +62,6 @@ def build_ranked_cluster(*, hosts: Sequence[str], rank: int, num_ps: int, port: 
         num_ps: Tasks that hold variables.
         port: Of the first task on each host.
 
-    Returns:
-        The cluster, with this process as its task.
-
     Raises:
         ClusterError: If there are too few tasks for the roles, or no such rank.
     """
@@ -97,7 +75,7 @@ def build_ranked_cluster(*, hosts: Sequence[str], rank: int, num_ps: int, port: 
     used: collections.Counter[str] = collections.Counter()
     addresses = []
     for host in hosts:
-        addresses.append(f"{f'[{host}]' if ':' in host else host}:{port + used[host]}")
+        addresses.append(join_address(host, port + used[host]))
         used[host] += 1
     (task,) = (Task(role, ranks.index(rank)) for role, ranks in ranks_of.items() if rank in ranks)
     roles = {role: tuple(addresses[r] for r in ranks) for role, ranks in ranks_of.items()}

@@ -11,23 +11,12 @@ _DEFAULT_PORT = 2222
 
 
 def detect(env: Mapping[str, str]) -> bool:
-    """Tells whether SM_HOSTS names several hosts.
-
-    Args:
-        env: The environment variables.
-    """
+    """Tells whether SM_HOSTS names several hosts."""
     return "SM_CURRENT_HOST" in env and len(_read_hosts(env)) > 1
 
 
 def build_cluster(env: Mapping[str, str], num_ps: int = 0) -> Cluster:
     """Takes the hosts in their order.
-
-    Args:
-        env: The environment variables.
-        num_ps: Tasks that hold variables.
-
-    Returns:
-        The cluster, with this process as its task.
 
     Raises:
         ClusterError: If this host is not among them.

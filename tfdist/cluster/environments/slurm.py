@@ -17,20 +17,12 @@ _SCONTROL_SECS = 20.0
 
 
 def detect(env: Mapping[str, str]) -> bool:
-    """Tells whether this process is one of several tasks of a step; an sbatch script itself is not.
-
-    Args:
-        env: The environment variables.
-    """
+    """Tells whether this process is one of several tasks of a step; an sbatch script itself is not."""
     return "SLURM_PROCID" in env and read_number(env, "SLURM_STEP_NUM_TASKS") > 1
 
 
 def describe_unused(env: Mapping[str, str]) -> str | None:
-    """Says that tasks were allocated and `srun` was not used to start them; None if that is not so.
-
-    Args:
-        env: The environment variables.
-    """
+    """Says that tasks were allocated and `srun` was not used to start them; None if that is not so."""
     num_tasks = max(read_number(env, "SLURM_NTASKS"), read_number(env, "SLURM_JOB_NUM_NODES"))
     if "SLURM_JOB_ID" not in env or "SLURM_STEP_NUM_TASKS" in env or num_tasks < 2:
         return None
@@ -44,13 +36,6 @@ def build_cluster(env: Mapping[str, str], num_ps: int = 0) -> Cluster:
     """Reads a step's nodes, tasks and their distribution.
 
     Names of nodes need not resolve: where `scontrol` is on the PATH, it is asked for their addresses.
-
-    Args:
-        env: The environment variables.
-        num_ps: Tasks that hold variables.
-
-    Returns:
-        The cluster, with this process as its task.
 
     Raises:
         ClusterError: If the variables contradict each other, or do not say where each rank runs.
@@ -84,12 +69,6 @@ def build_cluster(env: Mapping[str, str], num_ps: int = 0) -> Cluster:
 def expand_nodes(text: str) -> list[str]:
     """Expands a node list, as `rack[0-1]n[08-10,12],login` is one; `scontrol show hostnames` does the same.
 
-    Args:
-        text: Names with ranges in brackets, several in a name too.
-
-    Returns:
-        The names, in Slurm's order.
-
     Raises:
         ClusterError: If it is malformed.
     """
@@ -104,13 +83,7 @@ def expand_nodes(text: str) -> list[str]:
 
 
 def parse_tasks_per_node(text: str) -> list[int]:
-    """Parses `2(x3),1` into 2, 2, 2, 1.
-
-    Args:
-        text: As Slurm writes it.
-
-    Returns:
-        The tasks of each node.
+    """Parses `2(x3),1` into 2, 2, 2, 1, the tasks of each node.
 
     Raises:
         ClusterError: If it is malformed.

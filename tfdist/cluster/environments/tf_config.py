@@ -9,14 +9,7 @@ VARIABLE = "TF_CONFIG"
 
 
 def detect(env: Mapping[str, str]) -> bool:
-    """Tells whether TF_CONFIG describes something; blank or an empty object does not.
-
-    Args:
-        env: The environment variables.
-
-    Returns:
-        True if TF_CONFIG is to be read; malformed text is, so that its error is seen.
-    """
+    """Tells whether TF_CONFIG is to be read: not if blank or an empty object; malformed text is, to see its error."""
     text = env.get(VARIABLE, "").strip()
     try:
         return bool(text) and json.loads(text) != {}
@@ -27,15 +20,8 @@ def detect(env: Mapping[str, str]) -> bool:
 def build_cluster(env: Mapping[str, str], num_ps: int = 0) -> Cluster:
     """Reads TF_CONFIG.
 
-    Args:
-        env: The environment variables.
-        num_ps: Not asked for: TF_CONFIG says it.
-
-    Returns:
-        The cluster, with this process as its task.
-
     Raises:
         ClusterError: If TF_CONFIG is malformed or contradicts itself.
     """
-    del num_ps
+    del num_ps  # TF_CONFIG says it
     return parse_tf_config(env[VARIABLE])

@@ -11,28 +11,17 @@ _ROLES = {"workerpool0": "chief", "workerpool1": "worker", "workerpool2": "ps", 
 
 
 def detect(env: Mapping[str, str]) -> bool:
-    """Tells whether CLUSTER_SPEC describes worker pools.
-
-    Args:
-        env: The environment variables.
-    """
+    """Tells whether CLUSTER_SPEC describes worker pools."""
     return "workerpool0" in _read(env).get("cluster", ())
 
 
 def build_cluster(env: Mapping[str, str], num_ps: int = 0) -> Cluster:
     """Takes the pools for chief, workers, ps and evaluators, as Vertex AI does in its TF_CONFIG.
 
-    Args:
-        env: The environment variables.
-        num_ps: Not asked for: the pools say it.
-
-    Returns:
-        The cluster, with this process as its task.
-
     Raises:
         ClusterError: If it contradicts itself.
     """
-    del num_ps
+    del num_ps  # the pools say it
     spec = _read(env)
     task = dict(spec.get("task") or {})
     task["type"] = _ROLES.get(task.get("type", ""), task.get("type"))

@@ -5,7 +5,7 @@ import signal
 from pathlib import PurePosixPath
 from typing import Any
 
-from tfdist.errors import PEER_LOST_CODE, ConfigError
+from tfdist.errors import PEER_LOST_CODE
 from tfdist.launcher.job import RESTART_VARIABLE, Job, render_shared_env
 from tfdist.launcher.kubernetes.pods import (
     INDEX,
@@ -26,32 +26,19 @@ _WORTH_A_RESTART = [PEER_LOST_CODE, *sorted(128 + signal.Signals[name] for name 
 
 
 def render_kubernetes(job: Job, pods: Pods) -> str:
-    """Writes what `kubectl apply -f -` takes.
-
-    Args:
-        job: What to run.
-        pods: Where and in what.
-
-    Returns:
-        YAML, one document per object.
+    """Writes what `kubectl apply -f -` takes: YAML, one document per object.
 
     Raises:
-        ConfigError: If the run_dir would be lost, or PyYAML is not installed.
+        ConfigError: If the run_dir would be lost.
     """
-    try:
-        import yaml  # here, since nobody else needs it
-    except ImportError:
-        raise ConfigError("--kubernetes needs PyYAML: pip install 'tfdist[kubernetes]'") from None
+    import yaml  # here, since nobody else needs it
+
     documents = build_documents(complete_job(job, pods), pods)
     return "---\n".join(yaml.safe_dump(one, sort_keys=False, width=2**20) for one in documents)
 
 
 def build_documents(job: Job, pods: Pods) -> list[dict[str, Any]]:
-    """Builds the objects that make up a job.
-
-    Args:
-        job: What to run, as `complete_job` returns it.
-        pods: Where and in what.
+    """Builds the objects that make up a job, as `complete_job` returns it.
 
     Returns:
         A NetworkPolicy first, so that no pod is open before it; then a headless Service and an Indexed Job, or, with ps

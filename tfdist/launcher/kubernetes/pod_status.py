@@ -35,13 +35,7 @@ class PodStatus:
 
 
 def parse_listing(listing: Mapping[str, Any]) -> tuple[bool | None, list[PodStatus]]:
-    """Reads what `kubectl get job,pods -o json` prints.
-
-    Args:
-        listing: The List that it printed.
-
-    Returns:
-        Whether the job ended well, None while it runs; and its pods.
+    """Reads what `kubectl get job,pods -o json` prints: whether the job ended well, None while it runs; and its pods.
 
     Raises:
         LaunchError: If the job itself is not in it.
@@ -59,10 +53,7 @@ def parse_listing(listing: Mapping[str, Any]) -> tuple[bool | None, list[PodStat
 
 
 def find_cause(pods: Mapping[str, PodStatus]) -> PodStatus | None:
-    """Finds the pod whose end was the job's.
-
-    Args:
-        pods: All that were seen, by name.
+    """Finds the pod whose end was the job's, among all that were seen, by name.
 
     Returns:
         Of the last attempt's that failed the first, one that only lost the others last; None if none failed.

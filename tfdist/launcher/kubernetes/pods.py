@@ -3,25 +3,12 @@
 import dataclasses
 import re
 from pathlib import PurePosixPath
-from typing import Any
 
 from tfdist.cluster.spec import Cluster
+from tfdist.config.settings import check_settings, setting
 from tfdist.errors import ConfigError
 from tfdist.launcher.job import Job
 
-FLAGS: dict[str, dict[str, Any]] = {
-    "--image": {"metavar": "IMAGE", "help": "container image with Python, tfdist and the program"},
-    "--namespace": {"metavar": "NAME", "help": "where the pods live (default: default)"},
-    "--name": {"metavar": "NAME", "help": "what the job and its pods are called (default: tfdist)"},
-    "--cpus": {"type": float, "metavar": "N", "help": "cores of each task (default: 2)"},
-    "--memory": {"metavar": "SIZE", "help": "memory of each task, such as 16Gi (default: 4Gi)"},
-    "--gpus": {"type": int, "metavar": "N", "help": "GPUs of each worker (default: 0)"},
-    "--volume_claim": {
-        "metavar": "CLAIM",
-        "help": "volume that every pod mounts at the folder above --run_dir (default run_dir: /runs/NAME)",
-    },
-    "--port": {"type": int, "metavar": "N", "help": "where each task's server listens (default: 2222)"},
-}
 JOB_RESTARTS = "batch.kubernetes.io/job-index-failure-count"
 JOBSET_RESTARTS = "jobset.sigs.k8s.io/restart-attempt"
 INDEX = "batch.kubernetes.io/job-completion-index"
@@ -37,32 +24,25 @@ _MEMORY = re.compile(r"\d+(\.\d+)?([KMGT]i?)?")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pods:
-    """Where and in what a job's tasks run.
-
-    Args:
-        image: Container image that holds Python, tfdist and the program.
-        namespace: Where the pods live.
-        name: Of the job; its pods' names begin with it.
-        cpus: Cores that each task asks for, and divides its threads by.
-        memory: Memory of each task, asked for and not exceeded.
-        gpus: Of each task that computes.
-        volume_claim: A claim on a volume that many pods may write, mounted at the folder above the run_dir.
-        port: Where each task's server listens.
+    """Where and in what a job's tasks run: the launcher's flags with --kubernetes.
 
     Raises:
         ConfigError: If a value breaks a rule of Kubernetes.
     """
 
-    image: str = ""
-    namespace: str = "default"
-    name: str = "tfdist"
-    cpus: float = 2.0
-    memory: str = "4Gi"
-    gpus: int = 0
-    volume_claim: str | None = None
-    port: int = 2222
+    image: str = setting("", help="container image with Python, tfdist and the program")
+    namespace: str = setting("default", help="where the pods live (default: default)")
+    name: str = setting("tfdist", help="what the job and its pods are called (default: tfdist)")
+    cpus: float = setting(2.0, least=0.1, help="cores of each task, and as many threads (default: 2)")
+    memory: str = setting("4Gi", help="memory of each task, and its limit, such as 16Gi (default: 4Gi)")
+    gpus: int = setting(0, least=0, help="GPUs of each worker (default: 0)")
+    volume_claim: str | None = setting(
+        None, help="volume that all may write, mounted above --run_dir (default run_dir: /runs/NAME)"
+    )
+    port: int = setting(2222, help="where each task's server listens (default: 2222)")
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if not self.image or any(letter.isspace() for letter in self.image):
             raise ConfigError(
                 f"image is {self.image!r}: --kubernetes needs a container image, as in --image=registry/name:tag"
@@ -77,10 +57,6 @@ class Pods:
             )
         if not _MEMORY.fullmatch(self.memory):
             raise ConfigError(f"memory is {self.memory!r}: write a size such as 16Gi or 500Mi")
-        if not self.cpus >= 0.1:
-            raise ConfigError(f"cpus is {self.cpus:g}: it must be at least 0.1")
-        if self.gpus < 0:
-            raise ConfigError(f"gpus is {self.gpus}: it must be at least 0")
         if not 1024 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}: without root it must be from 1024 to 65535")
 
@@ -88,12 +64,7 @@ class Pods:
 def complete_job(job: Job, pods: Pods) -> Job:
     """Gives a job what follows from where it runs: threads, and a run_dir on the shared volume.
 
-    Args:
-        job: As on the command line; nothing of this machine's environment comes along.
-        pods: Where it runs.
-
-    Returns:
-        The job that the pods run.
+    Nothing of this machine's environment comes along.
 
     Raises:
         ConfigError: If the run_dir would be lost with its pod.
@@ -121,15 +92,7 @@ def labels(pods: Pods) -> dict[str, str]:
 
 
 def build_pod_cluster(job: Job, pods: Pods) -> Cluster:
-    """Says under which names the pods of a job find each other.
-
-    Args:
-        job: The job.
-        pods: Where it runs.
-
-    Returns:
-        The cluster, seen from outside.
-    """
+    """Says under which names the pods of a job find each other; the cluster is seen from outside."""
     counts = {"chief": int(job.has_chief), "worker": job.num_workers, "ps": job.num_ps or 0}
     infix = {role: f"-{role}-0" if job.has_chief else "" for role in counts}
     return Cluster(

@@ -6,7 +6,6 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 
 from tfdist.errors import ConfigError, LaunchError
@@ -14,7 +13,7 @@ from tfdist.launcher.job import Job
 from tfdist.launcher.kubernetes.manifest import render_kubernetes
 from tfdist.launcher.kubernetes.pod_status import PodStatus, find_cause, parse_listing, render_end
 from tfdist.launcher.kubernetes.pods import Pods, labels
-from tfdist.launcher.process.logs import Display, TaskOutput
+from tfdist.launcher.process.logs import Display, TaskOutput, say
 from tfdist.launcher.process.signals import SignalInbox
 
 _LOOK_SECS = 2.0
@@ -26,10 +25,6 @@ def run_kubernetes(job: Job, pods: Pods) -> int:
     """Hands a job to the cluster that kubectl knows, and follows it to its end.
 
     A signal to this process deletes the job.
-
-    Args:
-        job: What to run.
-        pods: Where and in what.
 
     Returns:
         0 if the job ended well; else the exit code of the task that failed first, or 128 + n for signal n.
@@ -49,7 +44,7 @@ def run_kubernetes(job: Job, pods: Pods) -> int:
             f"there is a {kind} {pods.name!r} in namespace {pods.namespace!r}: choose another --name, or "
             f"kubectl delete {kind} {pods.name} -n {pods.namespace}"
         )
-    _say(_kubectl(pods, "apply", "-f", "-", stdin=text).replace("\n", ", "))
+    say(_kubectl(pods, "apply", "-f", "-", stdin=text).replace("\n", ", "))
     with SignalInbox(lambda: None) as inbox:
         return _Follower(kind, pods).run(inbox)
 
@@ -82,7 +77,7 @@ class _Follower:
                 select.select([inbox], [], [], _LOOK_SECS)
             # A display that is broken has lost its reader, as after `| head`.
             number = inbox.received[0] if inbox.received else signal.SIGPIPE
-            _say(f"{number.name}: deleting {self._kind} {self._pods.name}")
+            say(f"{number.name}: deleting {self._kind} {self._pods.name}")
             _kubectl(self._pods, "delete", self._kind, self._pods.name, "--wait=false")
             return 128 + number
         finally:
@@ -90,17 +85,8 @@ class _Follower:
 
     def _look(self) -> bool | None:
         selector = ",".join(f"{name}={value}" for name, value in labels(self._pods).items())
-        words = [
-            "kubectl",
-            "-n",
-            self._pods.namespace,
-            "get",
-            f"{self._kind},pods",
-            "-l",
-            selector,
-            "-o",
-            "json",
-        ]
+        get = ["get", f"{self._kind},pods", "-l", selector, "-o", "json"]
+        words = ["kubectl", "-n", self._pods.namespace, *get]
         done, pods = parse_listing(json.loads(subprocess.run(words, stdout=subprocess.PIPE).stdout))
         for pod in pods:
             before = self._seen.get(pod.name)
@@ -108,9 +94,9 @@ class _Follower:
             if pod.has_started and pod.name not in self._outputs:
                 self._follow(pod)
             if pod.exit_code and (before is None or before.exit_code is None):
-                _say(render_end(pod))
+                say(render_end(pod))
             elif not pod.has_started and pod.reason and (before is None or before.reason != pod.reason):
-                _say(f"{pod.task} waits: {pod.reason}")
+                say(f"{pod.task} waits: {pod.reason}")
         return done
 
     def _follow(self, pod: PodStatus) -> None:
@@ -139,17 +125,17 @@ class _Follower:
             f"kubectl delete {self._kind},service,networkpolicy {self._pods.name} -n {self._pods.namespace}"
         )
         if done:
-            _say(f"the {self._kind} has ended well; its objects are kept until {kept}")
+            say(f"the {self._kind} has ended well; its objects are kept until {kept}")
             return 0
         cause = find_cause(self._seen)
         if cause is None or not cause.exit_code:
-            _say(f"the {self._kind} has failed: kubectl describe {self._kind} {self._pods.name} says why")
+            say(f"the {self._kind} has failed: kubectl describe {self._kind} {self._pods.name} says why")
             return 1
         tail = list(self._outputs[cause.name].tail) if cause.name in self._outputs else []
         if tail:
-            _say(f"the last lines of {cause.task}, the first task to fail:")
+            say(f"the last lines of {cause.task}, the first task to fail:")
             self._display.show(cause.task, "stderr", tail)
-        _say(f"{render_end(cause)}; the pods are kept until {kept}")
+        say(f"{render_end(cause)}; the pods are kept until {kept}")
         return cause.exit_code
 
     def _stop_readers(self) -> None:
@@ -169,7 +155,3 @@ def _kubectl(pods: Pods, *words: str, stdin: str = "") -> str:
         error = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
         raise LaunchError(f"kubectl {words[0]} failed: {error}")
     return done.stdout.strip()
-
-
-def _say(text: str) -> None:
-    print(f"tfdist.launch: {text}", file=sys.stderr, flush=True)

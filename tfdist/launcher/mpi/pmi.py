@@ -27,11 +27,7 @@ _FIXED = {
 
 
 class PmiWorld:
-    """What the ranks of one try have said, and the answers.
-
-    Args:
-        hosts: Each rank's: those of one host share memory.
-    """
+    """What the ranks of one try have said, and the answers; those of one host share memory."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
         self._size = len(hosts)
@@ -42,15 +38,7 @@ class PmiWorld:
         self._waiting: list[int] = []
 
     def receive(self, rank: int, data: bytes) -> list[tuple[int, bytes]]:
-        """Takes what a rank has sent.
-
-        Args:
-            rank: Which.
-            data: Cut anywhere.
-
-        Returns:
-            Ranks, and what each of them is to be sent.
-        """
+        """Takes what a rank has sent, cut anywhere; returns ranks, and what each of them is to be sent."""
         *lines, self._rests[rank] = (self._rests.get(rank, b"") + data).split(b"\n")
         return [answer for line in lines for answer in self._answer(rank, line.decode(errors="replace"))]
 
@@ -82,11 +70,7 @@ class PmiWorld:
 
 
 class PmiServer:
-    """Answers the ranks of this machine, by a pair of sockets for each, which nobody else can reach.
-
-    Args:
-        world: Their world.
-    """
+    """Answers the ranks of this machine, by a pair of sockets for each, which nobody else can reach."""
 
     def __init__(self, world: PmiWorld) -> None:
         self._world = world
@@ -132,11 +116,7 @@ class PmiServer:
 
 
 def render_mapping(hosts: Sequence[str]) -> str:
-    """Renders which ranks share a host, as MPICH reads it: runs of `(first host, hosts, ranks on each)`.
-
-    Args:
-        hosts: Each rank's.
-    """
+    """Renders each rank's host as MPICH reads it: runs of `(first host, hosts, ranks on each)`."""
     names = list(dict.fromkeys(hosts))
     runs: list[list[int]] = []
     for host in hosts:

@@ -84,23 +84,11 @@ class Child:
         return read_stop_mark(self.process.pid)
 
     def decode(self, stream: str, data: bytes) -> list[tuple[str, bytes]]:
-        """Says which of the task's streams brought what a pipe did.
-
-        Args:
-            stream: The pipe, `stdout` or `stderr`.
-            data: What was read; empty at its end.
-
-        Returns:
-            Streams and what they brought.
-        """
+        """Says which of the task's streams brought what a pipe, `stdout` or `stderr`, did: nothing at its end."""
         return [(stream, data)]
 
     def poll(self) -> bool:
-        """Looks whether the process has ended since the last look.
-
-        Returns:
-            True once, when its end is seen first; `exit_code` is then set, 128 + n for signal n.
-        """
+        """Returns True once, when the end is first seen; `exit_code` is then set, 128 + n for signal n."""
         if self.exit_code is not None:
             return False
         if hasattr(os, "waitid"):
@@ -108,7 +96,8 @@ class Child:
             if state is None:
                 return False
             self.exit_code = state.si_status + (0 if state.si_code == os.CLD_EXITED else 128)
-        else:  # macOS before Python 3.13
+        else:  # macOS before Python 3.13, where nothing is forked
+            assert isinstance(self.process, subprocess.Popen)
             code = self.process.poll()
             if code is None:
                 return False
@@ -116,11 +105,7 @@ class Child:
         return True
 
     def send(self, number: signal.Signals) -> None:
-        """Sends a signal to the process alone.
-
-        Args:
-            number: The signal.
-        """
+        """Sends a signal to the process alone."""
         self._send_here(number)
 
     def _send_here(self, number: signal.Signals) -> None:
@@ -128,11 +113,7 @@ class Child:
             os.kill(self.process.pid, number)
 
     def signal_group(self, number: signal.Signals) -> None:
-        """Sends a signal to the process and all that it has started in its group.
-
-        Args:
-            number: The signal.
-        """
+        """Sends a signal to the process and all that it has started in its group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.group, number)
 
@@ -149,10 +130,7 @@ class Child:
 
 
 class Reaper:
-    """The small process that kills the job if this one dies without a farewell.
-
-    Args:
-        mark: Value of `TFDIST_JOB` in the job's environment.
+    """The small process that kills the job of a mark, its `TFDIST_JOB`, if this one dies without a farewell.
 
     Raises:
         LaunchError: If it cannot be started.
@@ -177,11 +155,7 @@ class Reaper:
             ) from None
 
     def add(self, group: int) -> None:
-        """Puts a process group under guard.
-
-        Args:
-            group: Its id.
-        """
+        """Puts a process group under guard."""
         self._tell(str(group))
 
     def dismiss(self) -> None:

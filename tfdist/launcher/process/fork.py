@@ -37,12 +37,7 @@ _MAX_INT = 2**31 - 1
 
 
 class ForkedProcess:
-    """A Python program in a fork of this process: what `subprocess.Popen` is for one started anew.
-
-    Args:
-        command: As `can_fork` takes it.
-        env: Its whole environment.
-        fds: Descriptors that it inherits, by their numbers here.
+    """A program that `can_fork` in a fork of this process: what `subprocess.Popen` is for one started anew.
 
     Raises:
         LaunchError: If the system has no room for another process.
@@ -78,13 +73,6 @@ class ForkedProcess:
             self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.returncode
 
-    def poll(self) -> int | None:
-        """Reaps it if it has ended; returns its exit code, None while it runs."""
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
 
 def can_fork(command: Sequence[str], *, gpu_device: str = _GPU_DEVICE) -> bool:
     """Says whether a command can run in a fork: `python -m MODULE` or `python SCRIPT` by this interpreter, on Linux.
@@ -101,12 +89,7 @@ def can_fork(command: Sequence[str], *, gpu_device: str = _GPU_DEVICE) -> bool:
 
 
 def preload(modules: Sequence[str], env: Mapping[str, str]) -> None:
-    """Imports what forks shall have; what cannot be imported is left to them, who say it best.
-
-    Args:
-        modules: Their names.
-        env: A task's environment, of which some is read at import.
-    """
+    """Imports what forks shall have, by a task's environment; what cannot be imported they themselves say best."""
     given = {name: env[name] for name in _READ_AT_IMPORT if name in env}
     before = {name: os.environ.get(name) for name in given}
     os.environ.update(given)

@@ -32,15 +32,7 @@ class LineSplitter:
         self._shown_at = float("-inf")
 
     def feed(self, data: bytes, now: float) -> list[bytes]:
-        """Takes what was read.
-
-        Args:
-            data: Any bytes, cut anywhere.
-            now: A clock's reading, in seconds.
-
-        Returns:
-            Lines without their ends.
-        """
+        """Takes what was read, cut anywhere, at a clock's reading in seconds; returns lines without their ends."""
         self._parts.append(data)
         self._size += len(data)
         if b"\n" not in data and b"\r" not in data and self._size < MAX_LINE_BYTES:
@@ -63,11 +55,7 @@ class LineSplitter:
         return lines
 
     def finish(self) -> list[bytes]:
-        """Ends the stream.
-
-        Returns:
-            The last line, if it had no end of its own.
-        """
+        """Ends the stream; returns the last line, if it had no end of its own."""
         rest = b"".join(self._parts)
         self._parts, self._size = [], 0
         return self._end_line(rest) if rest else []
@@ -79,12 +67,7 @@ class LineSplitter:
 
 
 class TaskOutput:
-    """Everything one task prints, on both of its streams.
-
-    Args:
-        task: The task.
-        log: File that keeps the bytes as they are, or None.
-    """
+    """Everything one task prints, on both of its streams; `log` keeps the bytes as they are."""
 
     def __init__(self, task: Task, log: BinaryIO | None) -> None:
         self.task = task
@@ -93,15 +76,7 @@ class TaskOutput:
         self._splitters = {"stdout": LineSplitter(), "stderr": LineSplitter()}
 
     def receive(self, stream: str, data: bytes) -> list[bytes]:
-        """Takes what a stream brought.
-
-        Args:
-            stream: `stdout` or `stderr`.
-            data: The bytes; empty at the end of the stream.
-
-        Returns:
-            Lines to be shown.
-        """
+        """Takes what `stdout` or `stderr` brought, nothing at its end; returns lines to be shown."""
         splitter = self._splitters[stream]
         if data:
             self._keep(data)
@@ -123,9 +98,7 @@ class TaskOutput:
             self._log.write(data)
         except OSError as error:  # a full disk must not end the training that is being watched
             with contextlib.suppress(OSError):
-                print(
-                    f"tfdist.launch: the log of {self.task} ends here: {error}", file=sys.stderr, flush=True
-                )
+                say(f"the log of {self.task} ends here: {error}")
             self._log.close()
             self._log = None
 
@@ -133,8 +106,7 @@ class TaskOutput:
 class Display:
     """Shows lines of many tasks on this process's stdout and stderr, each behind the name of its task.
 
-    Args:
-        env: Where NO_COLOR and TERM are looked up.
+    NO_COLOR and TERM of `env` say whether in colours.
     """
 
     def __init__(self, env: Mapping[str, str]) -> None:
@@ -149,13 +121,7 @@ class Display:
         self._colours: dict[Task, int] = {}
 
     def show(self, task: Task, stream: str, lines: list[bytes]) -> None:
-        """Writes lines of a task; a reader that has gone away is remembered in `broken`.
-
-        Args:
-            task: Whose lines.
-            stream: `stdout` or `stderr`.
-            lines: Without line ends; any bytes.
-        """
+        """Writes lines, without their ends, of a task; a reader that has gone away is remembered in `broken`."""
         if not lines or self.broken or stream in self._ended:
             return
         self.last_shown = lines[-1]
@@ -171,45 +137,29 @@ class Display:
                 return
             self._ended.add(stream)  # a full disk must not end the training that is being watched
             with contextlib.suppress(OSError):
-                print(f"tfdist.launch: {stream} ends here: {error}", file=sys.stderr, flush=True)
+                say(f"{stream} ends here: {error}")
+
+
+def say(text: str) -> None:
+    """Prints a line of the launcher's own."""
+    print(f"tfdist.launch: {text}", file=sys.stderr, flush=True)
 
 
 def render_prefix(task: Task, *, colour: int | None) -> bytes:
-    """Makes what stands before each line of a task.
-
-    Args:
-        task: The task.
-        colour: ANSI colour number, or None for none.
-
-    Returns:
-        As in `[worker:1] `.
-    """
+    """Makes what stands before each line of a task, as in `[worker:1] `, in a colour of ANSI's number."""
     prefix = f"[{task}]"
     return f"\x1b[{colour}m{prefix}\x1b[0m ".encode() if colour is not None else f"{prefix} ".encode()
 
 
 def log_path(run_dir: str, task: Task) -> Path:
-    """Says where the whole output of a task is kept.
-
-    Args:
-        run_dir: Folder of the run.
-        task: The task.
-
-    Returns:
-        As in `run_dir/logs/worker-1.log`.
-    """
+    """Says where the whole output of a task is kept, as in `run_dir/logs/worker-1.log`."""
     return Path(run_dir) / "logs" / f"{task.type}-{task.index}.log"
 
 
 def open_log(run_dir: str, task: Task) -> BinaryIO:
     """Opens a task's log; what earlier launches left there stays, above a separating line.
 
-    Args:
-        run_dir: Folder of the run; made if missing.
-        task: The task.
-
-    Returns:
-        The file, unbuffered, so that a log can be followed.
+    It is unbuffered, so that it can be followed. The folder of the run is made if missing.
 
     Raises:
         ConfigError: If the folder or file cannot be written.

@@ -29,22 +29,14 @@ class MemoryWatch:
         self._num_kills = self._count_kills()
 
     def look(self, children: Iterable[Child]) -> None:
-        """Notes the most that each task has held so far; to be called now and then.
-
-        Args:
-            children: Those that are alive.
-        """
+        """Notes the most that each living task has held so far; to be called now and then."""
         for child in children:
             pid = child.process.pid
             if peak := _read_bytes(self._root / f"proc/{pid}/status", "VmHWM"):
                 self._peaks[pid] = peak
 
     def explain(self, child: Child) -> str:
-        """Says that a task that has ended was out of memory, "" if it was not or nobody knows.
-
-        Args:
-            child: The task.
-        """
+        """Says that a task that has ended was out of memory, "" if it was not or nobody knows."""
         if child.exit_code != 128 + signal.SIGKILL:
             return ""
         num_kills, before = self._count_kills(), self._num_kills

@@ -19,14 +19,10 @@ MARK_VARIABLE = "TFDIST_JOB"
 
 
 def kill_job(groups: Iterable[int], mark: str) -> None:
-    """Kills process groups, and every process whose environment carries the mark of the job.
+    """Kills process groups, if they are still there, and every process whose environment carries the mark of the job.
 
     The mark finds what a group does not: a process that made itself a session of its own, and one that was
     started in the moment in which the launcher died.
-
-    Args:
-        groups: Process groups; ones that are gone already are no error.
-        mark: Value of `TFDIST_JOB` in the job's environment.
     """
     for group in groups:
         with contextlib.suppress(ProcessLookupError, PermissionError):

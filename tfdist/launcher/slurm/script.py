@@ -2,29 +2,11 @@
 
 import dataclasses
 import shlex
-from typing import Any
 
+from tfdist.config.settings import check_settings, setting
 from tfdist.errors import PEER_LOST_CODE, ConfigError
 from tfdist.launcher.job import RESTART_VARIABLE, Job, render_shared_env
 
-FLAGS: dict[str, dict[str, Any]] = {
-    "--nodes": {"type": int, "metavar": "N", "help": "machines (default: as many as the tasks need)"},
-    "--ntasks_per_node": {
-        "type": int,
-        "metavar": "N",
-        "help": "tasks on each (default: 1 where --nodes is given)",
-    },
-    "--cpus_per_task": {"type": int, "metavar": "N", "help": "cores of each task, all roles alike"},
-    "--gpus_per_task": {"type": int, "metavar": "N", "help": "GPUs of each task, all roles alike"},
-    "--time": {
-        "metavar": "LIMIT",
-        "help": "how long the job may take, as in 2:00:00; it is told a minute before",
-    },
-    "--partition": {"metavar": "NAME", "help": "where to queue"},
-    "--account": {"metavar": "NAME", "help": "who pays"},
-    "--job_name": {"metavar": "NAME", "help": "what squeue shows (default: tfdist)"},
-    "--sbatch_flags": {"metavar": "FLAGS", "help": "more for sbatch, in one word: '--mem=64G --qos=high'"},
-}
 _TASK = f"""\
 trap told=yes TERM
 trap : INT
@@ -41,40 +23,31 @@ exit $code"""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """What a job asks of Slurm.
-
-    Args:
-        nodes: Machines; None leaves it to Slurm.
-        ntasks_per_node: Tasks on each machine; None: 1 where `nodes` is given, else Slurm's choice.
-        cpus_per_task: Cores of each task.
-        gpus_per_task: GPUs of each task.
-        time: How long the job may take, in Slurm's own form.
-        partition: Where to queue.
-        account: Who pays.
-        job_name: What `squeue` shows.
-        sbatch_flags: Further flags of sbatch.
+    """What a job asks of Slurm: the launcher's flags with --slurm.
 
     Raises:
         ConfigError: If a value is out of range or would break the script.
     """
 
-    nodes: int | None = None
-    ntasks_per_node: int | None = None
-    cpus_per_task: int | None = None
-    gpus_per_task: int | None = None
-    time: str | None = None
-    partition: str | None = None
-    account: str | None = None
-    job_name: str = "tfdist"
-    sbatch_flags: str = ""
+    nodes: int | None = setting(None, least=1, help="machines (default: as many as the tasks need)")
+    ntasks_per_node: int | None = setting(
+        None, least=1, help="tasks on each (default: 1 where --nodes is given)"
+    )
+    cpus_per_task: int | None = setting(None, least=1, help="cores of each task, all roles alike")
+    gpus_per_task: int | None = setting(None, least=1, help="GPUs of each task, all roles alike")
+    time: str | None = setting(
+        None, help="how long the job may take, as in 2:00:00; it is told a minute before"
+    )
+    partition: str | None = setting(None, help="where to queue")
+    account: str | None = setting(None, help="who pays")
+    job_name: str = setting("tfdist", help="what squeue shows (default: tfdist)")
+    sbatch_flags: str = setting("", help="more for sbatch, in one word: '--mem=64G --qos=high'")
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and value < 1:
-                raise ConfigError(f"{field.name} is {value}: it must be at least 1")
-            if isinstance(value, str) and ("\n" in value or field.name != "sbatch_flags" and " " in value):
-                raise ConfigError(f"{field.name} is {value!r}: write one word")
+        check_settings(self)
+        for name, value in vars(self).items():
+            if isinstance(value, str) and ("\n" in value or name != "sbatch_flags" and " " in value):
+                raise ConfigError(f"{name} is {value!r}: write one word")
         if self.nodes is None and self.ntasks_per_node is not None:
             raise ConfigError(f"ntasks_per_node is {self.ntasks_per_node}: it needs --nodes beside it")
 
@@ -87,12 +60,7 @@ class Allocation:
 def render_sbatch(job: Job, allocation: Allocation) -> str:
     """Writes the script that sbatch takes; words after the script's name go to the program.
 
-    Args:
-        job: What to run; what its `env` has set stays.
-        allocation: On what.
-
-    Returns:
-        A bash script that ends with the exit code of the task that failed first.
+    It ends with the exit code of the task that failed first. What the job's `env` has set stays.
 
     Raises:
         ConfigError: If the tasks are not as many as the machines are to hold.
@@ -110,8 +78,10 @@ def render_sbatch(job: Job, allocation: Allocation) -> str:
     if job.run_dir is None:  # a job that comes back finds its own again
         lines.append("export TFDIST_RUN_DIR=${TFDIST_RUN_DIR:-runs/$SLURM_JOB_ID}")
     lines.append(f"export {RESTART_VARIABLE}=${{SLURM_RESTART_COUNT:-0}}")
-    srun = ["srun --kill-on-bad-exit=1 --label", *_list_srun_options(allocation)]
-    lines.append(_SCRIPT.format(run_task=_TASK, srun=" ".join(srun), command=shlex.join(job.command)))
+    # From Slurm 22.05 on, srun does not take it over from sbatch.
+    cpus = f" --cpus-per-task={allocation.cpus_per_task}" if allocation.cpus_per_task else ""
+    srun = f"srun --kill-on-bad-exit=1 --label{cpus}"
+    lines.append(_SCRIPT.format(run_task=_TASK, srun=srun, command=shlex.join(job.command)))
     if job.max_restarts:
         lines.append(_REQUEUE.format(max_restarts=job.max_restarts, lost=PEER_LOST_CODE))
     return "\n".join([*lines, "exit $code", ""])
@@ -149,11 +119,8 @@ def _list_options(job: Job, allocation: Allocation) -> list[str]:
     given = {
         "job-name": allocation.job_name,
         "nodes": allocation.nodes,
-        **(
-            {"ntasks": job.num_tasks}
-            if allocation.nodes is None
-            else {"ntasks-per-node": allocation.ntasks_per_node or 1}
-        ),
+        "ntasks": job.num_tasks if allocation.nodes is None else None,
+        "ntasks-per-node": allocation.nodes and (allocation.ntasks_per_node or 1),
         "cpus-per-task": allocation.cpus_per_task,
         "gpus-per-task": allocation.gpus_per_task,
         "time": allocation.time,
@@ -168,8 +135,3 @@ def _list_options(job: Job, allocation: Allocation) -> list[str]:
     if job.max_restarts:
         options.append("--requeue")
     return [*options, *([allocation.sbatch_flags] if allocation.sbatch_flags else [])]
-
-
-def _list_srun_options(allocation: Allocation) -> list[str]:
-    # From Slurm 22.05 on, srun does not take it over from sbatch.
-    return [f"--cpus-per-task={allocation.cpus_per_task}"] if allocation.cpus_per_task else []

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tfdist.errors import ConfigError, LaunchError
 from tfdist.launcher.job import Job
+from tfdist.launcher.process.logs import say
 from tfdist.launcher.process.signals import SignalInbox
 from tfdist.launcher.slurm.script import Allocation, render_sbatch
 
@@ -28,10 +29,6 @@ _FIRST = re.compile(r"tfdist: task (\d+) on \S+ was the first to fail, with exit
 
 def run_slurm(job: Job, allocation: Allocation) -> int:
     """Submits a job, shows its output until it ends, and cancels it when this process is told to end.
-
-    Args:
-        job: What to run.
-        allocation: On what.
 
     Returns:
         0 if the job ended well; else the exit code of the task that failed first, or 128 + n for signal n.
@@ -49,7 +46,7 @@ def run_slurm(job: Job, allocation: Allocation) -> int:
         _make_folder(job.run_dir)
     job_id = _slurm("sbatch", "--parsable", stdin=script).partition(";")[0]
     output = Path(_read_job(job_id)["StdOut"])
-    _say(f"job {job_id}, output in {output}; Ctrl-C cancels it")
+    say(f"job {job_id}, output in {output}; Ctrl-C cancels it")
     with SignalInbox(lambda: None) as inbox:
         try:
             fields = _follow(job_id, output, inbox)
@@ -58,7 +55,7 @@ def run_slurm(job: Job, allocation: Allocation) -> int:
             # What is still buffered would raise again when the interpreter ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if inbox.received:
-            _say(f"{inbox.received[0].name}: cancelling job {job_id}")
+            say(f"{inbox.received[0].name}: cancelling job {job_id}")
             _slurm("scancel", job_id)
             return 128 + inbox.received[0]
     return _report(job_id, fields, output)
@@ -85,7 +82,7 @@ def _follow(job_id: str, output: Path, inbox: SignalInbox) -> dict[str, str]:
         if fields["JobState"] != state:
             state = fields["JobState"]
             reason = f" ({fields['Reason']})" if fields.get("Reason", "None") != "None" else ""
-            _say(f"job {job_id} is {state.lower()}{reason}")
+            say(f"job {job_id} is {state.lower()}{reason}")
         if inbox.received:
             return fields
         select.select([inbox], [], [], _LOOK_SECS)
@@ -115,11 +112,11 @@ def _report(job_id: str, fields: dict[str, str], output: Path) -> int:
     found = [match for line in lines if (match := _FIRST.fullmatch(line))]
     if found:
         task = found[-1][1]
-        _say(f"the last lines of task {task}, the first to fail:")
+        say(f"the last lines of task {task}, the first to fail:")
         prefix = re.compile(rf" *{task}: ")  # srun pads the numbers to one width
         for line in [line for line in lines if prefix.match(line)][-_TAIL_LINES:]:
             print(line, file=sys.stderr)
-    _say(f"job {job_id} ended as {state.lower()}, exit code {exit_code or 1}; whole output: {output}")
+    say(f"job {job_id} ended as {state.lower()}, exit code {exit_code or 1}; whole output: {output}")
     return exit_code or 1
 
 
@@ -142,7 +139,3 @@ def _slurm(*words: str, stdin: str = "") -> str:
         error = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
         raise LaunchError(f"{words[0]} failed: {error}")
     return done.stdout.strip()
-
-
-def _say(text: str) -> None:
-    print(f"tfdist.launch: {text}", file=sys.stderr, flush=True)

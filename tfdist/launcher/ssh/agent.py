@@ -34,11 +34,7 @@ _DRAIN_SECS = 1.0
 
 
 def main() -> int:
-    """Runs one task.
-
-    Returns:
-        Its exit code.
-    """
+    """Runs one task, and returns its exit code."""
     # Whoever ends the connection ends stdin; a hangup in between must not leave the task behind.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)

@@ -34,33 +34,17 @@ _SIGN_OF_LIFE_SECS = 5.0
 _SHOWN_PORT = 2222  # where nothing is started
 # What belongs to a session on one machine, and means nothing on another.
 _OWN_VARIABLES = {
-    "HOME",
-    "USER",
-    "LOGNAME",
-    "MAIL",
-    "SHELL",
-    "HOSTNAME",
-    "PWD",
-    "OLDPWD",
-    "TERM",
-    "TMPDIR",
-    "DISPLAY",
-}
+    "HOME", "USER", "LOGNAME", "MAIL", "SHELL", "HOSTNAME", "PWD", "OLDPWD", "TERM", "TMPDIR", "DISPLAY",
+}  # fmt: skip
 _OWN_PREFIXES = ("SSH_", "XDG_", "DBUS_", "SUDO_", "BASH_")
 _CHUNK_BYTES = 2**16
 
 
 def render_ssh(host: Host, options: SshOptions, *, folder: str, python_path: str | None) -> list[str]:
-    """Makes the command that starts an agent.
+    """Makes the command that starts an agent, in a folder of the same path on the far side.
 
-    Args:
-        host: Where.
-        options: How.
-        folder: The working folder, on the far side too.
-        python_path: PYTHONPATH of the agent; None leaves the far side's own.
-
-    Returns:
-        Program and arguments. Host keys are checked as the user's ssh does; nothing is asked.
+    Host keys are checked as the user's ssh does; nothing is asked. Where `python_path` is None the far side's own
+    PYTHONPATH stays.
     """
     settings = [
         "BatchMode=yes",
@@ -69,8 +53,8 @@ def render_ssh(host: Host, options: SshOptions, *, folder: str, python_path: str
         f"ServerAliveCountMax={_ALIVE_COUNT}",
     ]
     words = ["ssh", "-T", "-x", *(word for setting in settings for word in ("-o", setting))]
-    words += ["-F", options.config_file] if options.config_file else []
-    words += ["-p", str(options.port)] if options.port else []
+    words += ["-F", options.ssh_config] if options.ssh_config else []
+    words += ["-p", str(options.ssh_port)] if options.ssh_port else []
     words += ["-i", options.identity_file] if options.identity_file else []
     # `env`, since the far side's shell may be any.
     path = ["env", f"PYTHONPATH={python_path}"] if python_path else []
@@ -88,18 +72,14 @@ def carried(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def render_dry_run_remote(job: Job) -> str:
-    """Shows what would run on a job's hosts; connects to none.
+    """Shows every TF_CONFIG and command that would run on a job's hosts; connects to none.
 
-    Args:
-        job: What would be run.
-
-    Returns:
-        Text with every TF_CONFIG and command; its ports stand for those that the hosts will choose.
+    The ports stand for those that the hosts will choose.
 
     Raises:
         ConfigError: If there are fewer slots than workers.
     """
-    tasks = build_cluster(job, range(1, job.num_tasks + 1)).tasks
+    tasks = build_cluster(job).tasks
     places = place_tasks(tasks, job.hosts)
     ports = {task: _SHOWN_PORT + i for i, task in enumerate(tasks)}
     return "# by ssh; each host chooses free ports in place of these\n" + render_dry_run(
@@ -115,13 +95,7 @@ def _build_placed_cluster(places: Mapping[Task, Host], ports: Mapping[Task, int]
 
 
 class RemoteChild(Child):
-    """A task on another machine; its process here is the ssh client.
-
-    Args:
-        output: Where what it prints goes.
-        command: As `render_ssh` made it.
-        host: Where it runs.
-        port: That it shall have; 0: any.
+    """A task on another machine, at a port there (0: any); its process here is the ssh client of `render_ssh`.
 
     Raises:
         LaunchError: If ssh cannot be started.
@@ -207,11 +181,7 @@ class RemoteChild(Child):
 
 
 class RemoteExecutor:
-    """Starts tasks on the hosts of a job.
-
-    Args:
-        job: Its hosts, and how ssh gets there.
-    """
+    """Starts tasks on the hosts of a job."""
 
     def __init__(self, job: Job) -> None:
         self._hosts = job.hosts
@@ -246,7 +216,7 @@ class RemoteExecutor:
         """
         self._note_lost()
         self._drop_waiting()
-        tasks = build_cluster(job, range(1, job.num_tasks + 1)).tasks
+        tasks = build_cluster(job).tasks
         self._places = place_tasks(tasks, self._usable)
         self._check_interface(job)
         for task, host in self._places.items():

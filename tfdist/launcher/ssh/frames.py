@@ -21,14 +21,7 @@ class FrameReader:
         self._has_started = False
 
     def feed(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Takes what was read, cut anywhere.
-
-        Args:
-            data: The bytes.
-
-        Yields:
-            Kind and content of each frame that is whole.
-        """
+        """Takes what was read, cut anywhere; yields kind and content of each frame that is whole."""
         self._data += data
         if not self._has_started:
             _, start, rest = self._data.partition(START)

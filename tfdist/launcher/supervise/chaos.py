@@ -50,9 +50,6 @@ def parse_chaos(text: str, cluster: Cluster, *, has_hosts: bool = False) -> list
         cluster: Whose tasks they befall.
         has_hosts: Whether the tasks run on other machines, whose connection can be cut.
 
-    Returns:
-        The failures, in the order given.
-
     Raises:
         ConfigError: If one is malformed, or names a task that is not there.
     """
@@ -85,7 +82,7 @@ class Chaos:
     Args:
         failures: What to make.
         run_dir: Where checkpoints appear; None if nobody knows.
-        started_at: When the job began, on the clock that `due` is told.
+        started_at: When the job began, on the clock that `take_due` is told.
     """
 
     def __init__(self, failures: Iterable[Failure], *, run_dir: str | None, started_at: float) -> None:
@@ -100,13 +97,7 @@ class Chaos:
         return not self._left
 
     def take_due(self, read: Callable[[Task], Beat | None], cluster: Cluster, now: float) -> list[Failure]:
-        """Returns the failures whose moment has come, and forgets them.
-
-        Args:
-            read: Gives a task's record.
-            cluster: All tasks.
-            now: The clock.
-        """
+        """Returns the failures whose moment has come by the tasks' records and the clock, and forgets them."""
         if not self._left:
             return []
         beats = [beat for task in cluster.tasks if (beat := read(task)) is not None]

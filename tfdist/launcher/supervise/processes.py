@@ -16,7 +16,7 @@ from tfdist.launcher.events import Event, note_event
 from tfdist.launcher.job import Job
 from tfdist.launcher.process import reaper
 from tfdist.launcher.process.children import Child, Reaper
-from tfdist.launcher.process.logs import Display, TaskOutput, open_log, render_prefix
+from tfdist.launcher.process.logs import Display, TaskOutput, open_log, render_prefix, say
 from tfdist.launcher.process.signals import SignalInbox
 from tfdist.launcher.ssh.executors import Executor
 
@@ -29,12 +29,7 @@ _ASKED_TO_END = (129, 130, 143)
 class Processes:
     """Every process that a try has started, also those that have ended; a context that leaves none behind.
 
-    Args:
-        job: What they run.
-        cluster: Its tasks.
-        mark: Value of `TFDIST_JOB` that marks them.
-        envs: Each task's whole environment.
-        executor: Starts them.
+    Their environments have the mark as `TFDIST_JOB`.
 
     Raises:
         ConfigError: On entering, if the run_dir cannot be written.
@@ -96,14 +91,7 @@ class Processes:
         return all(child.exit_fd is not None for child in self.alive)
 
     def start(self, task: Task, extra_env: Mapping[str, str]) -> Child:
-        """Starts a task's process, or another one for it.
-
-        Args:
-            task: Which.
-            extra_env: On top of its environment.
-
-        Returns:
-            The process.
+        """Starts a task's process, or another one for it, with `extra_env` on top of its environment.
 
         Raises:
             LaunchError: If it cannot be started.
@@ -144,16 +132,11 @@ class Processes:
         """Prints a line of the launcher's own, and notes it."""
         # Nobody listens, or the disk is full: the tasks must still be looked after.
         with contextlib.suppress(OSError):
-            print(f"tfdist.launch: {text}", file=sys.stderr, flush=True)
+            say(text)
         self.note(text, **facts)
 
     def note(self, text: str, **facts: Any) -> None:
-        """Writes into the launcher's own logs, for whoever asks later what happened.
-
-        Args:
-            text: A line.
-            **facts: Fields of `Event`.
-        """
+        """Writes into the launcher's own logs, for whoever asks later what happened; `facts` are those of `Event`."""
         if self._job.run_dir:
             note_event(self._job.run_dir, Event(text=text, **facts))
 

@@ -17,13 +17,7 @@ from tfdist.launcher.supervise.watch import Watch
 class Recovery:
     """Replaces single tasks of a ps job, and re-forms a sync job whose workers stay in their processes.
 
-    Args:
-        job: What runs.
-        cluster: Its tasks.
-        processes: Those of this try.
-        restarts: Those that are left.
-        watch: Reads the tasks' records.
-        regrouping: Forms clusters of the living; None: when a worker of a sync job dies all start again.
+    Without `regrouping`, which forms clusters of the living, all start again when a worker of a sync job dies.
     """
 
     def __init__(
@@ -57,11 +51,7 @@ class Recovery:
         self.num_lost = max(1, sum(is_no_fault(child) for child in ended))
 
     def survives(self, child: Child, now: float) -> bool:
-        """Does what lets the job go on without a task that has just ended, if anything does.
-
-        Returns:
-            Whether it goes on.
-        """
+        """Does what lets the job go on without a task that has just ended; returns whether it goes on."""
         if not is_no_fault(child):
             return False
         if self._job.has_chief and self._may_replace(child):
@@ -91,11 +81,7 @@ class Recovery:
             child.signal_group(signal.SIGKILL)
 
     def look(self, now: float) -> bool:
-        """Does what the tasks' records ask for.
-
-        Returns:
-            Whether all are to save their state and be started again, with more workers.
-        """
+        """Does what the tasks' records ask for; returns whether all are to save and start again with more workers."""
         self._look_for_returns(now)
         if self._regrouping is not None:
             self._look_for_joiners(self._regrouping)

@@ -4,15 +4,14 @@ import signal
 import time
 
 from tfdist.cluster.heartbeat import DUMP_SIGNAL
-from tfdist.cluster.spec import Cluster, Task
+from tfdist.cluster.spec import Cluster
 from tfdist.errors import PEER_LOST_CODE
 from tfdist.launcher.job import Job
 from tfdist.launcher.process.children import Child
 from tfdist.launcher.process.logs import log_path
 from tfdist.launcher.process.memory import MemoryWatch
-from tfdist.launcher.ssh.executors import LOST_HOST_SECS, Executor
+from tfdist.launcher.ssh.executors import LOST_HOST_SECS
 from tfdist.launcher.supervise.chaos import CUT, SIGNALS, Chaos, Failure
-from tfdist.launcher.supervise.elastic import ElasticCluster
 from tfdist.launcher.supervise.processes import Processes, is_no_fault, killed_by, render_exit
 from tfdist.launcher.supervise.recovery import Recovery
 from tfdist.launcher.supervise.restarts import Restarts
@@ -38,39 +37,27 @@ class Supervisor:
     The job ends well when every task has ended with 0, or in a ps job when the chief has. It fails with the first
     task that ends otherwise, unless this process had asked for the end already or `Recovery` knows how to go on; then
     all the others are stopped.
-
-    Args:
-        job: What to run.
-        cluster: Its tasks with their addresses.
-        mark: Value of `TFDIST_JOB` that marks the processes of this job.
-        executor: Starts them.
-        restarts: Those that are left.
-        watch: Reads the tasks' records.
-        chaos: Failures to make.
-        regrouping: Forms clusters of the living; None: when a worker of a sync job dies all start again.
     """
 
     def __init__(
         self,
         job: Job,
         cluster: Cluster,
-        mark: str,
+        processes: Processes,
+        recovery: Recovery,
         *,
-        executor: Executor,
         restarts: Restarts,
         watch: Watch,
         chaos: Chaos,
-        regrouping: ElasticCluster | None = None,
     ) -> None:
         self.is_rescaling = False
         self._job = job
         self._cluster = cluster
-        self._mark = mark
-        self._executor = executor
+        self._processes = processes
+        self._recovery = recovery
         self._restarts = restarts
         self._watch = watch
         self._chaos = chaos
-        self._regrouping = regrouping
         self._memory = MemoryWatch()
         self._told_by: signal.Signals | None = None
         self._stop_signal: signal.Signals | None = None
@@ -79,11 +66,8 @@ class Supervisor:
         self._echo: Child | None = None
         self._echo_until = self._dump_until = float("inf")
 
-    def run(self, envs: dict[Task, dict[str, str]]) -> int:
+    def run(self) -> int:
         """Runs the job to its end.
-
-        Args:
-            envs: Each task's whole environment.
 
         Returns:
             The exit code of the job: 0, that of the first task that failed (128 + n for signal n), or 128 + n if
@@ -93,17 +77,8 @@ class Supervisor:
             ConfigError: If the run_dir cannot be written.
             LaunchError: If a process cannot be started.
         """
-        self._processes = Processes(self._job, self._cluster, self._mark, envs, executor=self._executor)
-        self._recovery = Recovery(
-            self._job,
-            self._cluster,
-            self._processes,
-            restarts=self._restarts,
-            watch=self._watch,
-            regrouping=self._regrouping,
-        )
         with self._processes:
-            for task in envs:
+            for task in self._cluster.tasks:
                 self._watch.forget(task)
                 self._processes.start(task, {})
             while self._processes.alive:
@@ -308,11 +283,11 @@ class Supervisor:
     def _note(self, child: Child, kind: str, end: str, *, say: bool = False, step: int | None = None) -> None:
         how = render_exit(child)
         write = self._processes.say if say else self._processes.note
-        write(
-            f"{child.task} {how}{end}",
-            kind=kind,
-            task=str(child.task),
-            how=how,
-            exit_code=child.exit_code,
-            step=step,
-        )
+        facts = {
+            "kind": kind,
+            "task": str(child.task),
+            "how": how,
+            "exit_code": child.exit_code,
+            "step": step,
+        }
+        write(f"{child.task} {how}{end}", **facts)

@@ -13,11 +13,9 @@ FIRST_STEP_SECS = 3600.0
 
 
 class Watch:
-    """Looks at a job's tasks: at what the system says of their processes, and at their own records.
+    """Looks at a job's tasks: at what the system says of their processes, and at their own records in a folder.
 
-    Args:
-        folder: Where the tasks keep their records.
-        hang_timeout_secs: How long a task that makes steps may make none; 0: forever.
+    One that makes steps may make none for `hang_timeout_secs`; 0: forever.
     """
 
     def __init__(self, folder: str, *, hang_timeout_secs: float) -> None:

@@ -12,7 +12,8 @@ from dp_accounting import rdp
 import tfdist
 from tfdist.api.privacy import plan_private
 from tfdist.config.run_config import RunConfig
-from tfdist.data import build_source, poisson_batches
+from tfdist.data import build_source
+from tfdist.data.poisson import poisson_batches
 from tfdist.training.privacy.accountant import PrivacyBudget, count_epsilon, least_noise, most_epochs
 from tfdist.training.privacy.noise import normal_numbers
 

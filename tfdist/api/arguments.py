@@ -10,7 +10,8 @@ import keras
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.data import BatchedSource, Source, are_arrays, build_source, hold_out
+from tfdist.data.sources.batched import BatchedSource
+from tfdist.data.sources.source import Source, are_arrays, build_source, hold_out
 from tfdist.errors import ConfigError
 
 _BATCH_SIZE = 32  # Keras's

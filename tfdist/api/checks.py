@@ -11,7 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist.config.sync_options import SyncOptions
-from tfdist.data import BatchedSource, SelfShardedSource, Source
+from tfdist.data.sources.batched import BatchedSource
+from tfdist.data.sources.source import SelfShardedSource, Source
 from tfdist.errors import ConfigError
 from tfdist.training.loop import Loop
 from tfdist.training.monitoring.callbacks import split_callbacks

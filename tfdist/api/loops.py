@@ -14,7 +14,7 @@ from tfdist.api.checks import check_stages
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.spec import Cluster
 from tfdist.config.pipeline_options import PipelineOptions
-from tfdist.data import Source
+from tfdist.data.sources.source import Source
 from tfdist.errors import ConfigError
 from tfdist.layers import Embedding
 from tfdist.optimizers import describe_dense_rows, with_sparse_rows

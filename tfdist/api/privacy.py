@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 
 from tfdist.api.arguments import FitData
 from tfdist.config.privacy_options import PrivacyOptions
-from tfdist.data import ArraySource, IndexedSource, poisson_batches
+from tfdist.data.poisson import poisson_batches
+from tfdist.data.sources.indexed import IndexedSource
+from tfdist.data.sources.source import ArraySource
 from tfdist.errors import ConfigError
 from tfdist.training.loop import plan_steps
 from tfdist.training.privacy.accountant import PrivacyBudget, Spent, least_noise, most_epochs

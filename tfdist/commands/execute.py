@@ -29,7 +29,9 @@ from tfdist.commands.keep_best import KeepBest, read_best
 from tfdist.commands.samples import predict_samples, write_samples
 from tfdist.config.run_config import RunConfig, parse_profile
 from tfdist.config.run_dir import RunDir
-from tfdist.data import Source, TfdsSplit, build_source, forget_readers
+from tfdist.data.addressed import forget_readers
+from tfdist.data.sources.source import Source, build_source
+from tfdist.data.sources.tfds import TfdsSplit
 from tfdist.errors import ConfigError, OutOfMemoryError, Regroup, TfdistError
 from tfdist.launcher.job import RESTART_VARIABLE
 from tfdist.optimizers import build_optimizer, rate_factor

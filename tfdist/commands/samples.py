@@ -11,7 +11,7 @@ import numpy as np
 
 from tfdist.api.run import Run
 from tfdist.config.run_dir import open_atomically
-from tfdist.data import Source
+from tfdist.data.sources.source import Source
 
 # Looked at, and shown of those that were right and wrong each.
 _NUM_LOOKED_AT, _NUM_SHOWN = 256, 12

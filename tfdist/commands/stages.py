@@ -8,7 +8,7 @@ import keras
 
 from tfdist import keras_internals
 from tfdist.config.run_config import RunConfig
-from tfdist.data import build_source
+from tfdist.data.sources.source import build_source
 from tfdist.recipe import load_recipe, parse_overrides
 from tfdist.training.pipeline.build import Division, divide
 from tfdist.training.pipeline.schedule import idle_share

@@ -30,7 +30,8 @@ from tfdist.commands.execute import build_for_training
 from tfdist.commands.flags import build_config, parse_flags, resolve_run
 from tfdist.config.run_config import RunConfig
 from tfdist.config.sync_options import DEFAULT_PERIODS
-from tfdist.data import BatchedSource, Source
+from tfdist.data.sources.batched import BatchedSource
+from tfdist.data.sources.source import Source
 from tfdist.errors import ConfigError, TfdistError
 from tfdist.planning.marks import MARK, OWN
 from tfdist.planning.ways import KINDS

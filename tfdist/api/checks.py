@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfdist.config.settings import changed_settings, check_owner
 from tfdist.config.sync_options import SyncOptions
 from tfdist.data.sources.batched import BatchedSource
 from tfdist.data.sources.source import SelfShardedSource, Source
@@ -29,13 +30,9 @@ def check_sync(options: SyncOptions, strategy: str, *, is_elastic: bool) -> None
     Raises:
         ConfigError: If they cannot.
     """
-    asked = SyncOptions(**{**vars(options), "exchange": "auto", "bucket_mb": SyncOptions.bucket_mb})
-    if asked != SyncOptions() and strategy != "multiworker":
-        raise ConfigError(
-            f"sync={options.sync!r} or its settings with strategy={strategy!r}: only 'multiworker' has them; leave "
-            "them out."
-        )
-    if asked != SyncOptions() and is_elastic:
+    carriers = ("exchange", "bucket_mb")
+    check_owner(options, strategy, owner="multiworker", shared=carriers)
+    if is_elastic and changed_settings(options, besides=carriers):
         raise ConfigError(
             f"sync={options.sync!r} with elastic='in_process': what workers keep for themselves would be lost with "
             "one of them; choose elastic='restart'."

@@ -17,8 +17,9 @@ from tfdist.api.checks import check_batches, check_callbacks, check_stages, chec
 from tfdist.api.privacy import PrivateFit, plan_private
 from tfdist.api.run_state import RunState
 from tfdist.config.privacy_options import PrivacyOptions
-from tfdist.config.ps_options import PsOptions
+from tfdist.config.ps_options import PS_SHARED, PsOptions
 from tfdist.config.run_config import check_jit
+from tfdist.config.settings import check_owner
 from tfdist.config.sync_options import SyncOptions
 from tfdist.data.service import DataService
 from tfdist.training.checkpoint.saver import Saver
@@ -158,7 +159,7 @@ class Fitting:
     def _configure(self, loop: Loop, data: FitData, private: PrivateFit | None) -> None:
         """Tells the loop how steps are shared out and compiled, and a person what was chosen."""
         state, given = self._state, self._given
-        given.ps_options.check_strategy(state.strategy_name)
+        check_owner(given.ps_options, state.strategy_name, owner="ps", shared=PS_SHARED)
         check_sync(given.sync_options, state.strategy_name, is_elastic=state.members is not None)
         check_jit(state.strategy_name, given.jit_compile)
         lines = [] if private is None else [private.line]

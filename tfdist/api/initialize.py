@@ -14,6 +14,7 @@ from tfdist.cluster.ports import check_reachable, meet_peers
 from tfdist.cluster.spec import CLUSTER_STRATEGIES, Cluster, canonical_strategy, check_strategy
 from tfdist.config.pipeline_options import PipelineOptions
 from tfdist.config.run_config import check_deterministic
+from tfdist.config.settings import check_owner
 from tfdist.errors import ConfigError
 from tfdist.runtime.devices import configure_devices, take_gpus
 from tfdist.runtime.server import isolate_server, prepare_server, serve
@@ -66,7 +67,7 @@ def initialize(
     cluster = cluster or detect_cluster(os.environ, strategy=strategy) or Cluster()
     name = canonical_strategy(strategy or os.environ.get("TFDIST_STRATEGY") or _default_strategy(cluster))
     options = pipeline or PipelineOptions()
-    options.check_strategy(name)
+    check_owner(options, name, owner="pipeline")
     if cluster.is_local and name in CLUSTER_STRATEGIES:
         raise ConfigError(
             f"strategy {name!r} needs a cluster, and this process is alone; start it with "

@@ -12,8 +12,8 @@ from typing import Any
 from tfdist.cluster.spec import STRATEGIES, find_nearest, split_address
 from tfdist.config.pipeline_options import PipelineOptions
 from tfdist.config.privacy_options import PrivacyOptions
-from tfdist.config.ps_options import PsOptions
-from tfdist.config.settings import check_settings, setting, settings_of
+from tfdist.config.ps_options import PS_SHARED, PsOptions
+from tfdist.config.settings import check_owner, check_settings, setting, settings_of
 from tfdist.config.sync_options import SyncOptions
 from tfdist.errors import ConfigError
 
@@ -176,26 +176,19 @@ class RunConfig(SyncOptions, PsOptions, PrivacyOptions, PipelineOptions):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        self.check_sync()
-        self.check_ps()
-        self.check_privacy()
-        self.check_pipeline()
+        # Each checks itself.
+        sync, ps = self.sync_options, self.ps_options
+        privacy, pipeline = self.privacy_options, self.pipeline_options
         if self.mode == "train":
-            self.privacy_options.check_run(
-                self.strategy, sync=self.sync_options, on_nan=self.on_nan, jit_compile=self.jit_compile
-            )
+            privacy.check_run(self.strategy, sync=sync, on_nan=self.on_nan, jit_compile=self.jit_compile)
         self._check_numbers()
         self._check_sizes()
         self._check_devices()
         self._check_text()
         self._check_optimizer()
-        self.check_strategy(self.strategy)
-        self.pipeline_options.check_strategy(self.strategy)
-        if self.sync_options != SyncOptions() and self.strategy != "multiworker":
-            raise ConfigError(
-                f"{self._first_sync_setting()} with strategy={self.strategy!r}: only 'multiworker' has it; leave it "
-                "out."
-            )
+        check_owner(ps, self.strategy, owner="ps", shared=PS_SHARED)
+        check_owner(pipeline, self.strategy, owner="pipeline")
+        check_owner(sync, self.strategy, owner="multiworker")
 
     @classmethod
     def field_names(cls) -> list[str]:
@@ -221,12 +214,6 @@ class RunConfig(SyncOptions, PsOptions, PrivacyOptions, PipelineOptions):
     def pipeline_options(self) -> PipelineOptions:
         """How a model is divided into stages, checked."""
         return PipelineOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(PipelineOptions)})
-
-    def _first_sync_setting(self) -> str:
-        default = SyncOptions()
-        names = [field.name for field in dataclasses.fields(SyncOptions)]
-        changed = [name for name in names if getattr(self, name) != getattr(default, name)]
-        return f"{changed[0]}={getattr(self, changed[0])!r}"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings by name."""

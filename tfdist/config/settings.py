@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Collection
 from typing import Any
 
 from tfdist.cluster.spec import find_nearest
@@ -105,6 +106,32 @@ def check_settings(values: Any) -> None:
             raise ConfigError(f"{name}={value}: it must be {rule.least} or more.")
         if rule.above is not None and not (value > rule.above and math.isfinite(value)):
             raise ConfigError(f"{name}={value}: it must be more than {rule.above}.")
+
+
+def changed_settings(values: Any, *, besides: Collection[str] = ()) -> list[str]:
+    """Returns the names of a dataclass's settings that are not what they are by default, `besides` left out."""
+    fields = [field for field in dataclasses.fields(values) if field.name not in besides]
+    return [field.name for field in fields if getattr(values, field.name) != field.default]
+
+
+def check_owner(values: Any, strategy: str, *, owner: str, shared: Collection[str] = ()) -> None:
+    """Checks that whoever asked for something has a strategy that can honour it.
+
+    Args:
+        values: A dataclass of settings.
+        strategy: Canonical name.
+        owner: The one strategy that has them.
+        shared: Names of those that others have too.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    changed = changed_settings(values, besides=shared)
+    if strategy != owner and changed:
+        raise ConfigError(
+            f"{changed[0]}={getattr(values, changed[0])!r} with strategy={strategy!r}: only {owner!r} has it; leave it "
+            f"out, or choose strategy={owner!r}."
+        )
 
 
 def _has_type(value: Any, annotation: Any) -> bool:

@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from tfdist.api.run import Run
+from tfdist.api.run_state import RunState
 from tfdist.cluster.environments import detect_cluster
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.ports import check_reachable, meet_peers
@@ -94,7 +95,14 @@ def initialize(
         check_reachable(cluster, timeout_secs=start_timeout_secs, tasks=servers)
     built = build_strategy(strategy=name, cluster=cluster, num_replicas=num_replicas)
     return Run(
-        strategy=built, strategy_name=name, cluster=cluster, seed=seed, heartbeat=heartbeat, pipeline=options
+        RunState(
+            strategy=built,
+            strategy_name=name,
+            cluster=cluster,
+            seed=seed,
+            heartbeat=heartbeat,
+            pipeline=options,
+        )
     )
 
 

@@ -23,7 +23,7 @@ from absl import flags
 from tfdist import keras_internals
 from tfdist.api.checks import check_batches
 from tfdist.api.initialize import initialize
-from tfdist.api.loops import Loops
+from tfdist.api.run_state import RunState
 from tfdist.cluster.environments import detect_cluster
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.commands.execute import build_for_training
@@ -206,14 +206,15 @@ class Probe:
         )
         self.is_chief = run.is_chief
         self._model, source = build_for_training(run, recipe, config, overrides)
-        loops = Loops(
+        state = RunState(
             strategy=run.strategy,
             strategy_name=run.strategy_name,
             cluster=run.cluster,
+            seed=run.seed,
             pipeline=config.pipeline_options,
             heartbeat=Heartbeat.from_environment(os.environ),
         )
-        self._loop = loops.find(self._model, source)
+        self._loop = state.find_loop(self._model, source)
         self._source = source
         self._shared = self._loop.shard_source_of(source, config.shard)
 

@@ -69,6 +69,6 @@ def num_steps(*, num_examples: int, global_batch_size: int, drop_remainder: bool
     return whole if drop_remainder else whole + (rest > 0)
 
 
-def part_slice(size: Any, replica: int, num_replicas: int) -> tuple[Any, Any]:
-    """Returns where replica's contiguous part of a batch starts and ends; parts differ by at most one."""
-    return replica * size // num_replicas, (replica + 1) * size // num_replicas
+def part_slice(size: Any, part: int, num_parts: int) -> tuple[Any, Any]:
+    """Returns where a part of a batch, or of an axis, starts and ends; parts differ by at most one."""
+    return part * size // num_parts, (part + 1) * size // num_parts

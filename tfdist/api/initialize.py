@@ -66,7 +66,7 @@ def initialize(
         tfdist.errors.ConfigError: strategy 'multiworker' needs a cluster, and this process is alone; start it with ...
     """
     cluster = cluster or detect_cluster(os.environ, strategy=strategy) or Cluster()
-    name = canonical_strategy(strategy or os.environ.get("TFDIST_STRATEGY") or _default_strategy(cluster))
+    name = canonical_strategy(strategy or os.environ.get("TFDIST_STRATEGY") or cluster.usual_strategy)
     options = pipeline or PipelineOptions()
     check_owner(options, name, owner="pipeline")
     if cluster.is_local and name in CLUSTER_STRATEGIES:
@@ -104,9 +104,3 @@ def initialize(
             pipeline=options,
         )
     )
-
-
-def _default_strategy(cluster: Cluster) -> str:
-    if cluster.num_ps:
-        return "ps"
-    return "one_device" if cluster.is_single else "multiworker"

@@ -25,10 +25,10 @@ from tfdist.cluster.spec import Cluster
 from tfdist.commands.companion import PARENT_VARIABLE, Companion
 from tfdist.commands.environment import describe_environment
 from tfdist.commands.follow import Follower
-from tfdist.commands.keep_best import KeepBest, read_best
+from tfdist.commands.keep_best import KeepBest
 from tfdist.commands.samples import predict_samples, write_samples
 from tfdist.config.run_config import RunConfig, parse_profile
-from tfdist.config.run_dir import RunDir
+from tfdist.config.run_dir import RunDir, read_object
 from tfdist.data.addressed import forget_readers
 from tfdist.data.sources.source import Source, build_source
 from tfdist.data.sources.tfds import TfdsSplit
@@ -97,14 +97,7 @@ def _follow(
     """Evaluates what another process trains."""
     if PARENT_VARIABLE in os.environ:
         os.nice(19)  # what the training leaves
-    run = initialize(
-        strategy="one_device",
-        seed=config.seed,
-        mixed_precision=config.mixed_precision,
-        cluster=Cluster(),
-        gpu_memory_gb=config.gpu_memory_gb,
-        deterministic=config.deterministic,
-    )
+    run = join_cluster(config, Cluster())
     model_kwargs, data_kwargs = overrides
     test = build_source(_with_data_dir(recipe.build_data("test", **data_kwargs), config))
     model = recipe.build_model(**model_kwargs)
@@ -121,16 +114,7 @@ def _carry_out_in(
     members: Membership | None,
     carried: Any,
 ) -> dict[str, Any]:
-    run = initialize(
-        strategy=config.strategy,
-        num_replicas=config.num_replicas,
-        seed=config.seed,
-        mixed_precision=config.mixed_precision,
-        cluster=cluster,
-        gpu_memory_gb=config.gpu_memory_gb,
-        deterministic=config.deterministic,
-        pipeline=config.pipeline_options,
-    )
+    run = join_cluster(config, cluster)
     if members is not None:
         run.join(members, carried)
         config = dataclasses.replace(config, resume=config.resume or members.generation > 0)
@@ -152,6 +136,25 @@ def _carry_out_in(
         raise ConfigError(found[1].strip().replace("] [", " ").strip("[]")) from error
     run.wait_for_others()
     return results
+
+
+def join_cluster(config: RunConfig, cluster: Cluster | None = None) -> Run:
+    """Returns this task's part of a run; a task that only serves never returns.
+
+    Args:
+        config: What to do.
+        cluster: With this process's task; None reads it from the environment.
+    """
+    return initialize(
+        strategy=config.strategy,
+        num_replicas=config.num_replicas,
+        seed=config.seed,
+        cluster=cluster,
+        mixed_precision=config.mixed_precision,
+        gpu_memory_gb=config.gpu_memory_gb,
+        deterministic=config.deterministic,
+        pipeline=config.pipeline_options,
+    )
 
 
 class _RecipeRun:
@@ -217,7 +220,7 @@ class _RecipeRun:
             if run.is_chief:
                 if samples is not None:
                     write_samples(run_dir.samples_file, samples)
-                best = read_best(run_dir)
+                best = read_object(run_dir.best_file)
                 run_dir.write_results(
                     {"test": results, "trained_secs": round(secs, 1)} | ({"best": best} if best else {})
                 )
@@ -358,24 +361,18 @@ def _build_optimizer(name: str, config: RunConfig, source: Source) -> keras.opti
     steps = plan_steps(
         source, config.global_batch_size, config.steps_per_epoch, drop_remainder=config.drop_remainder
     )
+    factor = 1.0
+    if config.lr_scaling is not None and config.base_batch_size is not None:
+        sizes = {"global_batch_size": config.global_batch_size, "base_batch_size": config.base_batch_size}
+        factor = rate_factor(config.lr_scaling, **sizes)
     return build_optimizer(
         name,
         learning_rate=config.learning_rate,
-        rate_factor=_rate_factor(config),
+        rate_factor=factor,
         schedule=config.schedule or "constant",
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         total_steps=None if steps is None else steps * config.epochs,
-    )
-
-
-def _rate_factor(config: RunConfig) -> float:
-    if config.lr_scaling is None or config.base_batch_size is None:
-        return 1.0
-    return rate_factor(
-        config.lr_scaling,
-        global_batch_size=config.global_batch_size,
-        base_batch_size=config.base_batch_size,
     )
 
 

@@ -16,8 +16,7 @@ from typing import Any
 from tfdist.errors import ConfigError, TfdistError
 from tfdist.launcher.process import reaper as reaping
 from tfdist.launcher.process.children import Reaper
-from tfdist.planning.marks import MARK
-from tfdist.planning.ways import flags_of
+from tfdist.planning.ways import MARK, flags_of
 
 # A name, and the part of the recipe's batch, or the multiple, that a step takes.
 Trial = tuple[str, Fraction]

@@ -406,9 +406,6 @@ def answering_alone(model: keras.Model, strategy: tf.distribute.Strategy) -> Ite
     Args:
         model: Built, in the strategy's scope.
         strategy: Any but the default one.
-
-    Yields:
-        While it is in force.
     """
     traced: dict[str, Any] = {"_distribute_strategy": None, "predict_function": None, "test_function": None}
     compiled = compiled_parts(model)
@@ -497,9 +494,6 @@ def accumulating_with(
     Args:
         optimizer: One with `gradient_accumulation_steps`.
         gather: `(gradients, variables) → gradients to apply, or None: not yet`.
-
-    Yields:
-        While it is in force.
     """
 
     def apply(grads: Sequence[Any], variables: Sequence[keras.Variable]) -> None:
@@ -531,9 +525,6 @@ def updating_with(
     Args:
         optimizer: Any.
         update: `(gradient, TensorFlow variable, learning rate)`.
-
-    Yields:
-        While it is in force.
     """
     with _holding(optimizer, update_step=update):
         yield
@@ -557,13 +548,6 @@ def scaling_rate(optimizer: keras.optimizers.Optimizer, factor: Any) -> Iterator
     """Multiplies an optimizer's learning rate, a schedule's too.
 
     Leans on `Optimizer._get_current_learning_rate`, which `learning_rate` asks.
-
-    Args:
-        optimizer: Any.
-        factor: Scalar.
-
-    Yields:
-        While it is in force.
     """
     current = optimizer._get_current_learning_rate
 
@@ -616,9 +600,6 @@ def watching_outputs(model: keras.Model, look: Callable[[Any, Any], None]) -> It
     Args:
         model: Built.
         look: `(layer or operation, its outputs)`, called after each call.
-
-    Yields:
-        While it is in force.
     """
     found: dict[int, Any] = {}
     for layer in model._flatten_layers():
@@ -712,9 +693,6 @@ def stop_data_server(server: Any) -> None:
     """Stops a server of a tf.data service at once; its public end is that of the process, or of the last reference.
 
     Leans on `DispatchServer._stop` and `WorkerServer._stop`.
-
-    Args:
-        server: A `DispatchServer` or `WorkerServer`.
     """
     server._stop()
 
@@ -1091,9 +1069,6 @@ def updating_only(
         optimizer: Built for all.
         variables: Those that have their values here, in their order.
         norm: Of the gradients by all weights, by which a global norm is clipped; None: of those that are updated.
-
-    Yields:
-        While it is in force.
     """
     wanted = {id(v) for v in variables}
     is_kept = [id(v) in wanted for v in optimizer._trainable_variables]

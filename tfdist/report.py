@@ -48,9 +48,6 @@ def write_report(run_dirs: Sequence[str], output: str | None = None) -> Path:
         run_dirs: The runs' folders.
         output: The file; None: `report.html` in the folder, of several here. One that exists is replaced.
 
-    Returns:
-        The file.
-
     Raises:
         ConfigError: If a folder holds no run, or the page cannot be written.
     """

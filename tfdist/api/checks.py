@@ -44,12 +44,6 @@ def choose_steps_per_loop(
 ) -> int | None:
     """Returns the steps of a call, one where each must be known before the next begins.
 
-    Args:
-        steps_per_loop: As for `fit`.
-        on_nan: As for `fit`.
-        max_loss_spike: As for `fit`.
-        is_elastic: As for `check_sync`.
-
     Raises:
         ConfigError: If several were asked for all the same.
     """
@@ -73,14 +67,6 @@ def check_batches(
     loop: Loop, source: Source, strategy: str, *, batch_size: int, drop_remainder: bool, on_nan: str
 ) -> None:
     """Checks what is asked of batches, those too that somebody else makes.
-
-    Args:
-        loop: The model's.
-        source: The training data.
-        strategy: Canonical name.
-        batch_size: Examples of a step.
-        drop_remainder: As for `fit`.
-        on_nan: As for `fit`.
 
     Raises:
         ConfigError: If replicas would find nothing in them, or workers would find different ones.
@@ -149,10 +135,6 @@ def check_stages(
 
 def check_callbacks(callbacks: Any, strategy: str) -> None:
     """Checks that callbacks do what they say under a strategy.
-
-    Args:
-        callbacks: As for `fit`.
-        strategy: Canonical name.
 
     Raises:
         ConfigError: If one cannot.

@@ -33,12 +33,7 @@ _log = logging.getLogger("tfdist")
 
 
 class Fitting:
-    """Carries out one call.
-
-    Args:
-        state: Of the run.
-        given: The arguments.
-    """
+    """Carries out one call."""
 
     def __init__(self, state: RunState, given: FitArguments) -> None:
         if given.steps_per_loop is None and given.model.steps_per_execution > 1:

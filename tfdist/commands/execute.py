@@ -139,12 +139,7 @@ def _carry_out_in(
 
 
 def join_cluster(config: RunConfig, cluster: Cluster | None = None) -> Run:
-    """Returns this task's part of a run; a task that only serves never returns.
-
-    Args:
-        config: What to do.
-        cluster: With this process's task; None reads it from the environment.
-    """
+    """Joins a run's cluster, by default the environment's; a task that only serves never returns."""
     return initialize(
         strategy=config.strategy,
         num_replicas=config.num_replicas,
@@ -158,14 +153,7 @@ def join_cluster(config: RunConfig, cluster: Cluster | None = None) -> Run:
 
 
 class _RecipeRun:
-    """What is done with a recipe's model and data on this task.
-
-    Args:
-        run: The cluster.
-        recipe: The recipe.
-        config: What to do.
-        say: Takes the few lines meant for a person.
-    """
+    """What is done with a recipe's model and data on this task."""
 
     def __init__(self, run: Run, recipe: Recipe, config: RunConfig, say: Callable[[str], None]) -> None:
         self._run = run

@@ -127,13 +127,7 @@ def define_flags() -> flags.FlagValues:
 
 
 def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
-    """Parses a command line.
-
-    Args:
-        argv: Without the program's name.
-
-    Returns:
-        The flags.
+    """Parses a command line, given without the program's name.
 
     Raises:
         Error: `absl.flags.Error` if a flag is unknown or its value malformed.

@@ -20,11 +20,6 @@ _NUM_LOOKED_AT, _NUM_SHOWN = 256, 12
 def predict_samples(run: Run, model: keras.Model, test: Source) -> dict[str, np.ndarray] | None:
     """Predicts the first test images; every process must call it.
 
-    Args:
-        run: The cluster.
-        model: Trained.
-        test: The test examples.
-
     Returns:
         `images` `[n, height, width, channels]`, `labels` `[n]` and `predicted` `[n]`, the wrong ones first; None if the
         examples are no images with a class each.

@@ -15,10 +15,7 @@ from tfdist.training.pipeline.schedule import idle_share
 
 
 def describe_stages(config: RunConfig) -> str:
-    """Returns a table of the stages; no weight gets memory.
-
-    Args:
-        config: Of a run under `pipeline`.
+    """Returns a table of the stages of a run under `pipeline`; no weight gets memory.
 
     Raises:
         ConfigError: If the recipe cannot be loaded, or its model not divided.

@@ -32,10 +32,6 @@ VERBOSITIES = (0, 1, 2, "auto")
 def check_jit(strategy: str, jit_compile: str | None) -> None:
     """Checks what is asked of XLA.
 
-    Args:
-        strategy: Canonical name.
-        jit_compile: One of `JIT_COMPILE`, or None.
-
     Raises:
         ConfigError: If it is none of them, or the strategy cannot have it.
     """
@@ -50,10 +46,6 @@ def check_jit(strategy: str, jit_compile: str | None) -> None:
 
 def check_deterministic(strategy: str, deterministic: bool) -> None:
     """Checks whether a strategy can give the same bits again.
-
-    Args:
-        strategy: Canonical name.
-        deterministic: Whether it is to.
 
     Raises:
         ConfigError: If it cannot.
@@ -231,9 +223,6 @@ class RunConfig(SyncOptions, PsOptions, PrivacyOptions, PipelineOptions):
         Args:
             text: A JSON object whose keys are fields of `RunConfig`.
 
-        Returns:
-            The same config.
-
         Raises:
             ConfigError: If it is not a JSON object, names an unknown field, leaves one out that has no
                 default, or holds a value that breaks its rule.
@@ -381,14 +370,7 @@ def check_data_service(data_service: str) -> None:
 
 
 def default_num_tasks(strategy: str) -> tuple[int, int]:
-    """Says how large the cluster is that is started when nobody says.
-
-    Args:
-        strategy: One of `tfdist.cluster.spec.STRATEGIES`.
-
-    Returns:
-        The number of workers and the number of ps.
-    """
+    """Returns how many workers and ps are started when nobody says."""
     return {"multiworker": (2, 0), "ps": (2, 1), "pipeline": (2, 0)}.get(strategy, (1, 0))
 
 

@@ -123,9 +123,6 @@ class RunDir:
 
         A run that is gone on with keeps its config until its checkpoint has been found to fit; see `write_config`.
 
-        Args:
-            config: What is about to run; written to `config_file`.
-
         Raises:
             ConfigError: As for `check`.
         """
@@ -156,9 +153,6 @@ class RunDir:
     def read_config(self) -> RunConfig:
         """Reads what `create` wrote.
 
-        Returns:
-            The config of the run in this folder.
-
         Raises:
             ConfigError: If there is no run here, or its config cannot be read.
         """
@@ -173,14 +167,7 @@ class RunDir:
             raise ConfigError(f"The config of run_dir={str(self.path)!r} cannot be read: {error}.") from None
 
     def drop_metrics_from(self, epoch: int) -> list[dict[str, Any]]:
-        """Forgets the lines of epochs that are about to be trained again.
-
-        Args:
-            epoch: The first epoch to forget, counted from 0.
-
-        Returns:
-            The records that stay.
-        """
+        """Forgets the lines from a zero-based epoch on, which is about to be trained again; returns the others."""
         kept = [record for record in read_records(self.metrics_file) if record.get("epoch", -1) < epoch]
         if self.metrics_file.exists():
             write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
@@ -233,12 +220,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 @contextlib.contextmanager
 def open_atomically(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file that is there once the context ends, or, if anything stops it, is not.
-
-    Args:
-        path: The file; one that exists is replaced.
-
-    Yields:
-        Where to write.
 
     Raises:
         OSError: If the disk or the folder refuses; `path` is then as it was.

@@ -40,15 +40,7 @@ def setting(
     least: float | None = None,
     above: float | None = None,
 ) -> Any:
-    """Returns a dataclass's field that is a setting.
-
-    Args:
-        default: None of it where somebody must say it.
-        help: As in `Setting`, like the rest.
-        choices: The values that it may have.
-        least: The smallest number.
-        above: What it must be more than.
-    """
+    """Returns a dataclass's field that is a `Setting`; one without a default must be said."""
     told = Setting(help=help, choices=choices, least=least, above=above)
     return dataclasses.field(default=default, metadata={_KEY: told})
 
@@ -73,9 +65,6 @@ def types_of(kind: Any) -> dict[str, set[type]]:
 
 def check_settings(values: Any) -> None:
     """Holds every field to its type and its rule.
-
-    Args:
-        values: A dataclass of settings.
 
     Raises:
         ConfigError: If one breaks its rule.
@@ -115,13 +104,7 @@ def changed_settings(values: Any, *, besides: Collection[str] = ()) -> list[str]
 
 
 def check_owner(values: Any, strategy: str, *, owner: str, shared: Collection[str] = ()) -> None:
-    """Checks that whoever asked for something has a strategy that can honour it.
-
-    Args:
-        values: A dataclass of settings.
-        strategy: Canonical name.
-        owner: The one strategy that has them.
-        shared: Names of those that others have too.
+    """Checks that what only `owner` has, all but `shared`, is asked of no other strategy.
 
     Raises:
         ConfigError: If it cannot.

@@ -70,13 +70,7 @@ class DataService:
                 )
 
     def share(self, source: Source) -> Source:
-        """Has the service prepare a stream.
-
-        Args:
-            source: A stream.
-
-        Returns:
-            What this process reads of it, once the service is open.
+        """Has the service prepare a stream; returns what this process reads of it, once the service is open.
 
         Raises:
             ConfigError: If the source is no stream.

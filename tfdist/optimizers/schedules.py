@@ -121,15 +121,7 @@ def rate_factor(scaling: str, *, global_batch_size: int, base_batch_size: int) -
 
 
 def parse_choice(name: str, choices: tuple[str, ...], *, what: str) -> str:
-    """Finds a name among the choices, whatever its case and with `-` for `_`.
-
-    Args:
-        name: As the user wrote it.
-        choices: The known names.
-        what: What is named, for the message.
-
-    Returns:
-        The name as it stands in `choices`.
+    """Returns the choice that a name means, whatever its case and with `-` for `_`.
 
     Raises:
         ConfigError: If it is unknown, with the nearest name and all of them.

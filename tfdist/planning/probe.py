@@ -174,11 +174,7 @@ class Trial:
 
 
 class Probe:
-    """A recipe's model and data on this task, and trials of them.
-
-    Args:
-        config: What the run is to be.
-    """
+    """A recipe's model and data on this task, and trials of them."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config

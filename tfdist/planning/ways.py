@@ -127,12 +127,7 @@ def check_flags(flags: Sequence[str]) -> None:
 
 
 def flags_of(strategy: str, flags: Sequence[str]) -> list[str]:
-    """Returns those flags of `tfdist.train` that a strategy has.
-
-    Args:
-        strategy: Canonical name.
-        flags: Words such as `--bucket_mb=10`.
-    """
+    """Returns those flags of `tfdist.train` that a strategy has."""
     ps_alone = set(settings_of(PsOptions)) - {*PS_SHARED} | {"num_ps"}
     alone = {
         "multiworker": set(settings_of(SyncOptions)),

@@ -86,12 +86,6 @@ class Record:
 def read_record(folder: str) -> Record:
     """Reads a run's folder.
 
-    Args:
-        folder: The run_dir.
-
-    Returns:
-        What it tells.
-
     Raises:
         ConfigError: If no run is there.
     """

@@ -75,9 +75,6 @@ def parse_split(text: str) -> TfdsSplit:
 def load_split(split: TfdsSplit) -> tuple[tf.data.Dataset | IndexedSource, int]:
     """Prepares and opens a split.
 
-    Args:
-        split: Which.
-
     Returns:
         The dataset of examples; of files in the `array_record` format, a source that reads any of them at once.
         And the number of its files.

@@ -94,13 +94,7 @@ def initialize(
         servers = [t for t in cluster.tasks if t.type != "chief"]
         check_reachable(cluster, timeout_secs=start_timeout_secs, tasks=servers)
     built = build_strategy(strategy=name, cluster=cluster, num_replicas=num_replicas)
-    return Run(
-        RunState(
-            strategy=built,
-            strategy_name=name,
-            cluster=cluster,
-            seed=seed,
-            heartbeat=heartbeat,
-            pipeline=options,
-        )
+    state = RunState(
+        strategy=built, strategy_name=name, cluster=cluster, seed=seed, heartbeat=heartbeat, pipeline=options
     )
+    return Run(state)

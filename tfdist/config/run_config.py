@@ -33,7 +33,7 @@ def check_jit(strategy: str, jit_compile: str | None) -> None:
     """Checks what is asked of XLA.
 
     Raises:
-        ConfigError: If it is none of them, or the strategy cannot have it.
+        ConfigError: If it is none of `JIT_COMPILE`, or the strategy cannot have it.
     """
     if jit_compile not in (None, *JIT_COMPILE):
         raise ConfigError(f"jit_compile={jit_compile!r}: choose one of {', '.join(JIT_COMPILE)}.")

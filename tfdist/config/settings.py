@@ -107,7 +107,7 @@ def check_owner(values: Any, strategy: str, *, owner: str, shared: Collection[st
     """Checks that what only `owner` has, all but `shared`, is asked of no other strategy.
 
     Raises:
-        ConfigError: If it cannot.
+        ConfigError: If it is.
     """
     changed = changed_settings(values, besides=shared)
     if strategy != owner and changed:

@@ -805,11 +805,8 @@ def reuse_instance_keys(strategy: tf.distribute.MirroredStrategy) -> None:
 
 
 def _reduce_by_one_key(launcher: Any, tensor: tf.Tensor, *args: Any, **kwargs: Any) -> tf.Tensor:
-    launcher._use_unique_instance_key = lambda: not tensor.shape.is_fully_defined()
-    try:
+    with _holding(launcher, _use_unique_instance_key=lambda: not tensor.shape.is_fully_defined()):
         return type(launcher).all_reduce(launcher, tensor, *args, **kwargs)
-    finally:
-        del launcher._use_unique_instance_key
 
 
 def place_by_bytes(strategy: tf.distribute.ParameterServerStrategy) -> None:

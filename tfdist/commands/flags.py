@@ -63,7 +63,7 @@ class _WordFlag(flags.BooleanFlag):
         super().__init__(name, values[0], _help_of(name))
 
     def _parse(self, argument: Any) -> Any:
-        return argument if argument in self._words else self._values[super()._parse(argument)]
+        return argument if argument in self._words else self._values[bool(super()._parse(argument))]
 
 
 def _help_of(name: str) -> str:

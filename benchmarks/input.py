@@ -20,7 +20,10 @@ from figures import divide, parse_options, render_spread, show, take_turns
 
 import tfdist
 from recipes import digits_cnn
-from tfdist.data import Segment, build_source, local_batches
+from tfdist.data import build_source
+from tfdist.data.batches import local_batches
+from tfdist.data.segment import Segment
+from tfdist.training.plan import BatchPlan
 
 BATCH = 64
 # A call of a function costs more than a batch: several are read in one.
@@ -54,9 +57,8 @@ class Numbers:
 
 def open_epoch(source: Any, *, first_step: int = 0, num_steps: int | None = None) -> Segment:
     """Returns the shuffled batches of a process that is alone."""
-    options = {"lap": 0, "seed": 0, "shuffle": True, "num_replicas": 1, "replica_ids": [0]}
-    steps = {"first_step": first_step, "num_steps": num_steps}
-    return local_batches(build_source(source), global_batch_size=BATCH, **options, **steps)[0]
+    plan = BatchPlan(global_batch_size=BATCH, shuffle=True, first_step=first_step, num_steps=num_steps)
+    return local_batches(build_source(source), plan.share(1, [0]))[0]
 
 
 def time_seek(source: Any) -> float:

@@ -52,6 +52,24 @@ ApplyFn = Callable[..., Any]
 LossCorrection = Callable[[Any, Any, Any, str | None], Any]
 
 
+@contextlib.contextmanager
+def _holding(owner: Any, **values: Any) -> Iterator[None]:
+    """Lets an object, a class or a module have other attributes meanwhile."""
+    # Of an object past Keras's own __setattr__, which would track the value.
+    put, remove = (setattr, delattr) if isinstance(owner, type) else (object.__setattr__, object.__delattr__)
+    saved = {name: vars(owner).get(name, _ABSENT) for name in values}
+    try:
+        for name, value in values.items():
+            put(owner, name, value)
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is _ABSENT:
+                remove(owner, name)
+            else:
+                put(owner, name, value)
+
+
 def build_model(model: keras.Model, batch: Any, *, is_trained: bool = True) -> None:
     """Creates every variable of a model: layers, loss, metrics and optimizer slots.
 
@@ -388,9 +406,6 @@ def answering_alone(model: keras.Model, strategy: tf.distribute.Strategy) -> Ite
     Args:
         model: Built, in the strategy's scope.
         strategy: Any but the default one.
-
-    Yields:
-        While it is in force.
     """
     traced: dict[str, Any] = {"_distribute_strategy": None, "predict_function": None, "test_function": None}
     compiled = compiled_parts(model)
@@ -425,14 +440,9 @@ def answering_alone(model: keras.Model, strategy: tf.distribute.Strategy) -> Ite
 
         return answer
 
-    # Straight into __dict__: Keras's __setattr__ would track the value.
     names = ("predict", "evaluate", "predict_on_batch", "test_on_batch")
-    model.__dict__.update({name: alone(getattr(model, name)) for name in names})
-    try:
+    with _holding(model, **{name: alone(getattr(model, name)) for name in names}):
         yield
-    finally:
-        for name in names:
-            del model.__dict__[name]
 
 
 def allow_bare_values() -> None:
@@ -484,9 +494,6 @@ def accumulating_with(
     Args:
         optimizer: One with `gradient_accumulation_steps`.
         gather: `(gradients, variables) → gradients to apply, or None: not yet`.
-
-    Yields:
-        While it is in force.
     """
 
     def apply(grads: Sequence[Any], variables: Sequence[keras.Variable]) -> None:
@@ -505,12 +512,8 @@ def accumulating_with(
                     lambda: None,
                 )
 
-    # Straight into __dict__: Keras's __setattr__ would track the value.
-    optimizer.__dict__["_backend_apply_gradients"] = apply
-    try:
+    with _holding(optimizer, _backend_apply_gradients=apply):
         yield
-    finally:
-        del optimizer.__dict__["_backend_apply_gradients"]
 
 
 @contextlib.contextmanager
@@ -522,16 +525,9 @@ def updating_with(
     Args:
         optimizer: Any.
         update: `(gradient, TensorFlow variable, learning rate)`.
-
-    Yields:
-        While it is in force.
     """
-    # Straight into __dict__: Keras's __setattr__ would track the value.
-    optimizer.__dict__["update_step"] = update
-    try:
+    with _holding(optimizer, update_step=update):
         yield
-    finally:
-        del optimizer.__dict__["update_step"]
 
 
 def adam_slots(optimizer: keras.optimizers.Adam, variable: Any) -> tuple[Any, Any]:
@@ -552,13 +548,6 @@ def scaling_rate(optimizer: keras.optimizers.Optimizer, factor: Any) -> Iterator
     """Multiplies an optimizer's learning rate, a schedule's too.
 
     Leans on `Optimizer._get_current_learning_rate`, which `learning_rate` asks.
-
-    Args:
-        optimizer: Any.
-        factor: Scalar.
-
-    Yields:
-        While it is in force.
     """
     current = optimizer._get_current_learning_rate
 
@@ -566,12 +555,8 @@ def scaling_rate(optimizer: keras.optimizers.Optimizer, factor: Any) -> Iterator
         rate = tf.convert_to_tensor(current())
         return rate * tf.cast(factor, rate.dtype)
 
-    # Straight into __dict__: Keras's __setattr__ would track the value.
-    optimizer.__dict__["_get_current_learning_rate"] = scaled
-    try:
+    with _holding(optimizer, _get_current_learning_rate=scaled):
         yield
-    finally:
-        del optimizer.__dict__["_get_current_learning_rate"]
 
 
 def is_deterministic() -> bool:
@@ -615,9 +600,6 @@ def watching_outputs(model: keras.Model, look: Callable[[Any, Any], None]) -> It
     Args:
         model: Built.
         look: `(layer or operation, its outputs)`, called after each call.
-
-    Yields:
-        While it is in force.
     """
     found: dict[int, Any] = {}
     for layer in model._flatten_layers():
@@ -632,18 +614,10 @@ def watching_outputs(model: keras.Model, look: Callable[[Any, Any], None]) -> It
 
         return watched
 
-    # Straight into __dict__: Keras's __setattr__ would track the value.
-    saved = {key: operation.__dict__.get("call", _ABSENT) for key, operation in found.items()}
-    for operation in found.values():
-        operation.__dict__["call"] = watch(operation, operation.call)
-    try:
+    with contextlib.ExitStack() as watching:
+        for operation in found.values():
+            watching.enter_context(_holding(operation, call=watch(operation, operation.call)))
         yield
-    finally:
-        for key, operation in found.items():
-            if saved[key] is _ABSENT:
-                del operation.__dict__["call"]
-            else:
-                operation.__dict__["call"] = saved[key]
 
 
 def replace_call(operation: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -719,9 +693,6 @@ def stop_data_server(server: Any) -> None:
     """Stops a server of a tf.data service at once; its public end is that of the process, or of the last reference.
 
     Leans on `DispatchServer._stop` and `WorkerServer._stop`.
-
-    Args:
-        server: A `DispatchServer` or `WorkerServer`.
     """
     server._stop()
 
@@ -834,11 +805,8 @@ def reuse_instance_keys(strategy: tf.distribute.MirroredStrategy) -> None:
 
 
 def _reduce_by_one_key(launcher: Any, tensor: tf.Tensor, *args: Any, **kwargs: Any) -> tf.Tensor:
-    launcher._use_unique_instance_key = lambda: not tensor.shape.is_fully_defined()
-    try:
+    with _holding(launcher, _use_unique_instance_key=lambda: not tensor.shape.is_fully_defined()):
         return type(launcher).all_reduce(launcher, tensor, *args, **kwargs)
-    finally:
-        del launcher._use_unique_instance_key
 
 
 def place_by_bytes(strategy: tf.distribute.ParameterServerStrategy) -> None:
@@ -873,8 +841,7 @@ def saving_in_blocks(blocks_of: Callable[[keras.Variable], Iterator[Any] | None]
     Args:
         blocks_of: Returns a large variable's runs of rows, in order; None for a small one.
     """
-    store_class, optimizer_class = saving_lib.H5IOStore, keras.optimizers.Optimizer
-    bound, set_item = saving_lib._MEMORY_UPPER_BOUND, store_class.__setitem__
+    set_item = saving_lib.H5IOStore.__setitem__
 
     def set_in_blocks(store: Any, key: str, value: Any) -> None:
         blocks = blocks_of(value) if isinstance(value, keras.Variable) else None
@@ -896,19 +863,12 @@ def saving_in_blocks(blocks_of: Callable[[keras.Variable], Iterator[Any] | None]
         for place, variable in enumerate(optimizer.variables):
             store[str(place)] = variable if blocks_of(variable) is not None else variable.numpy()
 
-    own = vars(optimizer_class).get("save_own_variables", _ABSENT)
-    saving_lib._MEMORY_UPPER_BOUND = 0
-    store_class.__setitem__ = set_in_blocks
-    optimizer_class.save_own_variables = save_own_variables
-    try:
+    with (
+        _holding(saving_lib, _MEMORY_UPPER_BOUND=0),
+        _holding(saving_lib.H5IOStore, __setitem__=set_in_blocks),
+        _holding(keras.optimizers.Optimizer, save_own_variables=save_own_variables),
+    ):
         yield
-    finally:
-        saving_lib._MEMORY_UPPER_BOUND = bound
-        store_class.__setitem__ = set_item
-        if own is _ABSENT:
-            del optimizer_class.save_own_variables
-        else:
-            optimizer_class.save_own_variables = own
 
 
 def batch_spec(batches: Sequence[Any]) -> Any:
@@ -963,20 +923,13 @@ def deferring_variables() -> Iterator[list[tuple[keras.Variable, keras.Variable]
         The optimizers' slots that are made while it is in force, each with its weight.
     """
     slots: list[tuple[keras.Variable, keras.Variable]] = []
-    own = {
-        (keras.Variable, "_initialize_with_initializer"): _keep_initializer,
-        (keras.Variable, "_deferred_initialize"): lambda variable: None,
-        (TFOptimizer, "_var_key"): _key_of_any(TFOptimizer._var_key),
-        (TFOptimizer, "add_variable_from_reference"): _add_slot(slots),
+    create = {
+        "_initialize_with_initializer": _keep_initializer,
+        "_deferred_initialize": lambda variable: None,
     }
-    saved = {place: getattr(*place) for place in own}
-    for (owner, name), function in own.items():
-        setattr(owner, name, function)
-    try:
+    add = {"_var_key": _key_of_any(TFOptimizer._var_key), "add_variable_from_reference": _add_slot(slots)}
+    with _holding(keras.Variable, **create), _holding(TFOptimizer, **add):
         yield slots
-    finally:
-        for (owner, name), function in saved.items():
-            setattr(owner, name, function)
 
 
 def _keep_initializer(variable: keras.Variable, initializer: Callable[..., Any]) -> None:
@@ -1096,11 +1049,8 @@ def loading_present() -> Iterator[None]:
             assign(variable, value if own_part(variable) is None else value[own_part(variable)])
         return value
 
-    keras.Variable.assign = assign_if_present
-    try:
+    with _holding(keras.Variable, assign=assign_if_present):
         yield
-    finally:
-        keras.Variable.assign = assign
 
 
 @contextlib.contextmanager
@@ -1116,9 +1066,6 @@ def updating_only(
         optimizer: Built for all.
         variables: Those that have their values here, in their order.
         norm: Of the gradients by all weights, by which a global norm is clipped; None: of those that are updated.
-
-    Yields:
-        While it is in force.
     """
     wanted = {id(v) for v in variables}
     is_kept = [id(v) in wanted for v in optimizer._trainable_variables]
@@ -1130,16 +1077,9 @@ def updating_only(
     ):  # Keras finds these by a weight's place among all, and passes over None
         pairs = zip(saved["_accumulated_gradients"], is_kept, strict=False)
         found["_accumulated_gradients"] = [value if kept else None for value, kept in pairs]
-    global_norm = base_optimizer.global_norm
-    try:
-        # Straight into __dict__: Keras's __setattr__ would track the value.
-        optimizer.__dict__.update(found)
-        if norm is not None:
-            base_optimizer.global_norm = lambda gradients: norm
+    norms = {} if norm is None else {"global_norm": lambda gradients: norm}
+    with _holding(optimizer, **found), _holding(base_optimizer, **norms):
         yield
-    finally:
-        optimizer.__dict__.update(saved)
-        base_optimizer.global_norm = global_norm
 
 
 def square_norm(gradients: Sequence[Any]) -> Any:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tfdist.config.parser import OneLineParser
-from tfdist.config.run_dir import write_atomically
-from tfdist.errors import ConfigError, TfdistError
+from tfdist.config.run_dir import write_named
+from tfdist.errors import TfdistError
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -48,9 +48,6 @@ def write_report(run_dirs: Sequence[str], output: str | None = None) -> Path:
         run_dirs: The runs' folders.
         output: The file; None: `report.html` in the folder, of several here. One that exists is replaced.
 
-    Returns:
-        The file.
-
     Raises:
         ConfigError: If a folder holds no run, or the page cannot be written.
     """
@@ -64,12 +61,7 @@ def write_report(run_dirs: Sequence[str], output: str | None = None) -> Path:
         if output
         else Path(run_dirs[0] if len(run_dirs) == 1 else ".") / "report.html"
     )
-    try:
-        write_atomically(path, render_page(records))
-    except OSError as error:
-        raise ConfigError(
-            f"output={str(path)!r} cannot be written ({error.strerror}); choose another."
-        ) from None
+    write_named(path, render_page(records), flag="output")
     return path
 
 

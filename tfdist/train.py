@@ -26,7 +26,7 @@ from tfdist.commands.flags import build_config, collect_settings, parse_flags, r
 from tfdist.config.config_file import render_config_file
 from tfdist.config.job_options import JobOptions
 from tfdist.config.run_config import RunConfig
-from tfdist.config.run_dir import RunDir, write_atomically
+from tfdist.config.run_dir import RunDir, write_named
 from tfdist.config.settings import settings_of
 from tfdist.errors import ConfigError, NonFiniteError, OutOfMemoryError, TfdistError
 from tfdist.launcher.hosts import read_hosts, read_ssh_options
@@ -124,12 +124,7 @@ def _write_config(values: flags.FlagValues) -> None:
     path = Path(values.write_config).expanduser()
     if path.exists():
         raise ConfigError(f"write_config={str(path)!r} exists; name another file, or remove it.")
-    try:
-        write_atomically(path, render_config_file(collect_settings(values)))
-    except OSError as error:
-        raise ConfigError(
-            f"write_config={str(path)!r} cannot be written ({error.strerror}); choose another folder."
-        ) from None
+    write_named(path, render_config_file(collect_settings(values)), flag="write_config")
     print(f"the settings are in {path}; python -m tfdist.train --config={path} takes them")
 
 

@@ -13,7 +13,7 @@ REPOSITORY = str(Path(__file__).parents[2])
 PROGRAM = """
 import os, pathlib, keras, numpy as np, tfdist
 from tfdist.training.monitoring.callbacks import MetricsFile, TensorBoardScalars
-from tfdist.config.run_dir import RunDir
+from tfdist.config.run_dir import RunDir, read_records
 
 folder = pathlib.Path("disk")
 class Fill(keras.callbacks.Callback):
@@ -37,7 +37,7 @@ callbacks = [Fill(), MetricsFile(run_dir=run_dir), TensorBoardScalars(run_dir=ru
 checkpoints = tfdist.Checkpoints(directory=run_dir.checkpoints_dir)
 (folder / "checkpoints").mkdir()
 run.fit(model, (x, x[:, :1]), epochs=8, batch_size=8, verbose=0, callbacks=callbacks, checkpoints=checkpoints)
-print("epochs", *[record["epoch"] for record in run_dir.read_metrics()])
+print("epochs", *[record["epoch"] for record in read_records(run_dir.metrics_file)])
 print("kept", *sorted(os.listdir("disk/checkpoints")))
 """
 

@@ -20,7 +20,7 @@ from chosen import chosen
 
 import tfdist
 from tfdist.collectives import MpiCommunicator
-from tfdist.data import part_slice
+from tfdist.data.order import part_slice
 from tfdist.training.sync.local_steps import neighbours
 
 BATCH, EPOCHS, COUNT, RATE = 12, 2, 44, 0.2

@@ -8,8 +8,8 @@ import tensorflow as tf
 import tfdist.layers
 from tfdist import keras_internals
 from tfdist.config.pipeline_options import PipelineOptions
+from tfdist.data.order import part_slice
 from tfdist.errors import ConfigError
-from tfdist.layers.blocks import bounds
 from tfdist.recipe import load_recipe
 from tfdist.training.tensor_parallel.by_parts import maps_by_parts, updates_by_parts
 from tfdist.training.tensor_parallel.divided import find_divided
@@ -199,7 +199,7 @@ def test_parts_are_tried():
 
 def test_blocks_make_the_whole():
     for size, num_blocks in ((7, 2), (8, 3), (5, 5)):
-        ends = [bounds(size, num_blocks, block) for block in range(num_blocks)]
+        ends = [part_slice(size, block, num_blocks) for block in range(num_blocks)]
         assert [low for low, _ in ends] == [0, *(high for _, high in ends[:-1])] and ends[-1][1] == size
 
 

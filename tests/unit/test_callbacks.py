@@ -8,9 +8,9 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tfdist.commands.keep_best import KeepBest, read_best
+from tfdist.commands.keep_best import KeepBest
 from tfdist.config.run_config import RunConfig
-from tfdist.config.run_dir import RunDir
+from tfdist.config.run_dir import RunDir, read_object, read_records
 from tfdist.training.monitoring.callbacks import ConfigFile, MetricsFile, TensorBoardScalars, split_callbacks
 from tfdist.training.monitoring.progress import ProgressBar
 
@@ -108,7 +108,7 @@ def test_split_takes_none():
 
 def test_metrics_file_holds_every_epoch(run_dir):
     history = fit(build_model(), [MetricsFile(run_dir=run_dir)], epochs=3).history
-    lines = run_dir.read_metrics()
+    lines = read_records(run_dir.metrics_file)
     assert [(line["epoch"], line["step"]) for line in lines] == [(0, 4), (1, 8), (2, 12)]
     for key, values in history.items():
         assert [line[key] for line in lines] == values
@@ -151,7 +151,7 @@ def test_metrics_file_measures_training_alone(run_dir):
     clock.secs += 6
     callback.on_test_end()
     callback.on_epoch_end(0, {"loss": float("nan")})
-    records = run_dir.read_metrics()
+    records = read_records(run_dir.metrics_file)
     assert [{name: value for name, value in record.items() if name != "memory_mb"} for record in records] == [
         {"epoch": 0, "step": 17, "wall_secs": 60.0, "examples_per_sec": 50.0, "loss": "NaN"}
     ]
@@ -231,7 +231,7 @@ def test_line_that_cannot_be_written_comes_with_the_next_one(run_dir, caplog):
     with caplog.at_level(logging.WARNING):
         fit(build_model(), [blocking, MetricsFile(run_dir=run_dir)], epochs=5)
     assert caplog.text.count(f"{path} could not be written (Is a directory); training goes on") == 2
-    assert [line["epoch"] for line in run_dir.read_metrics()] == [0, 1, 2, 3, 4]
+    assert [line["epoch"] for line in read_records(run_dir.metrics_file)] == [0, 1, 2, 3, 4]
 
 
 def test_config_is_the_folders_once_training_goes_on(run_dir):
@@ -304,15 +304,15 @@ def test_keep_best_keeps_what_keras_calls_better(run_dir):
     for epoch, value in enumerate((0.5, 0.7, 0.2, 0.3)):
         model.set_weights([np.full((3, 1), value), np.zeros(1)])
         keep.on_epoch_end(epoch, {"loss": 1.0, "val_mae": value})
-    assert read_best(run_dir) == {"metric": "val_mae", "value": 0.2, "epoch": 2}
+    assert read_object(run_dir.best_file) == {"metric": "val_mae", "value": 0.2, "epoch": 2}
     np.testing.assert_allclose(keras.models.load_model(run_dir.best_model_file).get_weights()[0], 0.2)
     # Another process goes on: what was better than now stays.
     again = KeepBest(run_dir=run_dir, metric="val_mae")
     again.set_model(model)
     again.on_epoch_end(4, {"val_mae": 0.25})
-    assert read_best(run_dir)["epoch"] == 2
+    assert read_object(run_dir.best_file)["epoch"] == 2
     again.on_epoch_end(5, {"val_mae": 0.1})
-    assert read_best(run_dir)["epoch"] == 5
+    assert read_object(run_dir.best_file)["epoch"] == 5
     assert sorted(path.name for path in run_dir.path.iterdir()) == ["best.json", "best.keras"]
 
 
@@ -335,4 +335,4 @@ def test_keep_best_is_told_what_is_better_of_a_metric_of_ones_own(run_dir):
     told.set_model(model)
     for epoch, value in enumerate((0.5, 0.7, 0.6)):
         told.on_epoch_end(epoch, {"val_f1": value})
-    assert read_best(run_dir) == {"metric": "val_f1", "value": 0.7, "epoch": 1}
+    assert read_object(run_dir.best_file) == {"metric": "val_f1", "value": 0.7, "epoch": 1}

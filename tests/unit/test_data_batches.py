@@ -8,19 +8,11 @@ import pytest
 import tensorflow as tf
 from keras.src.trainers.data_adapters import data_adapter_utils
 
-from tfdist.data import (
-    StreamSource,
-    build_source,
-    epoch_indices,
-    local_batches,
-    num_steps,
-    part_slice,
-    step_size,
-    step_start,
-    tfds_split,
-)
-from tfdist.data.segment import build_budget
-from tfdist.data.sources.source import class_weights
+from tfdist.data import build_source, tfds_split
+from tfdist.data.batches import local_batches
+from tfdist.data.order import epoch_indices, num_steps, part_slice
+from tfdist.data.segment import Share, build_budget
+from tfdist.data.sources.source import StreamSource, class_weights
 from tfdist.errors import ConfigError
 from tfdist.training.loop import plan_steps
 
@@ -31,8 +23,7 @@ def read_epoch(
     """Returns the global batches, put together from what each replica's process would read."""
     joined = []
     for replica in range(num_replicas):
-        segments = local_batches(
-            source,
+        share = Share(
             lap=lap,
             seed=seed,
             shuffle=shuffle,
@@ -43,7 +34,7 @@ def read_epoch(
             num_steps=steps,
             **options,
         )
-        read = [s.split(element) for s in segments for element in s.open()]
+        read = [s.split(element) for s in local_batches(source, share) for element in s.open()]
         parts = [(tf.nest.flatten(p)[0].numpy(), int(n)) for p, n in read]
         joined.append(parts)
     batches = []
@@ -146,9 +137,8 @@ def test_remainder_is_dropped(kind):
 def test_whole_and_short_batches_of_one_replica_share_a_trace():
     """As in Keras."""
     source = build_source((np.zeros((22, 5), np.float32), np.zeros(22)))
-    segments = local_batches(
-        source, lap=0, seed=0, shuffle=False, global_batch_size=10, num_replicas=1, replica_ids=[0]
-    )
+    share = Share(lap=0, seed=0, shuffle=False, global_batch_size=10, num_replicas=1, replica_ids=[0])
+    segments = local_batches(source, share)
     first, second = (s.build().element_spec for s in segments)
     assert first == second and first[0][0][0].shape.as_list() == [None, 5]
     assert [len(next(s.open())[0][0][0]) for s in segments] == [10, 2]
@@ -157,20 +147,17 @@ def test_whole_and_short_batches_of_one_replica_share_a_trace():
 def test_parts_of_several_replicas_have_static_shapes():
     """One trace for the full batches, one for the short last one."""
     source = build_source((np.zeros((22, 5), np.float32), np.zeros(22)))
-    segments = local_batches(
-        source, lap=0, seed=0, shuffle=False, global_batch_size=10, num_replicas=4, replica_ids=[0, 1]
-    )
+    share = Share(lap=0, seed=0, shuffle=False, global_batch_size=10, num_replicas=4, replica_ids=[0, 1])
+    segments = local_batches(source, share)
     shapes = [[part[0].shape.as_list() for part in s.build().element_spec[0]] for s in segments]
     assert shapes == [[[2, 5], [3, 5]], [[0, 5], [1, 5]]]
     assert [s.num_steps for s in segments] == [2, 1]
 
 
 def test_step_arithmetic():
-    """Sizes and starts of batches, over passes."""
+    """Of a pass, and of a batch's parts."""
     assert num_steps(num_examples=22, global_batch_size=10) == 3
     assert num_steps(num_examples=22, global_batch_size=10, drop_remainder=True) == 2
-    assert [step_size(step=s, num_examples=22, global_batch_size=10) for s in range(4)] == [10, 10, 2, 10]
-    assert [step_start(step=s, num_examples=22, global_batch_size=10) for s in range(4)] == [0, 10, 20, 22]
     for size in range(9):
         ends = [part_slice(size, k, 4) for k in range(4)]
         assert ends[0][0] == 0 and ends[-1][1] == size
@@ -284,8 +271,8 @@ def test_every_segment_plans_with_its_tasks_share(kind, monkeypatch):
     monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "1")
     stream = tf.data.Dataset.range(20)
     data = {"arrays": np.arange(20), "stream": stream, "own": lambda context: stream.batch(4)}[kind]
-    options = {"lap": 0, "seed": 0, "shuffle": True, "global_batch_size": 4}
-    for segment in local_batches(build_source(data), num_replicas=1, replica_ids=[0], **options):
+    share = Share(lap=0, seed=0, shuffle=True, global_batch_size=4, num_replicas=1, replica_ids=[0])
+    for segment in local_batches(build_source(data), share):
         assert segment.build_in_budget().options().autotune.cpu_budget == 1
 
 

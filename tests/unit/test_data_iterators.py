@@ -6,7 +6,7 @@ import time
 
 import tensorflow as tf
 
-from tfdist.data import open_iterator, untuned
+from tfdist.data.iterators import open_iterator, untuned
 
 AGE_SECS = 0.15
 

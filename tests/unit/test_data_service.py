@@ -5,8 +5,9 @@ import pytest
 import tensorflow as tf
 
 from tfdist.cluster.spec import Cluster, Task
-from tfdist.data import ServedSource, build_source
+from tfdist.data import build_source
 from tfdist.data.service import DataService
+from tfdist.data.sources.source import ServedSource
 from tfdist.errors import ConfigError
 
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfdist.data import ShardedSource, StreamSource, build_source, shard_source, tfds_split
+from tfdist.data import build_source, tfds_split
+from tfdist.data.shard import shard_source
 from tfdist.data.sources.digits import Digits
+from tfdist.data.sources.source import ShardedSource, StreamSource
 from tfdist.errors import ConfigError
 
 

@@ -8,7 +8,9 @@ import pytest
 import tensorflow as tf
 
 import tfdist
-from tfdist.data import Segment, build_source, local_batches
+from tfdist.data import build_source
+from tfdist.data.batches import local_batches
+from tfdist.data.segment import Segment
 from tfdist.errors import ConfigError
 from tfdist.training.checkpoint.input_position import InputPosition, KeptIterators, check_order
 from tfdist.training.plan import BatchPlan, Place
@@ -156,10 +158,7 @@ def test_other_pipelines_state_is_not_used(tmp_path):
             first_step=step,
             input_state=state,
         )
-        options = {"lap": plan.place.lap, "seed": plan.seed, "shuffle": plan.shuffle, "first_step": step}
-        (segment,) = local_batches(
-            source, global_batch_size=plan.global_batch_size, num_replicas=1, replica_ids=[0], **options
-        )
+        (segment,) = local_batches(source, plan.share(1, [0]))
         return position.open(segment, source, plan)
 
     source = build_source(tf.data.Dataset.range(60))
@@ -189,8 +188,7 @@ def test_large_state_is_not_kept(monkeypatch):
         if limit:
             monkeypatch.setattr("tfdist.training.checkpoint.input_position._MAX_BYTES", limit)
         plan = BatchPlan(global_batch_size=1, shuffle=True)
-        options = {"lap": 0, "seed": 0, "shuffle": True, "global_batch_size": 1}
-        (segment,) = local_batches(source, num_replicas=1, replica_ids=[0], **options)
+        (segment,) = local_batches(source, plan.share(1, [0]))
         position = InputPosition()
         next(position.open(segment, source, plan)) if source is small else position.open(
             segment, source, plan

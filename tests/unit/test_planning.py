@@ -9,12 +9,11 @@ import pytest
 from tfdist.errors import TfdistError
 from tfdist.plan import main
 from tfdist.planning.link import Link, parse_link
-from tfdist.planning.marks import OWN
 from tfdist.planning.measure import World
 from tfdist.planning.predict import Cost, Plan
 from tfdist.planning.simulate import render_efficiency, simulate
 from tfdist.planning.table import find_best, render_best, render_table
-from tfdist.planning.ways import DEFAULT_WAYS, KINDS, Way, flags_of, parse_ways
+from tfdist.planning.ways import DEFAULT_WAYS, KINDS, OWN, Way, flags_of, parse_ways
 
 MODEL = {
     "recipe": "digits_cnn", "batch_size": 64, "epochs": 10, "num_examples": 640, "steps_per_epoch": 10,

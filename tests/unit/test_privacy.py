@@ -1,5 +1,6 @@
 """What private training refuses, how it counts ε, and how its batches and its noise are drawn."""
 
+import inspect
 import math
 
 import dp_accounting
@@ -10,9 +11,11 @@ import tensorflow as tf
 from dp_accounting import rdp
 
 import tfdist
+from tfdist.api.arguments import FitArguments, read_fit_data
 from tfdist.api.privacy import plan_private
 from tfdist.config.run_config import RunConfig
-from tfdist.data import build_source, poisson_batches
+from tfdist.data import build_source
+from tfdist.data.poisson import poisson_batches
 from tfdist.training.privacy.accountant import PrivacyBudget, count_epsilon, least_noise, most_epochs
 from tfdist.training.privacy.noise import normal_numbers
 
@@ -257,21 +260,16 @@ def test_cryptographic_numbers_are_normal():
 
 
 def test_plan_draws_nothing_for_shuffled_data(run):
-    from tfdist.api.arguments import read_fit_data
-
-    options = {"class_weight": None, "validation_split": 0.0, "validation_data": None}
-    data = read_fit_data(build(), (X, Y, None), batch_size=20, validation_batch_size=None, **options)
-    plan = plan_private(
-        tfdist.PrivacyOptions(dp_noise_multiplier=1.0, dp_sampling="shuffle"),
-        data,
-        epochs=3,
-        initial_epoch=0,
-        steps_per_epoch=None,
-        drop_remainder=False,
-        is_shuffled=True,
-        is_served=False,
-        broadcast=lambda content: content,
-        before=(),
-    )
+    told = {
+        "model": build(),
+        "x": X,
+        "y": Y,
+        "batch_size": 20,
+        "privacy": tfdist.PrivacyOptions(dp_noise_multiplier=1.0, dp_sampling="shuffle"),
+    }
+    parameters = inspect.signature(tfdist.Run.fit).parameters.values()
+    given = FitArguments(**{p.name: p.default for p in parameters if p.name != "self"} | told)
+    data = read_fit_data(given)
+    plan = plan_private(given, data, broadcast=lambda content: content, before=())
     assert plan.data is data
     assert plan.mechanism.divisor is None

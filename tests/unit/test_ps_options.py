@@ -1,6 +1,7 @@
 import pytest
 
-from tfdist.config.ps_options import PsOptions
+from tfdist.config.ps_options import PS_SHARED, PsOptions
+from tfdist.config.settings import check_owner
 from tfdist.errors import ConfigError
 
 
@@ -22,7 +23,7 @@ def test_values_that_break_their_rule_are_refused(options, message):
 
 
 def test_only_ps_has_them():
-    PsOptions().check_strategy("mirrored")
-    PsOptions(max_staleness=2).check_strategy("ps")
+    check_owner(PsOptions(steps_per_loop=2), "mirrored", owner="ps", shared=PS_SHARED)
+    check_owner(PsOptions(max_staleness=2), "ps", owner="ps", shared=PS_SHARED)
     with pytest.raises(ConfigError, match="max_staleness=2 with strategy='mirrored': only 'ps' has it"):
-        PsOptions(max_staleness=2).check_strategy("mirrored")
+        check_owner(PsOptions(max_staleness=2), "mirrored", owner="ps", shared=PS_SHARED)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tfdist.config.run_config import RunConfig
-from tfdist.config.run_dir import RunDir
+from tfdist.config.run_dir import RunDir, append_record
 from tfdist.launcher.events import Event, note_event
 from tfdist.report import main, write_report
 from tfdist.reporting import is_wanted
@@ -25,7 +25,7 @@ def make_run(folder, *, num_epochs=3, events=(), results=None, **settings):
     for epoch in range(num_epochs):
         step_secs = [{"input": 1e-3, "compute": 4e-3 * (1 + worker)} for worker in range(2)]
         logs = {"loss": 1 / (1 + epoch), "val_loss": 2 / (1 + epoch), "f1": [0.5, 0.6], "accuracy": 0.9}
-        run_dir.append_metrics({"epoch": epoch, **EPOCH, "step_secs": step_secs, **logs})
+        append_record(run_dir.metrics_file, {"epoch": epoch, **EPOCH, "step_secs": step_secs, **logs})
     if results is not None:
         run_dir.write_results(results)
     if events:

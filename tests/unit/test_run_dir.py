@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tfdist.config.run_config import RunConfig
-from tfdist.config.run_dir import RunDir, write_atomically
+from tfdist.config.run_dir import RunDir, append_record, write_atomically
 from tfdist.errors import ConfigError
 
 
@@ -115,8 +115,11 @@ def test_metrics_keep_every_digit_and_stay_json(run_dir):
         "n": np.int64(3),
         "per_class": np.array([1.5, np.nan]),
     }
-    run_dir.append_metrics(record)
-    run_dir.append_metrics({"epoch": 1, "loss": float("nan"), "up": float("inf"), "down": np.float32("-inf")})
+    append_record(run_dir.metrics_file, record)
+    append_record(
+        run_dir.metrics_file,
+        {"epoch": 1, "loss": float("nan"), "up": float("inf"), "down": np.float32("-inf")},
+    )
 
     def refuse(name):
         raise AssertionError(name)
@@ -138,11 +141,11 @@ def test_metrics_keep_every_digit_and_stay_json(run_dir):
 def test_metrics_cut_short_by_a_crash_are_repaired(run_dir):
     run_dir.path.mkdir()
     for epoch in range(3):
-        run_dir.append_metrics({"epoch": epoch})
+        append_record(run_dir.metrics_file, {"epoch": epoch})
     with open(run_dir.metrics_file, "a") as file:
         file.write('{"epoch": 3, "lo')
     assert run_dir.drop_metrics_from(2) == [{"epoch": 0}, {"epoch": 1}]
-    run_dir.append_metrics({"epoch": 2})
+    append_record(run_dir.metrics_file, {"epoch": 2})
     assert run_dir.metrics_file.read_text() == '{"epoch": 0}\n{"epoch": 1}\n{"epoch": 2}\n'
 
 

@@ -13,7 +13,8 @@ import tensorflow as tf
 from tfdist import keras_internals
 from tfdist.api.checks import check_stages
 from tfdist.config.pipeline_options import PipelineOptions
-from tfdist.data import SelfShardedSource, build_source
+from tfdist.data import build_source
+from tfdist.data.sources.source import SelfShardedSource
 from tfdist.errors import ClusterError, ConfigError
 from tfdist.training.pipeline import links
 from tfdist.training.pipeline.build import build_stage, divide

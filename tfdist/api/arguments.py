@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.data import BatchedSource, Source, are_arrays, build_source, hold_out
+from tfdist.config.privacy_options import PrivacyOptions
+from tfdist.config.ps_options import PsOptions
+from tfdist.config.sync_options import SyncOptions
+from tfdist.data.sources.batched import BatchedSource
+from tfdist.data.sources.source import Source, are_arrays, build_source, hold_out
 from tfdist.errors import ConfigError
+from tfdist.training.checkpoint.store import Checkpoints
 
 _BATCH_SIZE = 32  # Keras's
 
@@ -67,6 +72,53 @@ def read_data(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FitArguments:
+    """The arguments of `Run.fit`, which says what they mean."""
+
+    model: keras.Model
+    x: Any
+    y: Any
+    batch_size: int | None
+    epochs: int
+    verbose: int | str
+    callbacks: Any
+    validation_split: float
+    validation_data: Any
+    shuffle: bool
+    class_weight: dict[int, float] | None
+    sample_weight: Any
+    initial_epoch: int
+    steps_per_epoch: int | None
+    validation_steps: int | None
+    validation_batch_size: int | None
+    validation_freq: int | Sequence[int]
+    checkpoints: Checkpoints | None
+    on_nan: str
+    max_loss_spike: float | None
+    drop_remainder: bool
+    shard: str
+    data_service: str | None
+    steps_per_loop: int | None
+    jit_compile: str | None
+    sync: str | SyncOptions
+    ps: str | PsOptions
+    privacy: PrivacyOptions | None
+
+    @property
+    def sync_options(self) -> SyncOptions:
+        """What crosses between workers, checked."""
+        return SyncOptions(sync=self.sync) if isinstance(self.sync, str) else self.sync
+
+    @property
+    def ps_options(self) -> PsOptions:
+        """What parameter servers' workers do together, checked."""
+        options = PsOptions(ps_mode=self.ps) if isinstance(self.ps, str) else self.ps
+        if self.steps_per_loop is None:
+            return options
+        return dataclasses.replace(options, steps_per_loop=self.steps_per_loop)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FitData:
     """What `fit` trains and validates on.
 
@@ -83,43 +135,30 @@ class FitData:
     validation_batch_size: int
 
 
-def read_fit_data(
-    model: keras.Model,
-    train: tuple[Any, Any, Any],
-    *,
-    batch_size: int | None,
-    class_weight: Mapping[int, float] | None,
-    validation_split: float,
-    validation_data: Any,
-    validation_batch_size: int | None,
-) -> FitData:
+def read_fit_data(given: FitArguments) -> FitData:
     """Brings all that `fit` is given as data to one form.
-
-    Args:
-        model: As for `read_data`.
-        train: `x`, `y` and `sample_weight`.
-        batch_size: As for `read_data`.
-        class_weight: Class → weight.
-        validation_split: Share of the arrays to hold out, where there is no `validation_data`.
-        validation_data: `(x, y)`, `(x, y, sample_weight)` or anything else that `x` may be; None: nothing.
-        validation_batch_size: None: `batch_size`.
 
     Raises:
         ConfigError: If one of the arguments does not go with another.
     """
-    x, y, sample_weight = train
-    if validation_split and validation_data is None:
+    x, y, sample_weight = given.x, given.y, given.sample_weight
+    validation_data = given.validation_data
+    if given.validation_split and validation_data is None:
         held = build_source(x if y is None else (x, y), sample_weight=sample_weight)
-        x, validation_data = hold_out(held, validation_split)
+        x, validation_data = hold_out(held, given.validation_split)
         y = sample_weight = None
-    source, size = read_data(model, x, y, sample_weight, batch_size=batch_size, class_weight=class_weight)
+    source, size = read_data(
+        given.model, x, y, sample_weight, batch_size=given.batch_size, class_weight=given.class_weight
+    )
     if isinstance(source, BatchedSource):
         size = source.batch_size  # here alone, as their first one is read for it
     validation, validation_size = None, 0
     if validation_data is not None:
         is_tuple = isinstance(validation_data, (tuple, list))  # of a list, too, Keras makes (x, y)
         parts = keras.utils.unpack_x_y_sample_weight(validation_data) if is_tuple else (validation_data,)
-        validation, validation_size = read_data(model, *parts, batch_size=validation_batch_size or batch_size)
+        validation, validation_size = read_data(
+            given.model, *parts, batch_size=given.validation_batch_size or given.batch_size
+        )
     return FitData(
         source=source, batch_size=size, validation=validation, validation_batch_size=validation_size
     )

@@ -10,8 +10,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfdist.config.settings import changed_settings, check_owner
 from tfdist.config.sync_options import SyncOptions
-from tfdist.data import BatchedSource, SelfShardedSource, Source
+from tfdist.data.sources.batched import BatchedSource
+from tfdist.data.sources.source import SelfShardedSource, Source
 from tfdist.errors import ConfigError
 from tfdist.training.loop import Loop
 from tfdist.training.monitoring.callbacks import split_callbacks
@@ -28,13 +30,9 @@ def check_sync(options: SyncOptions, strategy: str, *, is_elastic: bool) -> None
     Raises:
         ConfigError: If they cannot.
     """
-    asked = SyncOptions(**{**vars(options), "exchange": "auto", "bucket_mb": SyncOptions.bucket_mb})
-    if asked != SyncOptions() and strategy != "multiworker":
-        raise ConfigError(
-            f"sync={options.sync!r} or its settings with strategy={strategy!r}: only 'multiworker' has them; leave "
-            "them out."
-        )
-    if asked != SyncOptions() and is_elastic:
+    carriers = ("exchange", "bucket_mb")
+    check_owner(options, strategy, owner="multiworker", shared=carriers)
+    if is_elastic and changed_settings(options, besides=carriers):
         raise ConfigError(
             f"sync={options.sync!r} with elastic='in_process': what workers keep for themselves would be lost with "
             "one of them; choose elastic='restart'."
@@ -45,12 +43,6 @@ def choose_steps_per_loop(
     steps_per_loop: int | None, *, on_nan: str, max_loss_spike: float | None, is_elastic: bool
 ) -> int | None:
     """Returns the steps of a call, one where each must be known before the next begins.
-
-    Args:
-        steps_per_loop: As for `fit`.
-        on_nan: As for `fit`.
-        max_loss_spike: As for `fit`.
-        is_elastic: As for `check_sync`.
 
     Raises:
         ConfigError: If several were asked for all the same.
@@ -75,14 +67,6 @@ def check_batches(
     loop: Loop, source: Source, strategy: str, *, batch_size: int, drop_remainder: bool, on_nan: str
 ) -> None:
     """Checks what is asked of batches, those too that somebody else makes.
-
-    Args:
-        loop: The model's.
-        source: The training data.
-        strategy: Canonical name.
-        batch_size: Examples of a step.
-        drop_remainder: As for `fit`.
-        on_nan: As for `fit`.
 
     Raises:
         ConfigError: If replicas would find nothing in them, or workers would find different ones.
@@ -151,10 +135,6 @@ def check_stages(
 
 def check_callbacks(callbacks: Any, strategy: str) -> None:
     """Checks that callbacks do what they say under a strategy.
-
-    Args:
-        callbacks: As for `fit`.
-        strategy: Canonical name.
 
     Raises:
         ConfigError: If one cannot.

@@ -12,17 +12,15 @@ from typing import Any
 import keras
 
 from tfdist import keras_internals
-from tfdist.api.arguments import FitData, epoch_ends, read_fit_data
+from tfdist.api.arguments import FitArguments, FitData, epoch_ends, read_fit_data
 from tfdist.api.checks import check_batches, check_callbacks, check_stages, check_sync, choose_steps_per_loop
 from tfdist.api.privacy import PrivateFit, plan_private
 from tfdist.api.run_state import RunState
-from tfdist.config.privacy_options import PrivacyOptions
-from tfdist.config.ps_options import PsOptions
+from tfdist.config.ps_options import PS_SHARED
 from tfdist.config.run_config import check_jit
-from tfdist.config.sync_options import SyncOptions
+from tfdist.config.settings import check_owner
 from tfdist.data.service import DataService
 from tfdist.training.checkpoint.saver import Saver
-from tfdist.training.checkpoint.store import Checkpoints
 from tfdist.training.loop import Fit, FitOptions, Loop, plan_steps
 from tfdist.training.monitoring.callbacks import split_callbacks
 from tfdist.training.on_nan import OnNan
@@ -34,60 +32,8 @@ from tfdist.training.sync.loop import SyncLoop
 _log = logging.getLogger("tfdist")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FitArguments:
-    """The arguments of `Run.fit`, which says what they mean."""
-
-    model: keras.Model
-    x: Any
-    y: Any
-    batch_size: int | None
-    epochs: int
-    verbose: int | str
-    callbacks: Any
-    validation_split: float
-    validation_data: Any
-    shuffle: bool
-    class_weight: dict[int, float] | None
-    sample_weight: Any
-    initial_epoch: int
-    steps_per_epoch: int | None
-    validation_steps: int | None
-    validation_batch_size: int | None
-    validation_freq: int | Sequence[int]
-    checkpoints: Checkpoints | None
-    on_nan: str
-    max_loss_spike: float | None
-    drop_remainder: bool
-    shard: str
-    data_service: str | None
-    steps_per_loop: int | None
-    jit_compile: str | None
-    sync: str | SyncOptions
-    ps: str | PsOptions
-    privacy: PrivacyOptions | None
-
-    @property
-    def sync_options(self) -> SyncOptions:
-        """What crosses between workers, checked."""
-        return SyncOptions(sync=self.sync) if isinstance(self.sync, str) else self.sync
-
-    @property
-    def ps_options(self) -> PsOptions:
-        """What parameter servers' workers do together, checked."""
-        options = PsOptions(ps_mode=self.ps) if isinstance(self.ps, str) else self.ps
-        if self.steps_per_loop is None:
-            return options
-        return dataclasses.replace(options, steps_per_loop=self.steps_per_loop)
-
-
 class Fitting:
-    """Carries out one call.
-
-    Args:
-        state: Of the run.
-        given: The arguments.
-    """
+    """Carries out one call."""
 
     def __init__(self, state: RunState, given: FitArguments) -> None:
         if given.steps_per_loop is None and given.model.steps_per_execution > 1:
@@ -98,10 +44,10 @@ class Fitting:
     def run(self) -> keras.callbacks.History:
         """Trains; returns the history."""
         state, given = self._state, self._given
-        data = self._read()
-        loop = state.loops.find(given.model, data.source)
+        data = read_fit_data(given)
+        loop = state.find_loop(given.model, data.source)
         if data.validation is not None:
-            state.loops.check_elements(given.model, data.validation)
+            state.check_elements(given.model, data.validation)
         private = self._plan_private(loop, data)
         data = data if private is None else private.data
         self._configure(loop, data, private)
@@ -120,18 +66,6 @@ class Fitting:
             state.spent[given.model] = private.spent
         return given.model.history
 
-    def _read(self) -> FitData:
-        given = self._given
-        return read_fit_data(
-            given.model,
-            (given.x, given.y, given.sample_weight),
-            batch_size=given.batch_size,
-            class_weight=given.class_weight,
-            validation_split=given.validation_split,
-            validation_data=given.validation_data,
-            validation_batch_size=given.validation_batch_size,
-        )
-
     def _plan_private(self, loop: Loop, data: FitData) -> PrivateFit | None:
         state, given = self._state, self._given
         if given.privacy is None or not given.privacy.is_on:
@@ -142,23 +76,13 @@ class Fitting:
             on_nan=given.on_nan,
             jit_compile=given.jit_compile,
         )
-        return plan_private(
-            given.privacy,
-            data,
-            epochs=given.epochs,
-            initial_epoch=given.initial_epoch,
-            steps_per_epoch=given.steps_per_epoch,
-            drop_remainder=given.drop_remainder,
-            is_shuffled=given.shuffle,
-            is_served=given.data_service is not None,
-            broadcast=loop.broadcast,
-            before=state.spent.get(given.model, ()),
-        )
+        before = state.spent.get(given.model, ())
+        return plan_private(given, data, broadcast=loop.broadcast, before=before)
 
     def _configure(self, loop: Loop, data: FitData, private: PrivateFit | None) -> None:
         """Tells the loop how steps are shared out and compiled, and a person what was chosen."""
         state, given = self._state, self._given
-        given.ps_options.check_strategy(state.strategy_name)
+        check_owner(given.ps_options, state.strategy_name, owner="ps", shared=PS_SHARED)
         check_sync(given.sync_options, state.strategy_name, is_elastic=state.members is not None)
         check_jit(state.strategy_name, given.jit_compile)
         lines = [] if private is None else [private.line]

@@ -6,12 +6,12 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from tfdist.config.ps_options import PsOptions
+from tfdist.config.ps_options import PS_SHARED, PsOptions
 from tfdist.config.settings import settings_of
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 _RENAMED = {"global_batch_size": "batch_size", "train": "x", "data": "x"}
-_PS = [name for name in settings_of(PsOptions) if name != "steps_per_loop"]
+_PS = [name for name in settings_of(PsOptions) if name not in PS_SHARED]
 
 
 def takes_former_names(method: _Method) -> _Method:

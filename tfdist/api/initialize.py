@@ -8,12 +8,14 @@ import keras
 import tensorflow as tf
 
 from tfdist.api.run import Run
+from tfdist.api.run_state import RunState
 from tfdist.cluster.environments import detect_cluster
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.ports import check_reachable, meet_peers
 from tfdist.cluster.spec import CLUSTER_STRATEGIES, Cluster, canonical_strategy, check_strategy
 from tfdist.config.pipeline_options import PipelineOptions
 from tfdist.config.run_config import check_deterministic
+from tfdist.config.settings import check_owner
 from tfdist.errors import ConfigError
 from tfdist.runtime.devices import configure_devices, take_gpus
 from tfdist.runtime.server import isolate_server, prepare_server, serve
@@ -64,9 +66,9 @@ def initialize(
         tfdist.errors.ConfigError: strategy 'multiworker' needs a cluster, and this process is alone; start it with ...
     """
     cluster = cluster or detect_cluster(os.environ, strategy=strategy) or Cluster()
-    name = canonical_strategy(strategy or os.environ.get("TFDIST_STRATEGY") or _default_strategy(cluster))
+    name = canonical_strategy(strategy or os.environ.get("TFDIST_STRATEGY") or cluster.usual_strategy)
     options = pipeline or PipelineOptions()
-    options.check_strategy(name)
+    check_owner(options, name, owner="pipeline")
     if cluster.is_local and name in CLUSTER_STRATEGIES:
         raise ConfigError(
             f"strategy {name!r} needs a cluster, and this process is alone; start it with "
@@ -92,12 +94,7 @@ def initialize(
         servers = [t for t in cluster.tasks if t.type != "chief"]
         check_reachable(cluster, timeout_secs=start_timeout_secs, tasks=servers)
     built = build_strategy(strategy=name, cluster=cluster, num_replicas=num_replicas)
-    return Run(
+    state = RunState(
         strategy=built, strategy_name=name, cluster=cluster, seed=seed, heartbeat=heartbeat, pipeline=options
     )
-
-
-def _default_strategy(cluster: Cluster) -> str:
-    if cluster.num_ps:
-        return "ps"
-    return "one_device" if cluster.is_single else "multiworker"
+    return Run(state)

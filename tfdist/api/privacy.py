@@ -6,9 +6,10 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 
-from tfdist.api.arguments import FitData
-from tfdist.config.privacy_options import PrivacyOptions
-from tfdist.data import ArraySource, IndexedSource, poisson_batches
+from tfdist.api.arguments import FitArguments, FitData
+from tfdist.data.poisson import poisson_batches
+from tfdist.data.sources.indexed import IndexedSource
+from tfdist.data.sources.source import ArraySource
 from tfdist.errors import ConfigError
 from tfdist.training.loop import plan_steps
 from tfdist.training.privacy.accountant import PrivacyBudget, Spent, least_noise, most_epochs
@@ -48,36 +49,26 @@ class PrivateFit:
 
 
 def plan_private(
-    options: PrivacyOptions,
+    given: FitArguments,
     data: FitData,
     *,
-    epochs: int,
-    initial_epoch: int,
-    steps_per_epoch: int | None,
-    drop_remainder: bool,
-    is_shuffled: bool,
-    is_served: bool,
     broadcast: Callable[[bytes], bytes],
     before: Sequence[Spent],
 ) -> PrivateFit:
     """Settles what the options leave open.
 
     Args:
-        options: With `is_on`.
+        given: With `privacy` that is on.
         data: As `fit` was given it.
-        epochs: Epoch to stop at.
-        initial_epoch: Epoch to start at.
-        steps_per_epoch: As for `fit`.
-        drop_remainder: As for `fit`.
-        is_shuffled: Whether passes differ in their order.
-        is_served: Whether a data service hands the examples out.
         broadcast: Returns the chief's bytes on every process.
         before: What was spent on the model earlier.
 
     Raises:
         ConfigError: If the data cannot be drawn so, or the ε cannot be kept.
     """
-    if is_served:
+    options, epochs = given.privacy, given.epochs
+    assert options is not None
+    if given.data_service is not None:
         raise ConfigError(
             "data_service with private training: where it goes on after an interruption examples come twice, of which "
             "ε would not know; leave it out."
@@ -93,33 +84,28 @@ def plan_private(
         delta = num_examples**-1.1
     share, count = 1.0, 1  # Each example is in one batch of a pass, and its place there hides nothing.
     if options.dp_sampling == "poisson":
-        data = _draw_poisson(
-            options, data, is_shuffled=is_shuffled, drop_remainder=drop_remainder, broadcast=broadcast
-        )
+        data = _draw_poisson(given, data, broadcast, seed=options.dp_noise_seed)
         assert num_examples is not None
         share = min(1.0, data.batch_size / num_examples)
-        count = plan_steps(data.source, data.batch_size, steps_per_epoch) or 0
+        count = plan_steps(data.source, data.batch_size, given.steps_per_epoch) or 0
+    planned = epochs - given.initial_epoch
+    total = count * max(1, planned)
     noise, target = options.dp_noise_multiplier, options.dp_target_epsilon
     line = ""
     if noise is None:
         assert target is not None
-        noise = least_noise(
-            before, share=share, count=count * max(1, epochs - initial_epoch), delta=delta, target=target
-        )
+        noise = least_noise(before, share=share, count=total, delta=delta, target=target)
         line = f"dp_noise_multiplier={noise}, for ε={target:g} after {epochs} epochs"
     elif target is not None:
-        num_epochs = most_epochs(
-            before, (noise, share, count), delta=delta, target=target, epochs=epochs - initial_epoch
-        )
+        num_epochs = most_epochs(before, (noise, share, count), delta=delta, target=target, epochs=planned)
         if num_epochs == 0:
-            total = count * max(1, epochs - initial_epoch)
             needed = least_noise(before, share=share, count=total, delta=delta, target=target)
             raise ConfigError(
                 f"dp_target_epsilon={target} would be passed in the first epoch with dp_noise_multiplier={noise}; all "
                 f"{epochs} epochs keep within it with {needed}."
             )
-        if num_epochs < epochs - initial_epoch:
-            epochs = initial_epoch + num_epochs
+        if num_epochs < planned:
+            epochs = given.initial_epoch + num_epochs
             line = f"{epochs} epochs, with which ε stays within {target:g}"
     budget = None
     if noise > 0:
@@ -137,12 +123,7 @@ def plan_private(
 
 
 def _draw_poisson(
-    options: PrivacyOptions,
-    data: FitData,
-    *,
-    is_shuffled: bool,
-    drop_remainder: bool,
-    broadcast: Callable[[bytes], bytes],
+    given: FitArguments, data: FitData, broadcast: Callable[[bytes], bytes], *, seed: int | None
 ) -> FitData:
     source = data.source
     if not isinstance(source, (ArraySource, IndexedSource)):
@@ -150,8 +131,8 @@ def _draw_poisson(
             "dp_sampling='poisson' with data that come one after the other: each step draws from all examples; pass "
             "arrays or what reads examples by number, or choose dp_sampling='shuffle', whose ε is larger."
         )
-    if not is_shuffled or drop_remainder:
-        what = "drop_remainder" if drop_remainder else "shuffle=False"
+    if not given.shuffle or given.drop_remainder:
+        what = "drop_remainder" if given.drop_remainder else "shuffle=False"
         raise ConfigError(
             f"{what} with dp_sampling='poisson', whose batches are drawn anew at each step: leave it out."
         )
@@ -161,6 +142,5 @@ def _draw_poisson(
             f"at least {_LEAST_BATCH}, or batches come out empty, and at most all; choose another, or "
             "dp_sampling='shuffle'."
         )
-    seed = options.dp_noise_seed
     key = broadcast(os.urandom(32) if seed is None else seed.to_bytes(32, "little"))
     return dataclasses.replace(data, source=poisson_batches(source, batch_size=data.batch_size, key=key))

@@ -12,14 +12,12 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.api.arguments import read_data
-from tfdist.api.fitting import FitArguments, Fitting
+from tfdist.api.arguments import FitArguments, read_data
+from tfdist.api.fitting import Fitting
 from tfdist.api.former import takes_former_names
 from tfdist.api.run_state import RunState
-from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.membership import Membership
 from tfdist.cluster.spec import Cluster, Task
-from tfdist.config.pipeline_options import PipelineOptions
 from tfdist.config.privacy_options import PrivacyOptions
 from tfdist.config.ps_options import PsOptions
 from tfdist.config.sync_options import SyncOptions
@@ -52,24 +50,8 @@ class Run:
         (100, 1)
     """
 
-    def __init__(
-        self,
-        *,
-        strategy: tf.distribute.Strategy | StagedStrategy,
-        strategy_name: str,
-        cluster: Cluster,
-        seed: int,
-        heartbeat: Heartbeat,
-        pipeline: PipelineOptions | None = None,
-    ) -> None:
-        self._state = RunState(
-            strategy=strategy,
-            strategy_name=strategy_name,
-            cluster=cluster,
-            seed=seed,
-            heartbeat=heartbeat,
-            pipeline=pipeline or PipelineOptions(),
-        )
+    def __init__(self, state: RunState) -> None:
+        self._state = state
 
     @property
     def strategy(self) -> tf.distribute.Strategy | StagedStrategy:
@@ -287,7 +269,7 @@ class Run:
             Metric name → value, or the values, on every task that runs the program.
         """
         source, size = read_data(model, x, y, sample_weight, batch_size=batch_size)
-        loop = self._state.loops.find(model, source)
+        loop = self._state.find_loop(model, source)
         source = loop.shard_source_of(source, shard)
         plan = BatchPlan(global_batch_size=size, num_steps=plan_steps(source, size, steps))
         given, _ = split_callbacks(callbacks, is_chief=self.is_chief)
@@ -322,7 +304,7 @@ class Run:
         """
         del verbose
         source, size = read_data(model, x, batch_size=batch_size)
-        loop = self._state.loops.find(model, source, is_trained=False)
+        loop = self._state.find_loop(model, source, is_trained=False)
         plan = BatchPlan(global_batch_size=size, num_steps=plan_steps(source, size, steps))
         given, _ = split_callbacks(callbacks, is_chief=self.is_chief)
         callback_list = keras.callbacks.CallbackList(given, model=model)
@@ -340,7 +322,7 @@ class Run:
             data: As `fit`'s `x`; two examples are read.
             batch_size: As for `fit`.
         """
-        self._state.loops.find(model, read_data(model, data, batch_size=batch_size)[0])
+        self._state.find_loop(model, read_data(model, data, batch_size=batch_size)[0])
 
     def get_weights(self, model: keras.Model) -> list[np.ndarray]:
         """Returns the weights as `model.get_weights` does, wherever they are; every task calls it.

@@ -159,6 +159,13 @@ class Cluster:
         return len(self.tasks) <= 1
 
     @property
+    def usual_strategy(self) -> str:
+        """The strategy where nobody says which."""
+        if self.num_ps:
+            return "ps"
+        return "one_device" if self.is_single else "multiworker"
+
+    @property
     def chief(self) -> Task | None:
         """The task that writes: `chief:0`, or `worker:0` where no task is named chief; None if local."""
         return self.tasks[0] if self.tasks and self.tasks[0].type != "ps" else None

@@ -25,11 +25,13 @@ from tfdist.cluster.spec import Cluster
 from tfdist.commands.companion import PARENT_VARIABLE, Companion
 from tfdist.commands.environment import describe_environment
 from tfdist.commands.follow import Follower
-from tfdist.commands.keep_best import KeepBest, read_best
+from tfdist.commands.keep_best import KeepBest
 from tfdist.commands.samples import predict_samples, write_samples
 from tfdist.config.run_config import RunConfig, parse_profile
-from tfdist.config.run_dir import RunDir
-from tfdist.data import Source, TfdsSplit, build_source, forget_readers
+from tfdist.config.run_dir import RunDir, read_object
+from tfdist.data.addressed import forget_readers
+from tfdist.data.sources.source import Source, build_source
+from tfdist.data.sources.tfds import TfdsSplit
 from tfdist.errors import ConfigError, OutOfMemoryError, Regroup, TfdistError
 from tfdist.launcher.job import RESTART_VARIABLE
 from tfdist.optimizers import build_optimizer, rate_factor
@@ -95,14 +97,7 @@ def _follow(
     """Evaluates what another process trains."""
     if PARENT_VARIABLE in os.environ:
         os.nice(19)  # what the training leaves
-    run = initialize(
-        strategy="one_device",
-        seed=config.seed,
-        mixed_precision=config.mixed_precision,
-        cluster=Cluster(),
-        gpu_memory_gb=config.gpu_memory_gb,
-        deterministic=config.deterministic,
-    )
+    run = join_cluster(config, Cluster())
     model_kwargs, data_kwargs = overrides
     test = build_source(_with_data_dir(recipe.build_data("test", **data_kwargs), config))
     model = recipe.build_model(**model_kwargs)
@@ -119,16 +114,7 @@ def _carry_out_in(
     members: Membership | None,
     carried: Any,
 ) -> dict[str, Any]:
-    run = initialize(
-        strategy=config.strategy,
-        num_replicas=config.num_replicas,
-        seed=config.seed,
-        mixed_precision=config.mixed_precision,
-        cluster=cluster,
-        gpu_memory_gb=config.gpu_memory_gb,
-        deterministic=config.deterministic,
-        pipeline=config.pipeline_options,
-    )
+    run = join_cluster(config, cluster)
     if members is not None:
         run.join(members, carried)
         config = dataclasses.replace(config, resume=config.resume or members.generation > 0)
@@ -152,15 +138,22 @@ def _carry_out_in(
     return results
 
 
-class _RecipeRun:
-    """What is done with a recipe's model and data on this task.
+def join_cluster(config: RunConfig, cluster: Cluster | None = None) -> Run:
+    """Joins a run's cluster, by default the environment's; a task that only serves never returns."""
+    return initialize(
+        strategy=config.strategy,
+        num_replicas=config.num_replicas,
+        seed=config.seed,
+        cluster=cluster,
+        mixed_precision=config.mixed_precision,
+        gpu_memory_gb=config.gpu_memory_gb,
+        deterministic=config.deterministic,
+        pipeline=config.pipeline_options,
+    )
 
-    Args:
-        run: The cluster.
-        recipe: The recipe.
-        config: What to do.
-        say: Takes the few lines meant for a person.
-    """
+
+class _RecipeRun:
+    """What is done with a recipe's model and data on this task."""
 
     def __init__(self, run: Run, recipe: Recipe, config: RunConfig, say: Callable[[str], None]) -> None:
         self._run = run
@@ -215,7 +208,7 @@ class _RecipeRun:
             if run.is_chief:
                 if samples is not None:
                     write_samples(run_dir.samples_file, samples)
-                best = read_best(run_dir)
+                best = read_object(run_dir.best_file)
                 run_dir.write_results(
                     {"test": results, "trained_secs": round(secs, 1)} | ({"best": best} if best else {})
                 )
@@ -356,24 +349,18 @@ def _build_optimizer(name: str, config: RunConfig, source: Source) -> keras.opti
     steps = plan_steps(
         source, config.global_batch_size, config.steps_per_epoch, drop_remainder=config.drop_remainder
     )
+    factor = 1.0
+    if config.lr_scaling is not None and config.base_batch_size is not None:
+        sizes = {"global_batch_size": config.global_batch_size, "base_batch_size": config.base_batch_size}
+        factor = rate_factor(config.lr_scaling, **sizes)
     return build_optimizer(
         name,
         learning_rate=config.learning_rate,
-        rate_factor=_rate_factor(config),
+        rate_factor=factor,
         schedule=config.schedule or "constant",
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         total_steps=None if steps is None else steps * config.epochs,
-    )
-
-
-def _rate_factor(config: RunConfig) -> float:
-    if config.lr_scaling is None or config.base_batch_size is None:
-        return 1.0
-    return rate_factor(
-        config.lr_scaling,
-        global_batch_size=config.global_batch_size,
-        base_batch_size=config.base_batch_size,
     )
 
 

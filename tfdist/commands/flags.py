@@ -55,26 +55,15 @@ _CHOICES = {"lr_scaling": tuple(LR_SCALINGS)}
 _NO_SETTINGS = ("config", "write_config", "help", "h", "list_recipes", "dry_run", "H")
 
 
-class _ResumeFlag(flags.BooleanFlag):
-    """A boolean flag that may also be `auto`."""
+class _WordFlag(flags.BooleanFlag):
+    """A boolean flag that may also be one of some words; `values` stand for false and for true."""
 
-    def __init__(self) -> None:
-        super().__init__("resume", False, _help_of("resume"))
-
-    def _parse(self, argument: Any) -> Any:
-        return "auto" if argument == "auto" else super()._parse(argument)
-
-
-class _EvaluatorFlag(flags.BooleanFlag):
-    """A boolean flag that may also be `elsewhere`; its value is the setting's."""
-
-    def __init__(self) -> None:
-        super().__init__("evaluator", "off", _help_of("evaluator"))
+    def __init__(self, name: str, words: Sequence[str], values: tuple[Any, Any] = (False, True)) -> None:
+        self._words, self._values = words, values  # first: the default is parsed too
+        super().__init__(name, values[0], _help_of(name))
 
     def _parse(self, argument: Any) -> Any:
-        if argument in EVALUATORS:
-            return argument
-        return "on" if super()._parse(argument) else "off"
+        return argument if argument in self._words else self._values[bool(super()._parse(argument))]
 
 
 def _help_of(name: str) -> str:
@@ -108,8 +97,8 @@ def define_flags() -> flags.FlagValues:
         if name not in _DEFINED_APART:
             default = None if field.default is dataclasses.MISSING else field.default
             _define(values, name, kinds[name], _DEFAULTS.get(name, default), rule)
-    flags.DEFINE_flag(_ResumeFlag(), **own)
-    flags.DEFINE_flag(_EvaluatorFlag(), **own)
+    flags.DEFINE_flag(_WordFlag("resume", ("auto",)), **own)
+    flags.DEFINE_flag(_WordFlag("evaluator", EVALUATORS, ("off", "on")), **own)
     flags.DEFINE_multi_string("set", [], _help_of("overrides"), **own)
     flags.DEFINE_string("verbose", "auto", _help_of("verbose"), **own)
     flags.DEFINE_string("num_workers", None, _help_of("num_workers"), **own)
@@ -133,13 +122,7 @@ def define_flags() -> flags.FlagValues:
 
 
 def parse_flags(argv: Sequence[str]) -> flags.FlagValues:
-    """Parses a command line.
-
-    Args:
-        argv: Without the program's name.
-
-    Returns:
-        The flags.
+    """Parses a command line, given without the program's name.
 
     Raises:
         Error: `absl.flags.Error` if a flag is unknown or its value malformed.
@@ -222,7 +205,7 @@ def resolve_run(
     told = values.strategy or environ.get("TFDIST_STRATEGY") or earlier.get("strategy")
     hosts = read_hosts(values.hosts, values.hostfile)
     alone = "multiworker" if hosts else "one_device"
-    strategy = canonical_strategy(told or (alone if cluster is None else _fitting(cluster)))
+    strategy = canonical_strategy(told or (alone if cluster is None else cluster.usual_strategy))
     if strategy != earlier.get("strategy"):
         earlier = {name: value for name, value in earlier.items() if name not in _SIZES}
     num_workers, num_ps = default_num_tasks(strategy)
@@ -274,12 +257,6 @@ def build_config(fields: Mapping[str, Any], recipe: Recipe | None) -> RunConfig:
     if fields.get("lr_scaling") and fields.get("base_batch_size") is None:
         fields = {**fields, "base_batch_size": sizes["global_batch_size"]}
     return RunConfig(**{**sizes, **fields})
-
-
-def _fitting(cluster: Cluster) -> str:
-    if cluster.num_ps:
-        return "ps"
-    return "one_device" if cluster.is_single else "multiworker"
 
 
 def _normalise(word: str) -> str:

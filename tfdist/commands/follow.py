@@ -17,7 +17,7 @@ from tfdist.api.run import Run
 from tfdist.commands.companion import LAST_VARIABLE, PARENT_VARIABLE
 from tfdist.commands.keep_best import KeepBest
 from tfdist.config.run_config import RunConfig
-from tfdist.config.run_dir import RunDir
+from tfdist.config.run_dir import RunDir, append_record, read_records
 from tfdist.errors import ConfigError
 from tfdist.training.checkpoint.snapshot import Snapshot, apply_weights, read_checkpoint
 from tfdist.training.checkpoint.store import Checkpoints
@@ -49,7 +49,7 @@ class Follower:
         self._batch_size = config.global_batch_size
         self._run_dir = RunDir(Path(config.run_dir))
         self._checkpoints = Checkpoints(directory=self._run_dir.checkpoints_dir)
-        self._done = {str(line.get("checkpoint")) for line in self._run_dir.read_evaluations()}
+        self._done = {str(line.get("checkpoint")) for line in read_records(self._run_dir.evaluations_file)}
         self._callbacks: list[Any] = [TensorBoardScalars(run_dir=self._run_dir)]
         if config.keep_best is not None:
             self._callbacks.append(KeepBest(run_dir=self._run_dir, metric=config.keep_best))
@@ -109,7 +109,7 @@ class Follower:
             for callback in self._callbacks:
                 callback.on_epoch_end(epoch, logs)
         # Last: one that was killed before is evaluated again.
-        self._run_dir.append_evaluation(line | logs)
+        append_record(self._run_dir.evaluations_file, line | logs)
         numbers = {n: number for log in logs.items() for n, number in single_numbers(*log).items()}
         where = f" step {snapshot.step}" if snapshot.step else ""
         shown = "  ".join(f"{n} {number:.4f}" for n, number in numbers.items())

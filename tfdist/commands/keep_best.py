@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from tfdist import keras_internals
-from tfdist.config.run_dir import RunDir, write_atomically
+from tfdist.config.run_dir import RunDir, read_object, write_atomically
 from tfdist.errors import ConfigError
 from tfdist.training.checkpoint.owners import blocks_to_save, sharing_state
 
@@ -55,7 +55,7 @@ class KeepBest(keras.callbacks.Callback):
 
     def _keep(self, epoch: int, logs: Mapping[str, Any]) -> None:
         if self._checkpoint is None:
-            before = read_best(self._run_dir)
+            before = read_object(self._run_dir.best_file)
             threshold = before["value"] if before.get("metric") == self._metric else None
             self._checkpoint = keras.callbacks.ModelCheckpoint(
                 str(self._temporary),
@@ -82,12 +82,3 @@ class KeepBest(keras.callbacks.Callback):
         finally:
             with contextlib.suppress(OSError):
                 self._temporary.unlink()
-
-
-def read_best(run_dir: RunDir) -> dict[str, Any]:
-    """Returns which model of a run is the best so far: `metric`, `value` and `epoch`; nothing where none was kept."""
-    try:
-        found = json.loads(run_dir.best_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

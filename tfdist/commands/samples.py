@@ -11,7 +11,7 @@ import numpy as np
 
 from tfdist.api.run import Run
 from tfdist.config.run_dir import open_atomically
-from tfdist.data import Source
+from tfdist.data.sources.source import Source
 
 # Looked at, and shown of those that were right and wrong each.
 _NUM_LOOKED_AT, _NUM_SHOWN = 256, 12
@@ -19,11 +19,6 @@ _NUM_LOOKED_AT, _NUM_SHOWN = 256, 12
 
 def predict_samples(run: Run, model: keras.Model, test: Source) -> dict[str, np.ndarray] | None:
     """Predicts the first test images; every process must call it.
-
-    Args:
-        run: The cluster.
-        model: Trained.
-        test: The test examples.
 
     Returns:
         `images` `[n, height, width, channels]`, `labels` `[n]` and `predicted` `[n]`, the wrong ones first; None if the

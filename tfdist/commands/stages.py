@@ -8,17 +8,14 @@ import keras
 
 from tfdist import keras_internals
 from tfdist.config.run_config import RunConfig
-from tfdist.data import build_source
+from tfdist.data.sources.source import build_source
 from tfdist.recipe import load_recipe, parse_overrides
 from tfdist.training.pipeline.build import Division, divide
 from tfdist.training.pipeline.schedule import idle_share
 
 
 def describe_stages(config: RunConfig) -> str:
-    """Returns a table of the stages; no weight gets memory.
-
-    Args:
-        config: Of a run under `pipeline`.
+    """Returns a table of the stages of a run under `pipeline`; no weight gets memory.
 
     Raises:
         ConfigError: If the recipe cannot be loaded, or its model not divided.

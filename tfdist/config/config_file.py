@@ -69,11 +69,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, flag: str) -> Any:
-    """Reads a YAML file.
-
-    Args:
-        path: The file.
-        flag: Which has named it.
+    """Reads a YAML file, which a flag has named.
 
     Raises:
         ConfigError: If it cannot be read, or is none.

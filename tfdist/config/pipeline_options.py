@@ -85,14 +85,6 @@ class PipelineOptions:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        self.check_pipeline()
-
-    def check_pipeline(self) -> None:
-        """Holds values to each other.
-
-        Raises:
-            ConfigError: If one does not go with another.
-        """
         if self.cut is None or self.num_stages is None:
             return
         if len(self.cut_layers) != self.num_stages - 1:
@@ -122,19 +114,3 @@ class PipelineOptions:
     def cut_layers(self) -> list[str]:
         """The layers' names."""
         return [name.strip() for name in (self.cut or "").split(",") if name.strip()]
-
-    def check_strategy(self, strategy: str) -> None:
-        """Checks that whoever asked for something has a strategy that can honour it.
-
-        Args:
-            strategy: Canonical name.
-
-        Raises:
-            ConfigError: If it cannot.
-        """
-        asked = [f.name for f in dataclasses.fields(PipelineOptions) if getattr(self, f.name) != f.default]
-        if strategy != "pipeline" and asked:
-            raise ConfigError(
-                f"{asked[0]}={getattr(self, asked[0])!r} with strategy={strategy!r}: only 'pipeline' has it; leave it "
-                "out, or choose strategy='pipeline'."
-            )

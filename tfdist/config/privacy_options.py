@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from tfdist.config.settings import check_settings, setting
+from tfdist.config.settings import changed_settings, check_settings, setting
 from tfdist.config.sync_options import SyncOptions
 from tfdist.errors import ConfigError
 
@@ -69,32 +69,15 @@ class PrivacyOptions:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        self.check_privacy()
-
-    @property
-    def is_on(self) -> bool:
-        """Whether training is private."""
-        return self.dp_noise_multiplier is not None or self.dp_target_epsilon is not None
-
-    def check_privacy(self) -> None:
-        """Holds values to each other.
-
-        Raises:
-            ConfigError: If one does not go with another.
-        """
         if not self.dp_clip_norm > 0:
             raise ConfigError(f"dp_clip_norm={self.dp_clip_norm}: it must be more than 0.")
         if self.dp_delta is not None and not self.dp_delta < 1:
             raise ConfigError(f"dp_delta={self.dp_delta}: it must be less than 1, by much.")
-        if not self.is_on:
-            changed = [
-                f.name for f in dataclasses.fields(PrivacyOptions) if getattr(self, f.name) != f.default
-            ]
-            if changed:
-                raise ConfigError(
-                    f"{changed[0]}={getattr(self, changed[0])!r} without dp_noise_multiplier or dp_target_epsilon: "
-                    "training is not private; give one of them, or leave it out."
-                )
+        if not self.is_on and (changed := changed_settings(self)):
+            raise ConfigError(
+                f"{changed[0]}={getattr(self, changed[0])!r} without dp_noise_multiplier or dp_target_epsilon: "
+                "training is not private; give one of them, or leave it out."
+            )
         if self.dp_target_epsilon is not None and self.dp_noise_multiplier == 0:
             raise ConfigError(
                 f"dp_target_epsilon={self.dp_target_epsilon} with dp_noise_multiplier={self.dp_noise_multiplier}: "
@@ -105,6 +88,11 @@ class PrivacyOptions:
                 f"dp_clip_norm={self.dp_clip_norm} with noise: no noise hides a gradient of any norm; take a number "
                 "such as 1."
             )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether training is private."""
+        return self.dp_noise_multiplier is not None or self.dp_target_epsilon is not None
 
     def check_run(self, strategy: str, *, sync: SyncOptions, on_nan: str, jit_compile: str | None) -> None:
         """Checks that the rest of a run goes with it.

@@ -9,6 +9,8 @@ from tfdist.errors import ConfigError
 
 PS_MODES = ("async", "sync")
 STALENESS_LR = ("inverse",)
+# What all strategies have.
+PS_SHARED = ("steps_per_loop",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,14 +60,6 @@ class PsOptions:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        self.check_ps()
-
-    def check_ps(self) -> None:
-        """Holds values to each other.
-
-        Raises:
-            ConfigError: If one does not go with another.
-        """
         if self.ps_mode == "sync" and self.steps_per_loop is not None:
             raise ConfigError(
                 f"steps_per_loop={self.steps_per_loop} with ps_mode='sync': all workers meet at each step; leave it "
@@ -75,22 +69,4 @@ class PsOptions:
             raise ConfigError(
                 f"num_backup_workers={self.num_backup_workers} with ps_mode={self.ps_mode!r}: nobody waits for another "
                 "there; leave it out, or choose ps_mode='sync'."
-            )
-
-    def check_strategy(self, strategy: str) -> None:
-        """Checks that whoever asked for something has a strategy that can honour it.
-
-        Args:
-            strategy: Canonical name.
-
-        Raises:
-            ConfigError: If it cannot.
-        """
-        # All strategies have steps_per_loop.
-        fields = [f for f in dataclasses.fields(PsOptions) if f.name != "steps_per_loop"]
-        asked = [f.name for f in fields if getattr(self, f.name) != f.default]
-        if strategy != "ps" and asked:
-            raise ConfigError(
-                f"{asked[0]}={getattr(self, asked[0])!r} with strategy={strategy!r}: only 'ps' has it; leave it out, "
-                "or choose strategy='ps'."
             )

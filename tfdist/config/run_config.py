@@ -12,8 +12,8 @@ from typing import Any
 from tfdist.cluster.spec import STRATEGIES, find_nearest, split_address
 from tfdist.config.pipeline_options import PipelineOptions
 from tfdist.config.privacy_options import PrivacyOptions
-from tfdist.config.ps_options import PsOptions
-from tfdist.config.settings import check_settings, setting, settings_of
+from tfdist.config.ps_options import PS_SHARED, PsOptions
+from tfdist.config.settings import check_owner, check_settings, setting, settings_of
 from tfdist.config.sync_options import SyncOptions
 from tfdist.errors import ConfigError
 
@@ -32,12 +32,8 @@ VERBOSITIES = (0, 1, 2, "auto")
 def check_jit(strategy: str, jit_compile: str | None) -> None:
     """Checks what is asked of XLA.
 
-    Args:
-        strategy: Canonical name.
-        jit_compile: One of `JIT_COMPILE`, or None.
-
     Raises:
-        ConfigError: If it is none of them, or the strategy cannot have it.
+        ConfigError: If it is none of `JIT_COMPILE`, or the strategy cannot have it.
     """
     if jit_compile not in (None, *JIT_COMPILE):
         raise ConfigError(f"jit_compile={jit_compile!r}: choose one of {', '.join(JIT_COMPILE)}.")
@@ -50,10 +46,6 @@ def check_jit(strategy: str, jit_compile: str | None) -> None:
 
 def check_deterministic(strategy: str, deterministic: bool) -> None:
     """Checks whether a strategy can give the same bits again.
-
-    Args:
-        strategy: Canonical name.
-        deterministic: Whether it is to.
 
     Raises:
         ConfigError: If it cannot.
@@ -176,26 +168,19 @@ class RunConfig(SyncOptions, PsOptions, PrivacyOptions, PipelineOptions):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        self.check_sync()
-        self.check_ps()
-        self.check_privacy()
-        self.check_pipeline()
+        # Each checks itself.
+        sync, ps = self.sync_options, self.ps_options
+        privacy, pipeline = self.privacy_options, self.pipeline_options
         if self.mode == "train":
-            self.privacy_options.check_run(
-                self.strategy, sync=self.sync_options, on_nan=self.on_nan, jit_compile=self.jit_compile
-            )
+            privacy.check_run(self.strategy, sync=sync, on_nan=self.on_nan, jit_compile=self.jit_compile)
         self._check_numbers()
         self._check_sizes()
         self._check_devices()
         self._check_text()
         self._check_optimizer()
-        self.check_strategy(self.strategy)
-        self.pipeline_options.check_strategy(self.strategy)
-        if self.sync_options != SyncOptions() and self.strategy != "multiworker":
-            raise ConfigError(
-                f"{self._first_sync_setting()} with strategy={self.strategy!r}: only 'multiworker' has it; leave it "
-                "out."
-            )
+        check_owner(ps, self.strategy, owner="ps", shared=PS_SHARED)
+        check_owner(pipeline, self.strategy, owner="pipeline")
+        check_owner(sync, self.strategy, owner="multiworker")
 
     @classmethod
     def field_names(cls) -> list[str]:
@@ -222,12 +207,6 @@ class RunConfig(SyncOptions, PsOptions, PrivacyOptions, PipelineOptions):
         """How a model is divided into stages, checked."""
         return PipelineOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(PipelineOptions)})
 
-    def _first_sync_setting(self) -> str:
-        default = SyncOptions()
-        names = [field.name for field in dataclasses.fields(SyncOptions)]
-        changed = [name for name in names if getattr(self, name) != getattr(default, name)]
-        return f"{changed[0]}={getattr(self, changed[0])!r}"
-
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings by name."""
         values = dataclasses.asdict(self)
@@ -243,9 +222,6 @@ class RunConfig(SyncOptions, PsOptions, PrivacyOptions, PipelineOptions):
 
         Args:
             text: A JSON object whose keys are fields of `RunConfig`.
-
-        Returns:
-            The same config.
 
         Raises:
             ConfigError: If it is not a JSON object, names an unknown field, leaves one out that has no
@@ -394,14 +370,7 @@ def check_data_service(data_service: str) -> None:
 
 
 def default_num_tasks(strategy: str) -> tuple[int, int]:
-    """Says how large the cluster is that is started when nobody says.
-
-    Args:
-        strategy: One of `tfdist.cluster.spec.STRATEGIES`.
-
-    Returns:
-        The number of workers and the number of ps.
-    """
+    """Returns how many workers and ps are started when nobody says."""
     return {"multiworker": (2, 0), "ps": (2, 1), "pipeline": (2, 0)}.get(strategy, (1, 0))
 
 

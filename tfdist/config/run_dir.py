@@ -36,7 +36,7 @@ class RunDir:
 
     @property
     def metrics_file(self) -> Path:
-        """One JSON object per epoch and line."""
+        """One JSON object per epoch and line, by `append_record`."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -123,9 +123,6 @@ class RunDir:
 
         A run that is gone on with keeps its config until its checkpoint has been found to fit; see `write_config`.
 
-        Args:
-            config: What is about to run; written to `config_file`.
-
         Raises:
             ConfigError: As for `check`.
         """
@@ -156,9 +153,6 @@ class RunDir:
     def read_config(self) -> RunConfig:
         """Reads what `create` wrote.
 
-        Returns:
-            The config of the run in this folder.
-
         Raises:
             ConfigError: If there is no run here, or its config cannot be read.
         """
@@ -172,41 +166,9 @@ class RunDir:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"The config of run_dir={str(self.path)!r} cannot be read: {error}.") from None
 
-    def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Adds one line to `metrics_file`.
-
-        Args:
-            record: Numbers by name; NumPy's and TensorFlow's scalars too. NaN and the infinities are
-                written as the strings "NaN", "Infinity" and "-Infinity", which `float` reads back.
-        """
-        _append(self.metrics_file, record)
-
-    def append_evaluation(self, record: Mapping[str, Any]) -> None:
-        """Adds one line to `evaluations_file`, as `append_metrics` does to its file."""
-        _append(self.evaluations_file, record)
-
-    def read_evaluations(self) -> list[dict[str, Any]]:
-        """Reads `evaluations_file`, as `read_metrics` does its file."""
-        return _read_records(self.evaluations_file)
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """Reads `metrics_file`, without a last line that a crash cut short.
-
-        Returns:
-            One record per line; none if there is no file.
-        """
-        return _read_records(self.metrics_file)
-
     def drop_metrics_from(self, epoch: int) -> list[dict[str, Any]]:
-        """Forgets the lines of epochs that are about to be trained again.
-
-        Args:
-            epoch: The first epoch to forget, counted from 0.
-
-        Returns:
-            The records that stay.
-        """
-        kept = [record for record in self.read_metrics() if record.get("epoch", -1) < epoch]
+        """Forgets the lines from a zero-based epoch on, which is about to be trained again; returns the others."""
+        kept = [record for record in read_records(self.metrics_file) if record.get("epoch", -1) < epoch]
         if self.metrics_file.exists():
             write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
@@ -259,12 +221,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def open_atomically(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file that is there once the context ends, or, if anything stops it, is not.
 
-    Args:
-        path: The file; one that exists is replaced.
-
-    Yields:
-        Where to write.
-
     Raises:
         OSError: If the disk or the folder refuses; `path` is then as it was.
     """
@@ -282,15 +238,46 @@ def open_atomically(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def _append(path: Path, record: Mapping[str, Any]) -> None:
+def write_named(path: Path, content: str, *, flag: str) -> None:
+    """Writes a whole file that a flag names.
+
+    Raises:
+        ConfigError: If the disk or the folder refuses.
+    """
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise ConfigError(
+            f"{flag}={str(path)!r} cannot be written ({error.strerror}); choose another."
+        ) from None
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds one line to a file.
+
+    Args:
+        path: The file; it need not exist.
+        record: Numbers by name; NumPy's and TensorFlow's scalars too. NaN and the infinities are
+            written as the strings "NaN", "Infinity" and "-Infinity", which `float` reads back.
+    """
     line = json.dumps({name: _to_json_value(value) for name, value in record.items()}, allow_nan=False)
     # One write of a whole line: a reader that follows the file never sees half of one.
     with open(path, "ab", buffering=0) as file:
         file.write(line.encode() + b"\n")
 
 
-def _read_records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Returns a file's records, one a line, without a last one that a crash cut short; none if there is no file."""
     return list(_whole_records(path.read_text(encoding="utf-8"))) if path.exists() else []
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Returns the JSON object that a file holds; an empty one where it holds none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _whole_records(text: str) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Collection
 from typing import Any
 
 from tfdist.cluster.spec import find_nearest
@@ -39,15 +40,7 @@ def setting(
     least: float | None = None,
     above: float | None = None,
 ) -> Any:
-    """Returns a dataclass's field that is a setting.
-
-    Args:
-        default: None of it where somebody must say it.
-        help: As in `Setting`, like the rest.
-        choices: The values that it may have.
-        least: The smallest number.
-        above: What it must be more than.
-    """
+    """Returns a dataclass's field that is a `Setting`; one without a default must be said."""
     told = Setting(help=help, choices=choices, least=least, above=above)
     return dataclasses.field(default=default, metadata={_KEY: told})
 
@@ -72,9 +65,6 @@ def types_of(kind: Any) -> dict[str, set[type]]:
 
 def check_settings(values: Any) -> None:
     """Holds every field to its type and its rule.
-
-    Args:
-        values: A dataclass of settings.
 
     Raises:
         ConfigError: If one breaks its rule.
@@ -105,6 +95,26 @@ def check_settings(values: Any) -> None:
             raise ConfigError(f"{name}={value}: it must be {rule.least} or more.")
         if rule.above is not None and not (value > rule.above and math.isfinite(value)):
             raise ConfigError(f"{name}={value}: it must be more than {rule.above}.")
+
+
+def changed_settings(values: Any, *, besides: Collection[str] = ()) -> list[str]:
+    """Returns the names of a dataclass's settings that are not what they are by default, `besides` left out."""
+    fields = [field for field in dataclasses.fields(values) if field.name not in besides]
+    return [field.name for field in fields if getattr(values, field.name) != field.default]
+
+
+def check_owner(values: Any, strategy: str, *, owner: str, shared: Collection[str] = ()) -> None:
+    """Checks that what only `owner` has, all but `shared`, is asked of no other strategy.
+
+    Raises:
+        ConfigError: If it is.
+    """
+    changed = changed_settings(values, besides=shared)
+    if strategy != owner and changed:
+        raise ConfigError(
+            f"{changed[0]}={getattr(values, changed[0])!r} with strategy={strategy!r}: only {owner!r} has it; leave it "
+            f"out, or choose strategy={owner!r}."
+        )
 
 
 def _has_type(value: Any, annotation: Any) -> bool:

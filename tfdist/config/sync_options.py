@@ -85,24 +85,6 @@ class SyncOptions:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        self.check_sync()
-
-    @property
-    def is_local(self) -> bool:
-        """Whether workers step each for itself, between two exchanges of weights."""
-        return self.sync in DEFAULT_PERIODS
-
-    @property
-    def num_period_steps(self) -> int:
-        """Steps between two exchanges."""
-        return self.sync_period or DEFAULT_PERIODS.get(self.sync, 1)
-
-    def check_sync(self) -> None:
-        """Holds values to each other.
-
-        Raises:
-            ConfigError: If one does not go with another.
-        """
         if not self.outer_momentum < 1:
             raise ConfigError(f"outer_momentum={self.outer_momentum}: it must be 0 or more, and less than 1.")
         if self.sync_period is not None and not self.is_local:
@@ -128,3 +110,13 @@ class SyncOptions:
                 f"error_feedback with exchange_dtype={self.exchange_dtype!r} and sync={self.sync!r}: it is for a "
                 "narrower type at every step; leave it out, or choose exchange_dtype=bfloat16."
             )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether workers step each for itself, between two exchanges of weights."""
+        return self.sync in DEFAULT_PERIODS
+
+    @property
+    def num_period_steps(self) -> int:
+        """Steps between two exchanges."""
+        return self.sync_period or DEFAULT_PERIODS.get(self.sync, 1)

@@ -23,9 +23,6 @@ def open_iterator(dataset: tf.data.Dataset) -> Iterator[Any]:
 
     TensorFlow's end of an iterator waits for the thread that tunes the pipeline, which one time in four goes back to
     sleep when it is woken for this: for as long as the pipeline has lived, or a minute.
-
-    Args:
-        dataset: What it reads.
     """
     iterator = iter(dataset)
     held = tf.nest.flatten(iterator, expand_composites=True)

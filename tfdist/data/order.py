@@ -69,24 +69,6 @@ def num_steps(*, num_examples: int, global_batch_size: int, drop_remainder: bool
     return whole if drop_remainder else whole + (rest > 0)
 
 
-def step_size(*, step: int, num_examples: int, global_batch_size: int, drop_remainder: bool = False) -> int:
-    """Returns the examples in the batch of a zero-based step; the last of a pass may be short."""
-    per_pass = num_steps(
-        num_examples=num_examples, global_batch_size=global_batch_size, drop_remainder=drop_remainder
-    )
-    within = step % per_pass
-    return min(global_batch_size, num_examples - within * global_batch_size)
-
-
-def step_start(*, step: int, num_examples: int, global_batch_size: int, drop_remainder: bool = False) -> int:
-    """Returns the position of a zero-based step's first example."""
-    per_pass = num_steps(
-        num_examples=num_examples, global_batch_size=global_batch_size, drop_remainder=drop_remainder
-    )
-    lap, within = divmod(step, per_pass)
-    return lap * num_examples + within * global_batch_size
-
-
-def part_slice(size: Any, replica: int, num_replicas: int) -> tuple[Any, Any]:
-    """Returns where replica's contiguous part of a batch starts and ends; parts differ by at most one."""
-    return replica * size // num_replicas, (replica + 1) * size // num_replicas
+def part_slice(size: Any, part: int, num_parts: int) -> tuple[Any, Any]:
+    """Returns where a part of a batch, or of an axis, starts and ends; parts differ by at most one."""
+    return part * size // num_parts, (part + 1) * size // num_parts

@@ -57,7 +57,25 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Share:
-    """A process's part of an epoch; the fields mean what they mean in `local_batches`."""
+    """A process's part of an epoch.
+
+    Every process must name the same seed: the global batches are then the same on all, and replica k of R
+    takes examples `k·n//R … (k+1)·n//R - 1` of the n in a batch.
+
+    Attributes:
+        lap: Passes through the data before this one.
+        seed: Of the order.
+        shuffle: False keeps the data's own order.
+        global_batch_size: Examples per step over all replicas.
+        num_replicas: R.
+        replica_ids: This process's k.
+        first_step: Steps of the pass to leave out at its start.
+        num_steps: Where the epoch ends, counted from the pass's start; None: with the data, as at the latest.
+        drop_remainder: Leave out a pass's last batch if it is short.
+        num_epochs_after: Epochs that may be asked for next, in their order: a segment's elements may go on with theirs.
+        fixed_sizes: Whether the sizes of several replicas' parts must be static, where the number of examples is known:
+            a whole batch and the short one at the end then need a graph each.
+    """
 
     lap: int
     seed: int
@@ -65,9 +83,9 @@ class Share:
     global_batch_size: int
     num_replicas: int
     replica_ids: Sequence[int]
-    first_step: int
-    num_steps: int | None
-    drop_remainder: bool
+    first_step: int = 0
+    num_steps: int | None = None
+    drop_remainder: bool = False
     num_epochs_after: int = 0
     fixed_sizes: bool = True
 

@@ -14,7 +14,7 @@ from tfdist.cluster.network_isolation import isolate_port
 from tfdist.cluster.ports import PortReservation, check_grpc_server
 from tfdist.cluster.spec import Cluster
 from tfdist.config.run_config import LOCAL_SERVICE, check_data_service
-from tfdist.data import ServedSource, Source, StreamSource
+from tfdist.data.sources.source import ServedSource, Source, StreamSource
 from tfdist.errors import ConfigError
 
 _ANSWER_SECS = 10.0
@@ -70,13 +70,7 @@ class DataService:
                 )
 
     def share(self, source: Source) -> Source:
-        """Has the service prepare a stream.
-
-        Args:
-            source: A stream.
-
-        Returns:
-            What this process reads of it, once the service is open.
+        """Has the service prepare a stream; returns what this process reads of it, once the service is open.
 
         Raises:
             ConfigError: If the source is no stream.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -26,14 +27,7 @@ def streamed_batches(source: StreamSource, share: Share) -> Segment:
         return _alike_everywhere(_as_far_as_asked(dataset, share)).prefetch(tf.data.AUTOTUNE)
 
     # Split in the step, not here: where the pipeline stands is then the same for all workers.
-    return Segment(
-        build=build,
-        num_steps=share.num_left,
-        split=share.split,
-        num_skipped=share.first_step,
-        num_buffered=buffer,
-        **_run(source, share),
-    )
+    return _segment(build, source, share, split=share.split, num_buffered=buffer)
 
 
 def made_batches(source: BatchedSource, share: Share) -> Segment:
@@ -45,13 +39,7 @@ def made_batches(source: BatchedSource, share: Share) -> Segment:
             dataset = source.reorder(share.shuffle_seed())
         return _alike_everywhere(_as_far_as_asked(dataset, share)).prefetch(tf.data.AUTOTUNE)
 
-    return Segment(
-        build=build,
-        num_steps=share.num_left,
-        split=share.split,
-        num_skipped=share.first_step,
-        **_run(source, share),
-    )
+    return _segment(build, source, share, split=share.split)
 
 
 def sharded_batches(source: ShardedSource, share: Share) -> Segment:
@@ -64,13 +52,7 @@ def sharded_batches(source: ShardedSource, share: Share) -> Segment:
         dataset = dataset.batch(share.own_batch_size, drop_remainder=share.drop_remainder)
         return _with_has_more(dataset).prefetch(tf.data.AUTOTUNE)
 
-    return Segment(
-        build=build,
-        num_steps=share.num_left,
-        split=share.split_own,
-        num_skipped=share.first_step,
-        **_run(source, share),
-    )
+    return _segment(build, source, share, split=share.split_own)
 
 
 def served_batches(source: ServedSource, share: Share) -> Segment:
@@ -91,14 +73,7 @@ def served_batches(source: ServedSource, share: Share) -> Segment:
         # No more: what one worker holds another lacks at the epoch's end.
         return dataset.prefetch(1)
 
-    split = share.split if is_sole else share.split_own
-    return Segment(
-        build=build,
-        num_steps=share.num_left,
-        split=split,
-        num_skipped=share.first_step,
-        **_run(source, share),
-    )
+    return _segment(build, source, share, split=share.split if is_sole else share.split_own)
 
 
 def self_sharded_batches(source: SelfShardedSource, share: Share) -> Segment:
@@ -124,16 +99,16 @@ def self_sharded_batches(source: SelfShardedSource, share: Share) -> Segment:
         rows = tf.data.Dataset.zip(tuple(dataset.shard(num_local, i) for i in range(num_local)))
         return rows.map(lambda *parts: (parts, -1)).prefetch(tf.data.AUTOTUNE)
 
-    return Segment(build=build, num_steps=share.num_left, num_skipped=share.first_step, **_run(source, share))
+    return _segment(build, source, share)
 
 
-def _run(source: Any, share: Share) -> dict[str, Any]:
-    """Says where a segment stands in its pass, with the rest of which an epoch that follows goes on."""
-    if share.num_steps is None:
-        return {}
-    order = (share.lap, share.seed, share.shuffle, share.global_batch_size, share.drop_remainder)
-    stop = None if share.num_epochs_after else share.num_steps
-    return {"run": (source, order), "start": share.first_step, "stop": stop}
+def _segment(build: Callable[[], tf.data.Dataset], source: Any, share: Share, **more: Any) -> Segment:
+    """Returns what is asked of a pass, with the rest of which an epoch that follows goes on."""
+    if share.num_steps is not None:
+        order = (share.lap, share.seed, share.shuffle, share.global_batch_size, share.drop_remainder)
+        stop = None if share.num_epochs_after else share.num_steps
+        more |= {"run": (source, order), "start": share.first_step, "stop": stop}
+    return Segment(build=build, num_steps=share.num_left, num_skipped=share.first_step, **more)
 
 
 def _as_far_as_asked(dataset: tf.data.Dataset, share: Share) -> tf.data.Dataset:

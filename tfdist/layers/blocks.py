@@ -98,11 +98,6 @@ def wanted_kind(layer: keras.Layer) -> Kind | None:
     return _marks.get(layer)
 
 
-def bounds(size: int, num_blocks: int, block: int) -> tuple[int, int]:
-    """Returns where a block of an axis starts and stops; blocks differ by one at most."""
-    return size * block // num_blocks, size * (block + 1) // num_blocks
-
-
 def _mark(layer: Any, kind: Kind) -> Any:
     _marks[layer] = kind
     return layer

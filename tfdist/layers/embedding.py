@@ -13,8 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from tfdist import keras_internals
 from tfdist.errors import ConfigError
 from tfdist.layers.bags import embed, ids_form
-from tfdist.layers.lookup import look_up_rows
-from tfdist.layers.partition import Partition, draw_rows, rows_of_shard
+from tfdist.layers.partition import Partition, draw_rows, look_up_rows, rows_of_shard
 
 Combiner = Literal["sum", "mean", "sqrtn"]
 

@@ -9,8 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tfdist.optimizers.by_name import OPTIMIZERS, build_optimizer
-from tfdist.optimizers.large_batch import LR_SCALINGS, rate_factor
-from tfdist.optimizers.schedules import SCHEDULES, build_schedule
+from tfdist.optimizers.schedules import LR_SCALINGS, SCHEDULES, build_schedule, rate_factor
 
 if TYPE_CHECKING:
     from tfdist.optimizers.lars import LARS

@@ -59,7 +59,7 @@ def build_optimizer(
             lars, lazy_momentum, lazy_rmsprop, lazy_adam, lazy_ftrl.
         learning_rate: The rate at its highest; None takes the optimizer's own: sgd 0.1, momentum, adagrad, ftrl and
             their lazy forms 0.05, lars 1, the others 0.001.
-        rate_factor: What the rate, given or the optimizer's own, is multiplied by; see `rate_factor` of `large_batch`.
+        rate_factor: What the rate, given or the optimizer's own, is multiplied by; see `rate_factor`.
         schedule: One of `SCHEDULES`: constant, cosine, step; see `build_schedule`.
         warmup_steps: Batches over which the rate first rises linearly.
         total_steps: Batches in the whole run; cosine and step need it.

@@ -1,4 +1,4 @@
-"""Learning-rate schedules by name, built from Keras's own classes.
+"""Learning rates: schedules by name, built from Keras's own classes, and how a rate grows with the batch.
 
 Nothing but stock classes, so that a saved `.keras` file loads where tfdist is not installed. Warm-up and constant or
 cosine are one `CosineDecay`; the step schedule, and a warm-up in front of it, are one `PiecewiseConstantDecay`.
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import keras
 
 SCHEDULES = ("constant", "cosine", "step")
+LR_SCALINGS = ("linear", "sqrt")
 
 # A tenth of the rate after each of these fractions of the run.
 STEP_DROPS_AT = (0.5, 0.75)
@@ -85,16 +86,42 @@ def build_schedule(
     )
 
 
-def parse_choice(name: str, choices: tuple[str, ...], *, what: str) -> str:
-    """Finds a name among the choices, whatever its case and with `-` for `_`.
+def rate_factor(scaling: str, *, global_batch_size: int, base_batch_size: int) -> float:
+    """Says by how much a learning rate changes with the batch.
+
+    A larger batch averages more gradients, so that each step may be longer. Beside this it wants a warm-up
+    (`build_schedule`), and past a few thousand examples an optimizer that measures its steps by each layer's weights:
+    `lars` in place of momentum SGD, `lamb` in place of Adam.
 
     Args:
-        name: As the user wrote it.
-        choices: The known names.
-        what: What is named, for the message.
+        scaling: "linear" with the batch, which keeps the sum of the steps over an epoch: the rule for SGD; or "sqrt"
+            with its square root, which keeps the variance of that sum: milder, and usual with Adam and its like.
+        global_batch_size: Examples per optimizer step, over all replicas and accumulated batches.
+        base_batch_size: Those of the run for which the rate was found.
 
     Returns:
-        The name as it stands in `choices`.
+        What to multiply the rate by.
+
+    Raises:
+        ConfigError: If the scaling is unknown, or a size is not at least 1.
+
+    Source: linear: Goyal et al. 2017, section 2.1; square root: Krizhevsky 2014, section 5.
+
+    Examples:
+        >>> import tfdist
+        >>> tfdist.optimizers.rate_factor("sqrt", global_batch_size=1024, base_batch_size=256)
+        2.0
+    """
+    scaling = parse_choice(scaling, LR_SCALINGS, what="scaling of the learning rate")
+    for name, size in (("global_batch_size", global_batch_size), ("base_batch_size", base_batch_size)):
+        if size < 1:
+            raise ConfigError(f"{name}={size}: it must be 1 or more.")
+    ratio = global_batch_size / base_batch_size
+    return ratio if scaling == "linear" else ratio**0.5
+
+
+def parse_choice(name: str, choices: tuple[str, ...], *, what: str) -> str:
+    """Returns the choice that a name means, whatever its case and with `-` for `_`.
 
     Raises:
         ConfigError: If it is unknown, with the nearest name and all of them.

@@ -16,8 +16,7 @@ from typing import Any
 from tfdist.errors import ConfigError, TfdistError
 from tfdist.launcher.process import reaper as reaping
 from tfdist.launcher.process.children import Reaper
-from tfdist.planning.marks import MARK
-from tfdist.planning.ways import flags_of
+from tfdist.planning.ways import MARK, flags_of
 
 # A name, and the part of the recipe's batch, or the multiple, that a step takes.
 Trial = tuple[str, Fraction]
@@ -48,28 +47,23 @@ class World:
         return None if timing is None else float(timing["secs"])
 
 
+@dataclasses.dataclass(kw_only=True)
 class Worlds:
     """Starts clusters, one at a time; all are gone when this is closed.
 
-    Args:
+    Attributes:
         launch: Flags of `tfdist.launch`: where.
         train: Flags of `tfdist.train`: what.
         note: Told of each trial that is done.
         hear: Told of each other line that a cluster prints.
     """
 
-    def __init__(
-        self,
-        *,
-        launch: Sequence[str],
-        train: Sequence[str],
-        note: Callable[[], None],
-        hear: Callable[[str], None],
-    ) -> None:
-        self._launch = launch
-        self._train = train
-        self._note = note
-        self._hear = hear
+    launch: Sequence[str]
+    train: Sequence[str]
+    note: Callable[[], None]
+    hear: Callable[[str], None]
+
+    def __post_init__(self) -> None:
         self._mark = f"plan-{os.getpid()}-{secrets.token_hex(4)}"
         self._guard = Reaper(self._mark)
 
@@ -99,13 +93,13 @@ class Worlds:
             TfdistError: If the cluster failed.
         """
         size = [f"--strategy={strategy}", f"--num_workers={num_workers}"]
-        command = [sys.executable, "-m", "tfdist.launch", *self._launch, *size, "--max_restarts=0"]
+        command = [sys.executable, "-m", "tfdist.launch", *self.launch, *size, "--max_restarts=0"]
         command += [
             "-m",
             "tfdist.planning.probe",
             json.dumps([(name, str(factor)) for name, factor in trials]),
         ]
-        command += flags_of(strategy, self._train)
+        command += flags_of(strategy, self.train)
         command += [f"--{name}={value}" for name, value in (settings or {}).items()]
         model: Mapping[str, Any] = {}
         timings: dict[tuple[str, int], Mapping[str, Any]] = {}
@@ -116,7 +110,7 @@ class Worlds:
             if "model" in found:
                 model, start_secs = found["model"], time.monotonic() - begun
                 continue
-            self._note()
+            self.note()
             if "refused" in found:
                 refused[found["name"]] = found["refused"]
             else:
@@ -144,7 +138,7 @@ class Worlds:
                     if not mark:
                         last = line.strip() or last
                         said = line.strip() if line.startswith("[") and len(line.split()) > 1 else said
-                        self._hear(line.rstrip())
+                        self.hear(line.rstrip())
                         continue
                     found = json.loads(text)
                     mistake = mistake or found.get("mistake")

@@ -10,9 +10,8 @@ from typing import Any
 
 from tfdist.errors import TfdistError
 from tfdist.planning.link import Link
-from tfdist.planning.marks import OWN
 from tfdist.planning.measure import Trial, World
-from tfdist.planning.ways import DEFAULT_WAYS, DIVIDING, KINDS, Way
+from tfdist.planning.ways import DEFAULT_WAYS, DIVIDING, KINDS, OWN, Way
 
 # More than this share of a step, and it is what limits.
 _MOST_EXCHANGE, _MOST_INPUT = 0.5, 0.3

@@ -22,18 +22,17 @@ from absl import flags
 
 from tfdist import keras_internals
 from tfdist.api.checks import check_batches
-from tfdist.api.initialize import initialize
-from tfdist.api.loops import Loops
+from tfdist.api.run_state import RunState
 from tfdist.cluster.environments import detect_cluster
 from tfdist.cluster.heartbeat import Heartbeat
-from tfdist.commands.execute import build_for_training
+from tfdist.commands.execute import build_for_training, join_cluster
 from tfdist.commands.flags import build_config, parse_flags, resolve_run
 from tfdist.config.run_config import RunConfig
 from tfdist.config.sync_options import DEFAULT_PERIODS
-from tfdist.data import BatchedSource, Source
+from tfdist.data.sources.batched import BatchedSource
+from tfdist.data.sources.source import Source
 from tfdist.errors import ConfigError, TfdistError
-from tfdist.planning.marks import MARK, OWN
-from tfdist.planning.ways import KINDS
+from tfdist.planning.ways import KINDS, MARK, OWN
 from tfdist.recipe import load_recipe, parse_overrides
 from tfdist.training.loop import Loop, plan_steps
 from tfdist.training.plan import BatchPlan, Place
@@ -68,10 +67,11 @@ class Timing:
     memory_mb: float
 
 
+@dataclasses.dataclass(kw_only=True)
 class Trial:
     """Makes the steps of a run, but for what comes between its epochs; every process must make the same ones.
 
-    Args:
+    Attributes:
         loop: The model's, configured.
         source: What this process reads.
         batch_size: Examples of a step.
@@ -80,30 +80,22 @@ class Trial:
         loss_limit: As for `BatchPlan`: whether each step's numbers are looked at.
     """
 
-    def __init__(
-        self,
-        loop: Loop,
-        source: Source,
-        batch_size: int,
-        *,
-        total_steps: int,
-        steps_per_loop: int | None = None,
-        loss_limit: Callable[[], float] | None = None,
-    ) -> None:
-        self._loop = loop
-        self._source = source
-        self._batch_size = batch_size
-        self._total_steps = total_steps
-        self._steps_per_loop = steps_per_loop
-        self._loss_limit = loss_limit
-        self._per_pass = plan_steps(source, batch_size, None) or _MOST_STEPS
+    loop: Loop
+    source: Source
+    batch_size: int
+    total_steps: int
+    steps_per_loop: int | None
+    loss_limit: Callable[[], float] | None
+
+    def __post_init__(self) -> None:
+        self._per_pass = plan_steps(self.source, self.batch_size, None) or _MOST_STEPS
         self._num_laps = 0
         # Of the run with the most steps, since what was sent is rounded: these steps and that.
         self._sent = (0, 0.0)
 
     def time(self) -> Timing:
         """Times steps, the first ones and what is compiled left out."""
-        loop = self._loop
+        loop = self.loop
         loop.start()
         self._run(_WARM_STEPS)
         # Under ps the chief alone decides how many steps are made.
@@ -120,9 +112,7 @@ class Trial:
     def _time_calls(self) -> tuple[float, list[float]]:
         """Returns the mean and all times between the ends of two calls of a graph."""
         num_steps = _USUAL_STEPS
-        if (
-            guess := self._loop.step_secs
-        ) is not None:  # alike on all workers, as the number of steps must be
+        if (guess := self.loop.step_secs) is not None:  # alike on all workers, as the number of steps must be
             num_steps = min(max(math.ceil(_TRIAL_SECS / guess), _LEAST_STEPS), _MOST_STEPS)
         size, samples = 0, []
         # Whether several steps in one call pay is known after some, and the first such call compiles: what has it is
@@ -148,7 +138,7 @@ class Trial:
 
     @property
     def _steps_per_call(self) -> int:
-        return int(self._loop.measures().get("steps_per_loop", 1))
+        return int(self.loop.measures().get("steps_per_loop", 1))
 
     def _time_passes(self) -> float:
         """Returns the time of passes by their steps: several workers' overlap, and a pass waits for the last one."""
@@ -169,50 +159,39 @@ class Trial:
         plan = BatchPlan(
             place=Place(self._num_laps),
             num_steps=num_steps,
-            global_batch_size=self._batch_size,
+            global_batch_size=self.batch_size,
             shuffle=True,
-            steps_per_loop=self._steps_per_loop,
-            loss_limit=self._loss_limit,
-            num_epochs_after=math.ceil(self._total_steps / num_steps),
+            steps_per_loop=self.steps_per_loop,
+            loss_limit=self.loss_limit,
+            num_epochs_after=math.ceil(self.total_steps / num_steps),
         )
         self._num_laps += 1
-        moments = [time.perf_counter() for _ in self._loop.train_epoch(self._source, plan)]
+        moments = [time.perf_counter() for _ in self.loop.train_epoch(self.source, plan)]
         if not moments:
             raise ConfigError("the recipe's training data hold no examples.")
-        self._sent = max(self._sent, (len(moments), self._loop.measures().get("exchange_mb", 0.0)))
+        self._sent = max(self._sent, (len(moments), self.loop.measures().get("exchange_mb", 0.0)))
         return moments
 
 
 class Probe:
-    """A recipe's model and data on this task, and trials of them.
-
-    Args:
-        config: What the run is to be.
-    """
+    """A recipe's model and data on this task, and trials of them."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         recipe = load_recipe(config.recipe)
         overrides = parse_overrides(recipe, config.overrides, data_dir=config.data_dir)
-        run = initialize(
-            strategy=config.strategy,
-            num_replicas=config.num_replicas,
-            seed=config.seed,
-            mixed_precision=config.mixed_precision,
-            gpu_memory_gb=config.gpu_memory_gb,
-            deterministic=config.deterministic,
-            pipeline=config.pipeline_options if config.strategy == "pipeline" else None,
-        )
+        run = join_cluster(config)
         self.is_chief = run.is_chief
         self._model, source = build_for_training(run, recipe, config, overrides)
-        loops = Loops(
+        state = RunState(
             strategy=run.strategy,
             strategy_name=run.strategy_name,
             cluster=run.cluster,
+            seed=run.seed,
             pipeline=config.pipeline_options,
             heartbeat=Heartbeat.from_environment(os.environ),
         )
-        self._loop = loops.find(self._model, source)
+        self._loop = state.find_loop(self._model, source)
         self._source = source
         self._shared = self._loop.shard_source_of(source, config.shard)
 
@@ -286,9 +265,9 @@ class Probe:
         )
         total_steps = (self._count_steps(batch_size) or _NEVER) * config.epochs
         trial = Trial(
-            loop,
-            self._shared,
-            batch_size,
+            loop=loop,
+            source=self._shared,
+            batch_size=batch_size,
             total_steps=total_steps,
             steps_per_loop=config.steps_per_loop,
             loss_limit=None if config.on_nan == "ignore" else _no_limit,

@@ -13,10 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tfdist.config.run_dir import write_named
 from tfdist.errors import ConfigError
-from tfdist.planning.marks import OWN
 from tfdist.planning.predict import Plan
-from tfdist.planning.ways import KINDS
+from tfdist.planning.ways import KINDS, OWN
 
 # A node of 8 GPUs fails once in about so many days (Kokolis et al. 2024, "Revisiting Reliability in Large-Scale Machine
 # Learning Research Clusters": 1,024 GPUs, 7.9 hours).
@@ -89,24 +89,11 @@ def render_efficiency(curves: Curves) -> str:
 
 
 def draw_efficiency(curves: Curves, path: Path) -> None:
-    """Draws the curves.
-
-    Args:
-        curves: What was simulated.
-        path: Of the picture, an SVG.
-
-    Raises:
-        ConfigError: If it cannot be written.
-    """
+    """Draws the curves into an SVG."""
     # Here: a second, for pictures alone.
     from tfdist.reporting.figures import draw_efficiency as draw
 
-    try:
-        path.write_text(draw(curves), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"picture={str(path)!r} cannot be written ({error.strerror}); name another."
-        ) from None
+    write_named(path, draw(curves), flag="picture")
 
 
 def _simulate_lock_step(

@@ -26,12 +26,7 @@ _HEADS = (
 
 
 def render_table(model: Mapping[str, Any], predictions: Sequence[Prediction]) -> str:
-    """Renders what is expected, a line for each way.
-
-    Args:
-        model: What a probe has described.
-        predictions: In the order in which they are shown.
-    """
+    """Renders what is expected, a line for each way."""
     examples = f"{model['num_examples']:,}" if model["num_examples"] else "streamed"
     title = (
         f"{model['recipe']}: {model['num_parameters']:,} parameters, {model['gradient_mb']:,.2f} MB of gradients, "

@@ -9,7 +9,7 @@ from typing import Any
 from tfdist.cluster.spec import CLUSTER_STRATEGIES, find_nearest
 from tfdist.config.pipeline_options import PipelineOptions
 from tfdist.config.privacy_options import PrivacyOptions
-from tfdist.config.ps_options import PsOptions
+from tfdist.config.ps_options import PS_SHARED, PsOptions
 from tfdist.config.settings import settings_of
 from tfdist.config.sync_options import DEFAULT_PERIODS, SyncOptions
 from tfdist.errors import ConfigError
@@ -63,6 +63,10 @@ KINDS: Mapping[str, Kind] = {
     "stages": Kind(strategy="pipeline", is_exact=True),
     "blocks": Kind(strategy="pipeline", settings={"num_stages": 1}, sized="tensor_parallel", is_exact=True),
 }
+# A trial in which no worker shares anything.
+OWN = "own"
+# A line that begins so is what a trial has found, as JSON.
+MARK = "tfdist-probe "
 # Of which each process holds a part of the model.
 DIVIDING = ("stages", "blocks")
 DEFAULT_WAYS = ("one_device", "every_step", "bfloat16", "powersgd", "local_sgd", "diloco", "ps")
@@ -123,13 +127,8 @@ def check_flags(flags: Sequence[str]) -> None:
 
 
 def flags_of(strategy: str, flags: Sequence[str]) -> list[str]:
-    """Returns those flags of `tfdist.train` that a strategy has.
-
-    Args:
-        strategy: Canonical name.
-        flags: Words such as `--bucket_mb=10`.
-    """
-    ps_alone = set(settings_of(PsOptions)) - {"steps_per_loop"} | {"num_ps"}
+    """Returns those flags of `tfdist.train` that a strategy has."""
+    ps_alone = set(settings_of(PsOptions)) - {*PS_SHARED} | {"num_ps"}
     alone = {
         "multiworker": set(settings_of(SyncOptions)),
         "ps": ps_alone,

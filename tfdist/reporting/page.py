@@ -36,11 +36,7 @@ _NO_METRICS = (
 
 
 def render_page(records: Sequence[Record]) -> str:
-    """Renders the page.
-
-    Args:
-        records: The runs.
-    """
+    """Renders the page."""
     speeds = [draw_curves(records, [name], title) for name, title in _SPEEDS.items()]
     return fill_template(
         "tfdist.reporting",

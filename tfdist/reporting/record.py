@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tfdist.config.run_config import RunConfig
-from tfdist.config.run_dir import RunDir
+from tfdist.config.run_dir import RunDir, read_object, read_records
 from tfdist.config.settings import settings_of
 from tfdist.diagnostics.log_reader import read_run
 from tfdist.errors import ConfigError
@@ -87,12 +86,6 @@ class Record:
 def read_record(folder: str) -> Record:
     """Reads a run's folder.
 
-    Args:
-        folder: The run_dir.
-
-    Returns:
-        What it tells.
-
     Raises:
         ConfigError: If no run is there.
     """
@@ -102,13 +95,13 @@ def read_record(folder: str) -> Record:
     with contextlib.suppress(ConfigError):  # without logs
         findings = [finding for finding in read_run(folder) if finding.severity == "error"]
         death = " ".join(f"{finding.text}. To mend it: {finding.remedy}." for finding in findings)
-    results = _read_json(run_dir.results_file)
+    results = read_object(run_dir.results_file)
     return Record(
         path=run_dir.path,
         config=config.to_dict(),
         metrics=_with_evaluations(run_dir),
         events=read_events(folder),
-        environment=_read_json(run_dir.environment_file),
+        environment=read_object(run_dir.environment_file),
         results=results,
         death="" if "test" in results else death or str(results.get("error", "")),
     )
@@ -126,16 +119,8 @@ def as_number(value: Any) -> float | None:
 def _with_evaluations(run_dir: RunDir) -> list[dict[str, Any]]:
     """Returns the lines of the epochs, with what an evaluator beside the training has found of each."""
     found: dict[Any, dict[str, Any]] = {}
-    for line in run_dir.read_evaluations():
+    for line in read_records(run_dir.evaluations_file):
         found.setdefault(line.get("epoch"), {}).update(
             {name: value for name, value in line.items() if name.startswith("val_")}
         )
-    return [line | found.get(line.get("epoch"), {}) for line in run_dir.read_metrics()]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+    return [line | found.get(line.get("epoch"), {}) for line in read_records(run_dir.metrics_file)]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from tfdist.config.run_dir import RunDir
+from tfdist.config.run_dir import RunDir, read_records
 from tfdist.launcher.process.children import Reaper
 from tfdist.reporting.record import as_number
 
@@ -54,7 +54,7 @@ class TrialRun:
         num_seen, is_pruned = 0, False
         while not is_stopped():
             code = self._process.poll()
-            for record in self._run_dir.read_metrics()[num_seen:]:
+            for record in read_records(self._run_dir.metrics_file)[num_seen:]:
                 num_seen += 1
                 value = as_number(record.get(metric))
                 if value is not None and note(int(record["epoch"]), value) and code is None and not is_pruned:
@@ -82,7 +82,7 @@ class TrialRun:
     @property
     def names(self) -> set[str]:
         """The numbers that it writes after an epoch."""
-        return {name for record in self._run_dir.read_metrics() for name in record}
+        return {name for record in read_records(self._run_dir.metrics_file) for name in record}
 
     @property
     def last_line(self) -> str:

@@ -8,8 +8,9 @@ import keras
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.data import BatchedSource, Source, StreamSource
 from tfdist.data.read_errors import readable_faults
+from tfdist.data.sources.batched import BatchedSource
+from tfdist.data.sources.source import Source, StreamSource
 from tfdist.errors import ConfigError
 
 

@@ -13,7 +13,9 @@ import keras
 
 from tfdist import keras_internals
 from tfdist.cluster.heartbeat import Heartbeat
-from tfdist.data import BatchedSource, ShardedSource, Source, num_steps
+from tfdist.data.order import num_steps
+from tfdist.data.sources.batched import BatchedSource
+from tfdist.data.sources.source import ShardedSource, Source
 from tfdist.errors import ConfigError
 from tfdist.runtime import memory
 from tfdist.training.checkpoint.saver import Loop as SavedLoop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -11,18 +12,11 @@ import numpy as np
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.data import (
-    ArraySource,
-    BatchedSource,
-    IndexedSource,
-    SelfShardedSource,
-    ServedSource,
-    ShardedSource,
-    Source,
-    epoch_indices,
-    local_batches,
-    step_start,
-)
+from tfdist.data.batches import local_batches
+from tfdist.data.order import epoch_indices
+from tfdist.data.sources.batched import BatchedSource
+from tfdist.data.sources.indexed import IndexedSource
+from tfdist.data.sources.source import ArraySource, SelfShardedSource, ServedSource, ShardedSource, Source
 from tfdist.training.plan import BatchPlan
 
 # How many examples are named, and how often the model runs to find those that are wrong by themselves.
@@ -113,17 +107,8 @@ def _own_step(model: keras.Model) -> str:
 
 
 def _read_batch(source: Source, plan: BatchPlan, step: int) -> Any:
-    (segment,) = local_batches(
-        source,
-        lap=plan.place.lap,
-        seed=plan.seed,
-        shuffle=plan.shuffle,
-        global_batch_size=plan.global_batch_size,
-        num_replicas=1,
-        replica_ids=[0],
-        first_step=plan.place.step + step,
-        num_steps=plan.place.step + step + 1,
-    )
+    alone = dataclasses.replace(plan, first_step=step, num_steps=step + 1, num_epochs_after=0)
+    (segment,) = local_batches(source, alone.share(1, [0]))
     parts, _ = segment.split(next(segment.open()))
     return parts[0]
 
@@ -131,16 +116,11 @@ def _read_batch(source: Source, plan: BatchPlan, step: int) -> Any:
 def _indices(source: Source, plan: BatchPlan, step: int, count: int) -> list[int] | None:
     if not isinstance(source, (ArraySource, IndexedSource)):
         return None
-    start = step_start(
-        step=plan.place.step + step,
-        num_examples=source.num_examples,
-        global_batch_size=plan.global_batch_size,
-    )
     indices = epoch_indices(
         num_examples=source.num_examples,
         seed=plan.seed,
         epoch=plan.place.lap,
-        start=start,
+        start=(plan.place.step + step) * plan.global_batch_size,
         size=count,
         shuffle=plan.shuffle,
     )

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 
 from tfdist.config.run_config import ON_NAN
-from tfdist.data import Source
+from tfdist.data.sources.source import Source
 from tfdist.errors import ConfigError, NonFiniteError
 from tfdist.training.checkpoint.saver import Loop, Saver
 from tfdist.training.nan_diagnosis import describe_step

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from tfdist.data.segment import Share
 from tfdist.training.step.finite_check import SOUND
 
 
@@ -81,6 +82,22 @@ class BatchPlan:
     def end_in_pass(self) -> int | None:
         """The step after the last one, counted from the start of the pass; None: the data's end."""
         return None if self.num_steps is None else self.place.step + self.num_steps
+
+    def share(self, num_replicas: int, replica_ids: Sequence[int], *, fixed_sizes: bool = True) -> Share:
+        """Returns what some of the replicas read of it."""
+        return Share(
+            lap=self.place.lap,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            global_batch_size=self.global_batch_size,
+            num_replicas=num_replicas,
+            replica_ids=replica_ids,
+            first_step=self.first_in_pass,
+            num_steps=self.end_in_pass,
+            drop_remainder=self.drop_remainder,
+            num_epochs_after=self.num_epochs_after,
+            fixed_sizes=fixed_sizes,
+        )
 
     def total_steps(self, num_steps: int) -> int:
         """Returns the steps since the run began, when `num_steps` of this pass are done."""

@@ -92,9 +92,6 @@ def build_indexed(examples: Any, *, keys: Sequence[str] | None = None) -> Indexe
         examples: As in `IndexedSource`. A `tfds.data_source` yields dicts: its supervised pair is taken.
         keys: Of such a dict, those that make `(x, y)`.
 
-    Returns:
-        The source.
-
     Raises:
         ConfigError: If there are no examples.
     """

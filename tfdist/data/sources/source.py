@@ -164,9 +164,6 @@ def build_source(
         sample_weight: `[num_examples]` weights, for arrays.
         batched: Whether a dataset is one of batches.
 
-    Returns:
-        The source.
-
     Raises:
         ConfigError: If arrays differ in length, are empty, or weights do not fit the data.
     """

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -73,9 +74,6 @@ def parse_split(text: str) -> TfdsSplit:
 
 def load_split(split: TfdsSplit) -> tuple[tf.data.Dataset | IndexedSource, int]:
     """Prepares and opens a split.
-
-    Args:
-        split: Which.
 
     Returns:
         The dataset of examples; of files in the `array_record` format, a source that reads any of them at once.
@@ -152,24 +150,19 @@ def _make_builder(split: TfdsSplit, tfds: Any) -> Any:
         raise ConfigError(f"TFDS knows no dataset {split.name!r}: {str(error).splitlines()[0]}") from None
 
 
-class _one_at_a_time:  # noqa: N801 - reads as a context
+@contextlib.contextmanager
+def _one_at_a_time(data_dir: Path) -> Iterator[None]:
     """Keeps processes of one machine from preparing the same dataset at once."""
-
-    def __init__(self, data_dir: Path) -> None:
-        self._path = data_dir.parent / f".{data_dir.name}.lock"
-
-    def __enter__(self) -> None:
-        self._file: TextIO | None = None
+    path = data_dir.parent / f".{data_dir.name}.lock"
+    with contextlib.ExitStack() as opened:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = opened.enter_context(open(path, "w", encoding="utf-8"))
         except OSError:
-            return  # A read-only folder holds data that is prepared already.
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-
-    def __exit__(self, *exc_info: Any) -> None:
-        if self._file is not None:
-            self._file.close()
+            pass  # A read-only folder holds data that is prepared already.
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _cache_dir() -> str:

@@ -16,7 +16,10 @@ from typing import Any
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.data import BatchedSource, Segment, Source, StreamSource, open_iterator
+from tfdist.data.iterators import open_iterator
+from tfdist.data.segment import Segment
+from tfdist.data.sources.batched import BatchedSource
+from tfdist.data.sources.source import Source, StreamSource
 from tfdist.errors import ConfigError
 from tfdist.training.plan import BatchPlan
 

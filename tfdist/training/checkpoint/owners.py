@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from tfdist import keras_internals
-from tfdist.layers.blocks import bounds
+from tfdist.data.order import part_slice
 from tfdist.training.checkpoint.state import (
     Blocks,
     StateArray,
@@ -122,7 +122,7 @@ class Owners:
         whole, dtype = keras_internals.whole_shape(variable), StateArray([variable]).dtype
         shapes = [whole]
         if len(ranks) > 1:
-            sizes = (bounds(whole[axis], len(ranks), place) for place in range(len(ranks)))
+            sizes = (part_slice(whole[axis], place, len(ranks)) for place in range(len(ranks)))
             shapes = [(*whole[:axis], high - low, *whole[axis + 1 :]) for low, high in sizes]
         if axis == 0:
             for rank, shape in zip(ranks, shapes, strict=True):

@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from tfdist.config.run_config import RunConfig
-from tfdist.config.run_dir import RunDir
+from tfdist.config.run_dir import RunDir, append_record
 from tfdist.training.metrics import single_numbers
 from tfdist.training.monitoring.epoch_clock import EpochClock
 
@@ -179,7 +179,7 @@ class MetricsFile(keras.callbacks.Callback):
         self._unwritten.append(record | dict(logs or {}))
         try:
             while self._unwritten:
-                self._run_dir.append_metrics(self._unwritten[0])
+                append_record(self._run_dir.metrics_file, self._unwritten[0])
                 self._unwritten.pop(0)
         except OSError as error:
             _warn_of(self._run_dir.metrics_file, error.strerror or error, "the line comes with the next one")

@@ -15,7 +15,9 @@ from tfdist import keras_internals
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.cluster.spec import Cluster
 from tfdist.config.pipeline_options import PipelineOptions
-from tfdist.data import Segment, Source, local_batches
+from tfdist.data.batches import local_batches
+from tfdist.data.segment import Segment
+from tfdist.data.sources.source import Source
 from tfdist.runtime.strategies import StagedStrategy
 from tfdist.training.checkpoint.input_position import InputPosition
 from tfdist.training.checkpoint.owners import Holding, Owners, set_owners
@@ -279,19 +281,8 @@ class PipelineLoop:
     def _segments(self, source: Source, plan: BatchPlan) -> Sequence[Segment]:
         # Micro-batches are shared out as replicas' parts are.
         first, count = self._grid.copy * self._num_micro_batches, self._num_micro_batches
-        return local_batches(
-            source,
-            lap=plan.place.lap,
-            seed=plan.seed,
-            shuffle=plan.shuffle,
-            global_batch_size=plan.global_batch_size,
-            num_replicas=self._grid.num_copies * count,
-            replica_ids=range(first, first + count),
-            first_step=plan.first_in_pass,
-            num_steps=plan.end_in_pass,
-            drop_remainder=plan.drop_remainder,
-            num_epochs_after=plan.num_epochs_after,
-        )
+        share = plan.share(self._grid.num_copies * count, range(first, first + count))
+        return local_batches(source, share)
 
 
 def _holding(grid: Grid, place: Place) -> Holding:

@@ -16,7 +16,7 @@ import tensorflow as tf
 from tfdist import keras_internals
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.config.ps_options import PsOptions
-from tfdist.data import Source
+from tfdist.data.sources.source import Source
 from tfdist.errors import ConfigError
 from tfdist.training.checkpoint.input_position import InputPosition
 from tfdist.training.metric_parts import aggregation_of, find_whole

@@ -9,18 +9,10 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tfdist.data import (
-    ArraySource,
-    SelfShardedSource,
-    Source,
-    epoch_indices,
-    local_batches,
-    part_slice,
-    step_size,
-    step_start,
-    take,
-    untuned,
-)
+from tfdist.data.batches import local_batches
+from tfdist.data.iterators import untuned
+from tfdist.data.order import epoch_indices, part_slice
+from tfdist.data.sources.source import ArraySource, SelfShardedSource, Source, take
 from tfdist.errors import ConfigError
 from tfdist.training.checkpoint.input_position import InputPosition
 from tfdist.training.monitoring.input_wait import next_element
@@ -59,13 +51,9 @@ class ResidentInput:
 
     def batches(self, plan: BatchPlan, num_parts: int = 1) -> Iterator[list[Part]]:
         """Yields the parts of every batch, empty ones left out."""
-        shape: Any = {
-            "num_examples": self._source.num_examples,
-            "global_batch_size": plan.global_batch_size,
-            "drop_remainder": plan.drop_remainder,
-        }
         for step in range(plan.first_in_pass, plan.end_in_pass or 0):
-            size, start = step_size(step=step, **shape), step_start(step=step, **shape)
+            start = step * plan.global_batch_size
+            size = min(plan.global_batch_size, self._source.num_examples - start)
             slices = [part_slice(size, k, num_parts) for k in range(num_parts)]
             yield [Part(high - low, (plan.place.lap, start + low)) for low, high in slices if high > low]
 
@@ -102,19 +90,7 @@ class SentInput:
 
     def batches(self, plan: BatchPlan, num_parts: int = 1) -> Iterator[list[Part]]:
         """Yields the parts of every batch, empty ones left out."""
-        for segment in local_batches(
-            self._source,
-            lap=plan.place.lap,
-            seed=plan.seed,
-            shuffle=plan.shuffle,
-            global_batch_size=plan.global_batch_size,
-            num_replicas=num_parts,
-            replica_ids=range(num_parts),
-            first_step=plan.first_in_pass,
-            num_steps=plan.end_in_pass,
-            drop_remainder=plan.drop_remainder,
-            num_epochs_after=plan.num_epochs_after,
-        ):
+        for segment in local_batches(self._source, plan.share(num_parts, range(num_parts))):
             iterator = self._position.open(segment, self._source, plan)
             for element in itertools.islice(iterator, segment.num_steps):
                 sizes = [(tf.nest.flatten(part)[0].shape[0], part) for part in segment.split(element)[0]]

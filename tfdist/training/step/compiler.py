@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.data import Source, has_varying_shapes
+from tfdist.data.sources.source import Source, has_varying_shapes
 from tfdist.errors import ConfigError
 from tfdist.training.monitoring import clock
 from tfdist.training.step.compute import Compute

@@ -10,7 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfdist.data import Segment, SelfShardedSource
+from tfdist.data.segment import Segment
+from tfdist.data.sources.source import SelfShardedSource
 from tfdist.training.monitoring import clock
 from tfdist.training.monitoring.input_wait import timed_next
 from tfdist.training.step.compiler import Compiler

@@ -14,14 +14,10 @@ import tensorflow as tf
 from tfdist import keras_internals
 from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.config.sync_options import SyncOptions
-from tfdist.data import (
-    Segment,
-    ServedSource,
-    ShardedSource,
-    Source,
-    local_batches,
-    shard_source,
-)
+from tfdist.data.batches import local_batches
+from tfdist.data.segment import Segment
+from tfdist.data.shard import shard_source
+from tfdist.data.sources.source import ServedSource, ShardedSource, Source
 from tfdist.runtime.strategies import wait_for_workers
 from tfdist.training.checkpoint.input_position import InputPosition
 from tfdist.training.metric_parts import find_whole
@@ -396,20 +392,8 @@ class SyncLoop:
         return shard_source(source, shard, num_workers=self._num_workers, index=index)
 
     def _segments(self, source: Source, plan: BatchPlan) -> Sequence[Segment]:
-        return local_batches(
-            source,
-            lap=plan.place.lap,
-            seed=plan.seed,
-            shuffle=plan.shuffle,
-            global_batch_size=plan.global_batch_size,
-            num_replicas=self.num_replicas,
-            replica_ids=self.replica_ids,
-            first_step=plan.first_in_pass,
-            num_steps=plan.end_in_pass,
-            drop_remainder=plan.drop_remainder,
-            num_epochs_after=plan.num_epochs_after,
-            fixed_sizes=self._fixed_sizes,
-        )
+        share = plan.share(self.num_replicas, self.replica_ids, fixed_sizes=self._fixed_sizes)
+        return local_batches(source, share)
 
     def _mode(self, kind: str) -> Any:
         """Returns what of the workers' way of sharing a step's graph holds."""

@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.layers.blocks import bounds
+from tfdist.data.order import part_slice
 from tfdist.training.tensor_parallel.group import BlockGroup
 
 Call = Callable[..., Any]
@@ -36,17 +36,17 @@ def divide_call(layer: Any, kind: str, group: BlockGroup, block: int) -> None:
         last = layer.output_dense
         multiply = functools.partial(_multiply_all, last)
         keras_internals.replace_call(last, lambda call: functools.partial(_sum_rows, last, multiply, group))
-        place = (layer.num_heads, *bounds(layer.num_heads, group.size, block))
+        place = (layer.num_heads, *part_slice(layer.num_heads, block, group.size))
         keras_internals.replace_call(dropout, functools.partial(_dropping, axis=1, place=place))
         keras_internals.replace_call(layer, functools.partial(_attending, group=group))
     elif kind == "vocabulary":
-        own = bounds(layer.input_dim, group.size, block)
+        own = part_slice(layer.input_dim, block, group.size)
         keras_internals.replace_call(layer, functools.partial(_looking_up, group=group, words=own))
 
 
 def divide_dropout(layer: Any, size: int, group: BlockGroup, block: int) -> None:
     """Makes a layer drop of its part what it would drop of the whole, whose last axis has that size."""
-    place = (size, *bounds(size, group.size, block))
+    place = (size, *part_slice(size, block, group.size))
     keras_internals.replace_call(layer, functools.partial(_dropping, axis=-1, place=place))
 
 

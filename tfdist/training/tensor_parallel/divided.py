@@ -11,9 +11,10 @@ from typing import Any
 import keras
 
 from tfdist import keras_internals
+from tfdist.data.order import part_slice
 from tfdist.errors import ConfigError
 from tfdist.keras_internals import LayerCall
-from tfdist.layers.blocks import Kind, bounds, wanted_kind
+from tfdist.layers.blocks import Kind, wanted_kind
 from tfdist.training.tensor_parallel.by_parts import (
     acts_by_parts,
     is_divisible,
@@ -50,7 +51,7 @@ class DividedLayers:
         axis = self.axes.get(id(variable))
         if axis is None:
             return None
-        return (*axis * [slice(None)], slice(*bounds(variable.shape[axis], self.num_blocks, block)))
+        return (*axis * [slice(None)], slice(*part_slice(variable.shape[axis], block, self.num_blocks)))
 
     def share(self, variable: keras.Variable) -> float:
         """Returns the share of a weight that one process has."""

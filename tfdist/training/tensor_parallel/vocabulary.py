@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tfdist.layers.blocks import bounds
+from tfdist.data.order import part_slice
 from tfdist.training.tensor_parallel.group import BlockGroup
 
 # exp of less is no number in float32.
@@ -41,7 +41,7 @@ class DividedVocabulary:
     def __init__(self, size: int, group: BlockGroup, block: int, ignored: int | None = None) -> None:
         self._size = size
         self._group = group
-        self._start, self._stop = bounds(size, group.size, block)
+        self._start, self._stop = part_slice(size, block, group.size)
         self._ignored = ignored
 
     def view(self, labels: Any, logits: Any) -> View:

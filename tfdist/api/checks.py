@@ -13,7 +13,7 @@ import tensorflow as tf
 from tfdist.config.sync_options import SyncOptions
 from tfdist.data import BatchedSource, SelfShardedSource, Source
 from tfdist.errors import ConfigError
-from tfdist.training.loop import Loop
+from tfdist.training.checkpoint.loop import Loop
 from tfdist.training.monitoring.callbacks import split_callbacks
 
 

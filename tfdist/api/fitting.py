@@ -21,9 +21,10 @@ from tfdist.config.ps_options import PsOptions
 from tfdist.config.run_config import check_jit
 from tfdist.config.sync_options import SyncOptions
 from tfdist.data.service import DataService
+from tfdist.training.checkpoint.loop import Loop
 from tfdist.training.checkpoint.saver import Saver
 from tfdist.training.checkpoint.store import Checkpoints
-from tfdist.training.loop import Fit, FitOptions, Loop, plan_steps
+from tfdist.training.loop import Fit, FitOptions, plan_steps
 from tfdist.training.monitoring.callbacks import split_callbacks
 from tfdist.training.on_nan import OnNan
 from tfdist.training.pipeline.loop import PipelineLoop

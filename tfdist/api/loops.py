@@ -19,8 +19,8 @@ from tfdist.errors import ConfigError
 from tfdist.layers import Embedding
 from tfdist.optimizers import describe_dense_rows, with_sparse_rows
 from tfdist.runtime.strategies import StagedStrategy
+from tfdist.training.checkpoint.loop import Loop
 from tfdist.training.first_batch import check_elements, read_first_batch
-from tfdist.training.loop import Loop
 from tfdist.training.pipeline.loop import PipelineLoop
 from tfdist.training.ps.loop import CoordinatorLoop
 from tfdist.training.sync.loop import SyncLoop

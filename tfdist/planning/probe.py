@@ -35,7 +35,8 @@ from tfdist.errors import ConfigError, TfdistError
 from tfdist.planning.marks import MARK, OWN
 from tfdist.planning.ways import KINDS
 from tfdist.recipe import load_recipe, parse_overrides
-from tfdist.training.loop import Loop, plan_steps
+from tfdist.training.checkpoint.loop import Loop
+from tfdist.training.loop import plan_steps
 from tfdist.training.plan import BatchPlan, Place
 from tfdist.training.ps.loop import CoordinatorLoop
 from tfdist.training.sync.loop import SyncLoop

@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 
@@ -16,12 +16,11 @@ from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.data import BatchedSource, ShardedSource, Source, num_steps
 from tfdist.errors import ConfigError
 from tfdist.runtime import memory
-from tfdist.training.checkpoint.saver import Loop as SavedLoop
+from tfdist.training.checkpoint.loop import Loop
 from tfdist.training.checkpoint.saver import Saver
 from tfdist.training.checkpoint.snapshot import Snapshot
-from tfdist.training.monitoring.input_wait import InputWait
 from tfdist.training.on_nan import OnNan
-from tfdist.training.plan import BatchPlan, FinishedStep, Place
+from tfdist.training.plan import BatchPlan, Place
 
 # Numbers that change faster cannot be read.
 _SHOW_SECS = 0.2
@@ -30,36 +29,6 @@ _RAN_OUT = (
     "Your input ran out of data; interrupting training. Make sure that your dataset or generator can generate at least "
     "`steps_per_epoch * epochs` batches. You may need to use the `.repeat()` function when building your dataset."
 )
-
-
-class Loop(SavedLoop, Protocol):
-    """What a strategy's loop offers."""
-
-    epoch_logs: dict[str, Any]
-    num_replicas: int
-    input_wait: InputWait
-
-    @property
-    def step_secs(self) -> float | None:
-        """How long a step took lately, alike on all workers; None where nobody knows."""
-
-    def shard_source_of(self, source: Source, shard: str) -> Source:
-        """Returns what of a source this process reads."""
-
-    def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
-        """Yields once a step."""
-
-    def release(self) -> None:
-        """Lets go of the data, which nobody will ask for again."""
-
-    def measures(self) -> dict[str, Any]:
-        """Returns what this strategy alone measures of the epoch so far, by the names that `metrics.jsonl` has."""
-
-    def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
-        """Returns logs."""
-
-    def predict(self, source: Source, plan: BatchPlan) -> Any:
-        """Returns arrays."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ import keras
 from tfdist.config.run_config import ON_NAN
 from tfdist.data import Source
 from tfdist.errors import ConfigError, NonFiniteError
-from tfdist.training.checkpoint.saver import Loop, Saver
+from tfdist.training.checkpoint.loop import Loop
+from tfdist.training.checkpoint.saver import Saver
 from tfdist.training.nan_diagnosis import describe_step
 from tfdist.training.plan import BatchPlan, FinishedStep
 from tfdist.training.step.finite_check import GRADIENTS, LOSS, SOUND, SPIKE

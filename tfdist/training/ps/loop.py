@@ -18,10 +18,9 @@ from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.config.ps_options import PsOptions
 from tfdist.data import Source
 from tfdist.errors import ConfigError
-from tfdist.training.checkpoint.input_position import InputPosition
+from tfdist.training.checkpoint.loop import Loop
 from tfdist.training.metric_parts import aggregation_of, find_whole
 from tfdist.training.metrics import add_states, metric_results, select_logs
-from tfdist.training.monitoring.input_wait import InputWait
 from tfdist.training.plan import BatchPlan, FinishedStep
 from tfdist.training.ps.dispatch import Dispatch, timed
 from tfdist.training.ps.message import PackedFunction
@@ -57,15 +56,8 @@ class _Run:
         return [part.size for part in self.parts], self.phase
 
 
-class CoordinatorLoop:
-    """Runs epochs, evaluation and prediction of a built model through a `ClusterCoordinator`.
-
-    Attributes:
-        num_replicas: Among how many workers a batch is divided.
-        metric_origins: What the steps' parts of the metrics' state are counted from: what these start from.
-    """
-
-    num_readers = 1
+class CoordinatorLoop(Loop):
+    """Runs epochs, evaluation and prediction of a built model through a `ClusterCoordinator`."""
 
     def __init__(
         self,
@@ -77,13 +69,11 @@ class CoordinatorLoop:
         batch: Any,
     ) -> None:
         _check_metrics(model, batch)
-        self.num_replicas = 1
-        self.input_wait = InputWait()
+        super().__init__()
         self._model = model
         self._num_workers = num_workers
         self._options = PsOptions()
         self._step = SyncPsStep(model=model, num_parts=num_workers)
-        self.metric_origins = self._step.metric_origins
         self._dispatch = Dispatch(num_workers=num_workers)
         self._scheduler = Scheduler(coordinator, self._dispatch, heartbeat)
         self._together = PartedSteps(
@@ -93,7 +83,6 @@ class CoordinatorLoop:
             dispatch=self._dispatch,
             num_workers=num_workers,
         )
-        self._position = InputPosition()
         self._feeds = Feeds(coordinator, num_workers, self._position)
         self._staleness = StalenessRecord()
         self._num_scheduled = 0
@@ -101,13 +90,9 @@ class CoordinatorLoop:
 
     def start(self) -> None:
         """Goes on counting where the model stands: random streams and accumulation follow the step's number."""
-        self.release()
+        super().start()
         if self._model.optimizer is not None:
             self._num_scheduled = int(keras_internals.batch_counter(self._model.optimizer).numpy())
-
-    def release(self) -> None:
-        """Lets go of the stream; what the workers hold may be asked for again, as by an evaluation at the end."""
-        self._position.forget()
 
     def configure(self, options: PsOptions) -> None:
         """Says how the next epochs' steps are shared out.
@@ -217,37 +202,14 @@ class CoordinatorLoop:
         self._scheduler.join()
         return self._state
 
-    def snapshot_sync(self) -> dict[str, np.ndarray]:
-        """Returns nothing: what the workers share lies in the model."""
-        return {}
-
-    def restore_sync(self, arrays: dict[str, np.ndarray]) -> None:
-        """Takes nothing."""
-
-    def snapshot_input(self) -> bytes:
-        """Returns where the stream stands that the chief reads; at a boundary nothing was read ahead of it."""
-        return self._position.save()
-
-    def shard_source_of(self, source: Source, shard: str) -> Source:
-        """Returns the source: the chief reads streams alone, and sends each example to one worker."""
-        del shard
-        return source
-
-    def broadcast(self, content: bytes, *, source: int = 0) -> bytes:
-        """Returns the bytes: only the chief runs the program."""
-        del source
-        return content
+    @property
+    def metric_origins(self) -> list[np.ndarray]:
+        """What the steps' parts of the metrics' state are counted from: what these start from."""
+        return self._step.metric_origins
 
     def own_metrics(self) -> list[Any]:
         """Returns this process's part of the metrics' state, from its origin."""
         return [state - start for state, start in zip(self._state, self.metric_origins, strict=True)]
-
-    def all_reduce_sum(self, values: list[float]) -> list[float]:
-        """Returns the values: only the chief runs the program."""
-        return values
-
-    def meet(self) -> None:
-        """Returns: only the chief runs the program."""
 
     def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
         """Returns the metrics over the plan's steps."""

@@ -64,11 +64,5 @@ class MicroBatchLoss:
         return tf.cast(self._call(correct, y, y_pred, sample_weight), tf.float32)
 
     def _call(self, correction: Callable[..., Any], y: Any, y_pred: Any, sample_weight: Any) -> Any:
-        binding = keras_internals.ReplicaBinding(
-            variables=[], optimizers=[], apply=lambda optimizer, apply: apply, loss_correction=correction
-        )
-        binding.install()
-        try:
+        with keras_internals.ReplicaBinding(loss_correction=correction):
             return keras_internals.compiled_loss(self._model)(y, y_pred, sample_weight)
-        finally:
-            binding.remove()

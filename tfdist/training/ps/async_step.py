@@ -260,7 +260,7 @@ class AsyncPsStep:
             return apply_measured
 
         note_loss = None if check is None else check.note_loss
-        return as_single_device(self._model, self._optimizers, wrap, note_loss=note_loss)
+        return as_single_device(self._model, optimizers=self._optimizers, apply=wrap, note_loss=note_loss)
 
     def _checked(
         self,
@@ -294,40 +294,21 @@ class AsyncPsStep:
 
 
 @contextlib.contextmanager
-def as_single_device(
-    model: keras.Model,
-    optimizers: Sequence[keras.optimizers.Optimizer],
-    apply: Callable[..., Any],
-    *,
-    loss_correction: Callable[..., Any] = lambda *args: None,
-    note_loss: Callable[..., None] | None = None,
-) -> Iterator[None]:
+def as_single_device(model: keras.Model, **parts: Any) -> Iterator[None]:
     """Lets Keras see one replica, so that it scales no loss and exchanges no gradient by itself.
 
     Args:
         model: Whose step runs inside.
-        optimizers: Those whose `apply` it may call.
-        apply: `(optimizer, its apply) → the apply to use`.
-        loss_correction: As in `ReplicaBinding`.
-        note_loss: As in `ReplicaBinding`.
+        **parts: Of a `ReplicaBinding`.
 
     Yields:
         While it is in force.
     """
-    binding = keras_internals.ReplicaBinding(
-        variables=[],
-        optimizers=optimizers,
-        apply=apply,
-        loss_correction=loss_correction,
-        model=model,
-        note_loss=note_loss,
-    )
-    with tf.distribute.ReplicaContext(keras_internals.DEFAULT_STRATEGY, 0):
-        binding.install()
-        try:
-            yield
-        finally:
-            binding.remove()
+    with (
+        tf.distribute.ReplicaContext(keras_internals.DEFAULT_STRATEGY, 0),
+        keras_internals.ReplicaBinding(model=model, **parts),
+    ):
+        yield
 
 
 def _zero_unless(condition: Any, grad: Any) -> Any:

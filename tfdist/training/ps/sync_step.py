@@ -128,7 +128,11 @@ class SyncPsStep(AsyncPsStep):
 
         with (
             as_single_device(
-                self._model, self._optimizers, capture, loss_correction=correct, note_loss=check.note_loss
+                self._model,
+                optimizers=self._optimizers,
+                apply=capture,
+                loss_correction=correct,
+                note_loss=check.note_loss,
             ),
             scope,
         ):
@@ -172,7 +176,7 @@ class SyncPsStep(AsyncPsStep):
             for variable, change in changes:
                 keras_internals.native(variable).assign_add(change)
 
-        with as_single_device(self._model, self._optimizers, lambda _, apply: apply):
+        with as_single_device(self._model, optimizers=self._optimizers):
             if limit is None:
                 update()
                 return tf.convert_to_tensor(UNCHECKED)

@@ -103,11 +103,8 @@ class Compute:
                 model=self._model,
                 note_loss=check.note_loss,
             )
-            binding.install()
-            try:
+            with binding:
                 logs = self._model.train_step(part)
-            finally:
-                binding.remove()
             found["names"] = returned_names(logs)
             present = [g for g in found["gradients"] if g is not None]
             return present, check.own_loss, scalar_logs(logs, self._metric_names)

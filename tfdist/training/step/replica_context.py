@@ -47,7 +47,7 @@ class KerasReplicaContext(tf.distribute.ReplicaContext):
         self.local_size = local_size
         self.global_size = global_size
         self.share = tf.cast(local_size, tf.float32) / tf.cast(global_size, tf.float32)
-        self.binding: keras_internals.ReplicaBinding | None = None
+        self.binding: keras_internals.ReplicaBinding  # by whoever makes it, before it is entered
         self.num_applied = 0
         self.bound: list[tuple[keras.Variable, tf.Variable]] = []
         # Makes what this replica adds to the sums, of its gradients, where that is not their share.
@@ -58,20 +58,12 @@ class KerasReplicaContext(tf.distribute.ReplicaContext):
 
     def __enter__(self) -> KerasReplicaContext:
         super().__enter__()
-        self._install()
+        self.binding.install()
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        self._remove()
+        self.binding.remove()
         super().__exit__(*exc_info)
-
-    def _install(self) -> None:
-        if self.binding is not None:
-            self.binding.install()
-
-    def _remove(self) -> None:
-        if self.binding is not None:
-            self.binding.remove()
 
     @contextlib.contextmanager
     def guarding(self, ids: set[int]) -> Iterator[None]:
@@ -85,11 +77,11 @@ class KerasReplicaContext(tf.distribute.ReplicaContext):
     def through(self, function: Callable[[tf.distribute.ReplicaContext], Any]) -> Any:
         """Calls a function that exchanges with the other replicas, by the context that the strategy gave."""
         # MirroredStrategy lets the other replicas' threads run inside such a call: they bind their own.
-        self._remove()
+        self.binding.remove()
         try:
             return function(self.outer)
         finally:
-            self._install()
+            self.binding.install()
 
     def exchange(self, values: Sequence[Any]) -> list[Any]:
         """Sums each tensor over all replicas; not differentiable."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -40,15 +41,12 @@ class SingleDeviceStep:
         check = None if limit is None else StepCheck(limit)
         side = [] if check is None else [keras_internals.native(v) for v in side_variables(self._model)]
         before = [tf.identity(v) for v in side]
-        binding = None if check is None and self.private is None else self._bind(check, parts[0])
-        if binding is not None:
-            binding.install()
-        try:
-            with after_reading(parts[0]):
-                outputs = self._model.train_step(parts[0])
-        finally:
-            if binding is not None:
-                binding.remove()
+        is_plain = check is None and self.private is None
+        binding: contextlib.AbstractContextManager[None] = (
+            contextlib.nullcontext() if is_plain else self._bind(check, parts[0])
+        )
+        with binding, after_reading(parts[0]):
+            outputs = self._model.train_step(parts[0])
         logs = self._logs("train", outputs)
         if check is not None:
             check.undo(side, before)
@@ -74,10 +72,8 @@ class SingleDeviceStep:
             return apply_sound
 
         return keras_internals.ReplicaBinding(
-            variables=[],
             optimizers=keras_internals.find_optimizers(self._model),
             apply=wrap,
-            loss_correction=lambda *args: None,
             model=self._model,
             note_loss=None if check is None else check.note_loss,
         )

@@ -79,15 +79,12 @@ class PipelineLoop(Loop):
         holdings = {key: _holding(grid, place) for key, place in places.items()}
         owners = Owners(variables, holdings, rank=grid.rank, broadcast=grid.broadcast, meet=grid.meet)
         set_owners(model, owners)
-        links = open_links(
-            rank=grid.rank,
-            neighbours=grid.neighbours,
-            peers=grid.tasks,
-            hosts=grid.hosts,
-            broadcast=lambda content, source: grid.broadcast(content, source=source),
-        )
         self._passes = Passes(
-            self._stage, (grid.stage, grid.num_stages), links, options.pipeline_schedule, grid.sum_copies
+            self._stage,
+            (grid.stage, grid.num_stages),
+            open_links(grid),
+            options.pipeline_schedule,
+            grid.sum_copies,
         )
         self._metrics = PartedMetrics(model, batch, grid)
         self._idle_share = 0.0

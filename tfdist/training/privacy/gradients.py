@@ -104,7 +104,7 @@ class PrivateGradients:
         ]
 
     def _draw(self, shapes: Sequence[tf.TensorShape], step: Any) -> list[Any]:
-        """Returns standard normal numbers of each shape, float32, drawn on the host; a seed has others for each step."""
+        """Returns standard normal numbers of each shape, float32, drawn on the host; with a seed by the step."""
         seed = self.mechanism.noise_seed
         sizes = [math.prod(shape) for shape in shapes]
 

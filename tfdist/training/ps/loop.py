@@ -26,9 +26,9 @@ from tfdist.training.ps.dispatch import Dispatch, timed
 from tfdist.training.ps.message import PackedFunction
 from tfdist.training.ps.parted_steps import PartedSteps
 from tfdist.training.ps.scheduler import Call, Scheduler
-from tfdist.training.ps.staleness import StalenessRecord
+from tfdist.training.ps.staleness import summarize
 from tfdist.training.ps.sync_step import SyncPsStep
-from tfdist.training.ps.worker_input import Feeds, Part, SentInput, WorkerInput
+from tfdist.training.ps.worker_input import Part, SentInput, WorkerInput, keep_feeds
 from tfdist.training.step.finite_check import SOUND
 
 # For each worker so many steps in flight, or so many closures: enough that a slow one does not hold up the others.
@@ -83,8 +83,8 @@ class CoordinatorLoop(Loop):
             dispatch=self._dispatch,
             num_workers=num_workers,
         )
-        self._feeds = Feeds(coordinator, num_workers, self._position)
-        self._staleness = StalenessRecord()
+        self._find_feed = keep_feeds(coordinator, num_workers, self._position)
+        self._staleness: list[float] = []
         self._num_scheduled = 0
         self._num_repeated = 0
 
@@ -115,7 +115,7 @@ class CoordinatorLoop(Loop):
         """Trains over the plan's steps, yielding once a finished step, with the logs where `plan.wants_logs`."""
         self.input_wait.begin_epoch()
         self._dispatch.begin_epoch()
-        self._staleness.begin_epoch()
+        self._staleness.clear()
         self._together.num_dropped = 0
         self._state = plan.metrics or self.metric_origins
         if self._options.ps_mode == "sync":
@@ -131,7 +131,7 @@ class CoordinatorLoop(Loop):
             for i, (fault, loss, staleness) in enumerate(report):
                 if i < (len(states[0]) if states else 0):
                     self._state = add_states(self._state, [rows[i] for rows in states])
-                self._staleness.add(float(staleness))
+                self._staleness.append(float(staleness))
                 num_made += fault == SOUND or self._step.accumulation_steps > 1
                 if fault == SOUND:
                     extra = {name: values[i] for name, values in extras.items()}
@@ -156,7 +156,7 @@ class CoordinatorLoop(Loop):
 
     def _train_together(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
         self._together.wait_for_late()  # of an epoch that was given up
-        feed = self._feeds.find(source)
+        feed = self._find_feed(source)
         extra: dict[str, Any] = {}
         for step, parts in enumerate(self._batches(feed, plan, self._num_workers), start=plan.first_step):
             is_boundary = plan.is_boundary(step)
@@ -168,7 +168,7 @@ class CoordinatorLoop(Loop):
                 for state in states:
                     self._state = add_states(self._state, state)
                 extra = own_extra
-                self._staleness.add(0.0)
+                self._staleness.append(0.0)
             logs = self._logs("train", self._state, extra) if plan.wants_logs(step) else None
             yield FinishedStep(
                 step=step, logs=logs, is_boundary=is_boundary, fault=int(fault), loss=float(loss)
@@ -184,13 +184,13 @@ class CoordinatorLoop(Loop):
         return self._dispatch.step_secs
 
     def measures(self) -> dict[str, Any]:
-        """Returns of the epoch so far `dispatch_share` (see `Dispatch`), and `StalenessRecord.summary`.
+        """Returns of the epoch so far `dispatch_share` (see `Dispatch`), and the staleness (see `summarize`).
 
         With backup workers also `num_dropped`, the examples whose parts were late; and where workers have died
         `num_repeated`, the steps that TensorFlow has run again although they were in the weights already.
         """
         share = self._dispatch.share
-        measures = ({} if share is None else {"dispatch_share": share}) | self._staleness.summary()
+        measures = ({} if share is None else {"dispatch_share": share}) | summarize(self._staleness)
         if self._num_repeated:
             measures["num_repeated"] = self._num_repeated
         num_dropped = self._together.num_dropped
@@ -240,7 +240,7 @@ class CoordinatorLoop(Loop):
         return self._num_workers * max(_STEPS_PER_WORKER, _CLOSURES_PER_WORKER * num_steps)
 
     def _train_calls(self, source: Source, plan: BatchPlan) -> Iterator[Call]:
-        feed = self._feeds.find(source)
+        feed = self._find_feed(source)
         scales = self._options.staleness_lr == "inverse"
         # Whoever goes back to a batch needs the metrics up to it.
         sums_states = not plan.log_every_steps and plan.loss_limit is None
@@ -305,7 +305,7 @@ class CoordinatorLoop(Loop):
         return num_steps if bound is None else min(num_steps, max((bound // 2 + 1) // self._num_workers, 1))
 
     def _other_calls(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[Call]:
-        feed = self._feeds.find(source)
+        feed = self._find_feed(source)
         for parts in feed.batches(plan):
             size = parts[0].size
             key = (kind, size, plan.shuffle, plan.seed)

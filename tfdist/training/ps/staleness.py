@@ -68,27 +68,17 @@ class StepStaleness:
         return keras_internals.scaling_rate(optimizer, 1.0 / (1.0 + staleness))
 
 
-class StalenessRecord:
-    """An epoch's staleness, on the chief."""
+def summarize(values: Sequence[float]) -> dict[str, Any]:
+    """Returns mean, 95th percentile and, for 0, 1, 2 and so on, how many steps had it; nothing without steps.
 
-    def __init__(self) -> None:
-        self._values: list[float] = []
-
-    def begin_epoch(self) -> None:
-        """Forgets the epoch before."""
-        self._values.clear()
-
-    def add(self, value: float) -> None:
-        """Adds a step's; `UNKNOWN` is left out."""
-        if value >= 0:
-            self._values.append(value)
-
-    def summary(self) -> dict[str, Any]:
-        """Returns mean, 95th percentile and, for 0, 1, 2 and so on, how many steps had it; nothing without steps."""
-        if not self._values:
-            return {}
-        return {
-            "staleness_mean": float(np.mean(self._values)),
-            "staleness_p95": float(np.percentile(self._values, 95)),
-            "staleness_counts": np.bincount(np.round(self._values).astype(int)).tolist(),
-        }
+    Args:
+        values: Of an epoch's steps; `UNKNOWN` is left out.
+    """
+    known = [value for value in values if value >= 0]
+    if not known:
+        return {}
+    return {
+        "staleness_mean": float(np.mean(known)),
+        "staleness_p95": float(np.percentile(known, 95)),
+        "staleness_counts": np.bincount(np.round(known).astype(int)).tolist(),
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import collections
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -189,8 +189,10 @@ class OwnInput:
 WorkerInput = ResidentInput | SentInput | OwnInput
 
 
-class Feeds:
-    """The feeds of the data sets that the workers keep at once: training, validation, and one or two more.
+def keep_feeds(
+    coordinator: tf.distribute.coordinator.ClusterCoordinator, num_workers: int, position: InputPosition
+) -> Callable[[Source], WorkerInput]:
+    """Returns what gives a source's feed; kept are those of training, of validation, and one or two more.
 
     Args:
         coordinator: Whose workers read.
@@ -198,31 +200,12 @@ class Feeds:
         position: Keeps the place in a stream that the chief reads.
     """
 
-    def __init__(
-        self,
-        coordinator: tf.distribute.coordinator.ClusterCoordinator,
-        num_workers: int,
-        position: InputPosition,
-    ) -> None:
-        self._coordinator = coordinator
-        self._num_workers = num_workers
-        self._position = position
-        self._kept: collections.OrderedDict[int, WorkerInput] = collections.OrderedDict()
-
-    def find(self, source: Source) -> WorkerInput:
-        """Returns a source's feed, which is made if it is new."""
-        feed = self._kept.pop(id(source), None)
-        if feed is None:
-            feed = self._make(source)
-        # The latest last; a feed holds its source, so that an id stands for one source only.
-        self._kept[id(source)] = feed
-        while len(self._kept) > _MAX_FEEDS:
-            self._kept.popitem(last=False)
-        return feed
-
-    def _make(self, source: Source) -> WorkerInput:
+    @functools.lru_cache(_MAX_FEEDS)
+    def find(source: Source) -> WorkerInput:
         if isinstance(source, ArraySource):
-            return ResidentInput(source, self._coordinator)
+            return ResidentInput(source, coordinator)
         if isinstance(source, SelfShardedSource):
-            return OwnInput(source, self._coordinator, self._num_workers)
-        return SentInput(source, self._position)
+            return OwnInput(source, coordinator, num_workers)
+        return SentInput(source, position)
+
+    return find

@@ -73,19 +73,7 @@ class ReplicaStep:
         self._average_fn: Callable[[], Any] | None = None
         self._waiting_fns: dict[bool, Callable[..., Any]] = {}
 
-    def train(self, parts: Sequence[Any], global_size: Any, limit: Any = None, **known: Any) -> Any:
-        """Runs one optimizer step; see `_run`."""
-        return self._run("train", parts, global_size, limit, **known)
-
-    def test(self, parts: Sequence[Any], global_size: Any, **known: Any) -> Any:
-        """Updates the metrics on one batch; see `_run`."""
-        return self._run("test", parts, global_size, **known)
-
-    def predict(self, parts: Sequence[Any], global_size: Any, **known: Any) -> Any:
-        """Returns the outputs for one whole global batch, in order, on every replica."""
-        return self._run("predict", parts, global_size, **known)
-
-    def _run(
+    def run(
         self,
         kind: str,
         parts: Sequence[Any],
@@ -111,7 +99,7 @@ class ReplicaStep:
             For `train` and `test` the logs that are no metrics, averaged over the batch's examples (where replicas step
             by themselves: this one's share of that average). For `train` two tensors beside them: `[2]` float32, the
             check's verdict and the loss, and `[3]` float64, when the batch, gradients and their sums were there, in
-            seconds since 1970, 0 where that is not known. Where `has_more` is given, a pair of that and of the number
+            seconds since 1970, 0 where that is not known. For `predict` the whole batch's outputs, in order. Where `has_more` is given, a pair of that and of the number
             of processes that have.
         """
         args = (kind, tuple(parts), global_size, limit, never_empty, has_more, jit)

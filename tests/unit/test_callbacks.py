@@ -106,6 +106,22 @@ def test_split_takes_none():
     assert split_callbacks(None, is_chief=False) == ([], [])
 
 
+class BatchLines(keras.callbacks.CSVLogger):
+    """Looks at batches, on the chief alone."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen = [*getattr(self, "seen", []), logs]
+
+
+def test_logs_of_batches_are_not_computed_for_the_chiefs_writers(tmp_path):
+    """Logs are a collective: the chief would wait for ever for workers that have no such callback."""
+    run = tfdist.initialize(strategy="one_device")
+    callback = BatchLines(str(tmp_path / "log.csv"))
+    x = np.zeros((16, 3), np.float32)
+    run.fit(build_model(), x, x[:, :1], batch_size=4, epochs=1, verbose=0, callbacks=[callback])
+    assert callback.seen == 4 * [None]
+
+
 def test_metrics_file_holds_every_epoch(run_dir):
     history = fit(build_model(), [MetricsFile(run_dir=run_dir)], epochs=3).history
     lines = run_dir.read_metrics()

@@ -19,6 +19,7 @@ from tfdist.runtime import memory
 from tfdist.training.checkpoint.loop import Loop
 from tfdist.training.checkpoint.saver import Saver
 from tfdist.training.checkpoint.snapshot import Snapshot
+from tfdist.training.monitoring.callbacks import writes
 from tfdist.training.on_nan import OnNan
 from tfdist.training.plan import BatchPlan, Place
 
@@ -281,19 +282,10 @@ def _log_every(
 
 
 def _reads_batches(callback: keras.callbacks.Callback) -> bool:
-    if getattr(callback, "writes", None) is not None or isinstance(callback, _CHIEF_OR_IDLE):
+    if getattr(callback, "writes", None) is not None or writes(callback):
         return False
     base = keras.callbacks.Callback
     hooks = ("on_train_batch_end", "on_batch_end", "on_train_batch_begin", "on_batch_begin")
     return any(
         getattr(type(callback), hook) is not getattr(base, hook) or hook in vars(callback) for hook in hooks
     )
-
-
-_CHIEF_OR_IDLE = (
-    keras.callbacks.History,
-    keras.callbacks.ModelCheckpoint,
-    keras.callbacks.BackupAndRestore,
-    keras.callbacks.TensorBoard,
-    keras.callbacks.ProgbarLogger,
-)

@@ -80,11 +80,6 @@ def _as_number(value: Any) -> Any:
     return float(array) if array.ndim == 0 else array
 
 
-def as_plain(value: Any) -> Any:
-    """Returns a log as JSON holds it: a number, or a list of them where a metric has several (`F1Score`)."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
 def single_numbers(name: str, value: Any) -> dict[str, float]:
     """Returns a log's numbers by name: one of several with its place behind it, `f1_score_0` for a class."""
     numbers = np.ravel(np.asarray(value, np.float64))

@@ -9,8 +9,6 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfdist.training.metrics import as_plain
-
 # What Keras's own remember: History, EarlyStopping, ReduceLROnPlateau, ModelCheckpoint. A callback of one's own lists
 # the attributes in `state_names`; they must be what JSON can hold, or lists of arrays.
 _STATE_NAMES = (
@@ -85,4 +83,5 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return as_plain(value)
+    # A metric of several numbers (`F1Score`) logs an array.
+    return value.tolist() if hasattr(value, "tolist") else value

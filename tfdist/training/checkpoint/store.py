@@ -46,11 +46,6 @@ class Checkpoints:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Checks the numbers.
-
-        Raises:
-            ConfigError: If one is not positive.
-        """
         for name in ("every_steps", "every_secs", "keep"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -10,11 +10,6 @@ import tensorflow as tf
 from tfdist import keras_internals
 
 
-def can_read() -> bool:
-    """Says whether graphs may read the clock: not where TensorFlow must be deterministic, for it refuses to."""
-    return not keras_internals.is_deterministic()
-
-
 def has_gpu() -> bool:
     """Says whether steps run on a GPU: the host hands them out there, and does not wait for them."""
     return bool(tf.config.list_logical_devices("GPU"))
@@ -32,10 +27,10 @@ def now_after(values: Any) -> tf.Tensor:
         values: Nest of tensors.
 
     Returns:
-        Seconds since 1970, float64 scalar; 0 where the clock cannot be read.
+        Seconds since 1970, float64 scalar; 0 where TensorFlow must be deterministic, for it refuses to read the clock.
     """
     with on_host(), tf.control_dependencies(tf.nest.flatten(values, expand_composites=True)):
-        return tf.timestamp() if can_read() else tf.constant(0.0, tf.float64)
+        return tf.constant(0.0, tf.float64) if keras_internals.is_deterministic() else tf.timestamp()
 
 
 def step_time_after(values: Any) -> tf.Tensor:

@@ -23,7 +23,7 @@ from tfdist.training.metric_parts import start_state
 from tfdist.training.metrics import metric_results, returned_names, scalar_logs
 from tfdist.training.ps.accumulation import Accumulation
 from tfdist.training.ps.staleness import StepStaleness
-from tfdist.training.step.finite_check import UNCHECKED, StepCheck, run_if
+from tfdist.training.step.finite_check import UNCHECKED, StepCheck, run_if, zero_unless
 from tfdist.training.step.replica import SEED_STRIDE
 
 
@@ -273,7 +273,7 @@ class AsyncPsStep:
             is_sound = check.judge(optimizer, grads, check.own_loss)
             if self._accumulating is not None:
                 # Which batches are summed is fixed when the step is traced: one that is left out adds zeros.
-                apply([_zero_unless(is_sound, g) for g in grads], trainable_variables)
+                apply([zero_unless(is_sound, g) for g in grads], trainable_variables)
                 return
             assigned: list[keras.Variable] = []
 
@@ -309,14 +309,6 @@ def as_single_device(model: keras.Model, **parts: Any) -> Iterator[None]:
         keras_internals.ReplicaBinding(model=model, **parts),
     ):
         yield
-
-
-def _zero_unless(condition: Any, grad: Any) -> Any:
-    if grad is None:
-        return None
-    if isinstance(grad, tf.IndexedSlices):
-        return tf.IndexedSlices(_zero_unless(condition, grad.values), grad.indices, grad.dense_shape)
-    return tf.where(condition, grad, tf.zeros_like(grad))
 
 
 def _check_supported(optimizer: keras.optimizers.Optimizer, num_optimizers: int) -> None:

@@ -97,6 +97,20 @@ def run_if(condition: Any, update: Callable[[], Any]) -> None:
     tf.cond(condition, run, lambda: None)
 
 
+def on_values(change: Callable[[Any], Any], grad: Any) -> Any:
+    """Returns a gradient with its numbers changed: all of a dense one, or those of the rows that it is about."""
+    if isinstance(grad, tf.IndexedSlices):
+        return tf.IndexedSlices(change(grad.values), grad.indices, grad.dense_shape)
+    return change(grad)
+
+
+def zero_unless(condition: Any, grad: Any) -> Any:
+    """Returns a gradient, or zeros where the bool scalar `condition` does not hold; None where there is none."""
+    if grad is None:
+        return None
+    return on_values(lambda values: tf.where(condition, values, tf.zeros_like(values)), grad)
+
+
 def side_variables(model: keras.Model) -> list[keras.Variable]:
     """Returns what a step changes besides through an optimizer: metrics, moving statistics, random streams."""
     found = [

@@ -99,8 +99,8 @@ class ReplicaStep:
             For `train` and `test` the logs that are no metrics, averaged over the batch's examples (where replicas step
             by themselves: this one's share of that average). For `train` two tensors beside them: `[2]` float32, the
             check's verdict and the loss, and `[3]` float64, when the batch, gradients and their sums were there, in
-            seconds since 1970, 0 where that is not known. For `predict` the whole batch's outputs, in order. Where `has_more` is given, a pair of that and of the number
-            of processes that have.
+            seconds since 1970, 0 where that is not known. For `predict` the outputs of the whole batch, in order. Where
+            `has_more` is given, a pair of that and of the number of processes that have.
         """
         args = (kind, tuple(parts), global_size, limit, never_empty, has_more, jit)
         return self.replicas.run(self._replica_fn, args)

@@ -19,7 +19,7 @@ import tensorflow as tf
 from tfdist import keras_internals
 from tfdist.collectives import Communicator, gather_all, reduce_all
 from tfdist.training.monitoring.clock import on_host, step_time_after
-from tfdist.training.step.finite_check import StepCheck, current_graph
+from tfdist.training.step.finite_check import StepCheck, current_graph, on_values
 
 
 class KerasReplicaContext(tf.distribute.ReplicaContext):
@@ -144,10 +144,8 @@ class KerasReplicaContext(tf.distribute.ReplicaContext):
 
     def weighted(self, grad: Any) -> Any:
         """Returns a gradient times this replica's share of the batch."""
-        if isinstance(grad, tf.IndexedSlices):
-            return tf.IndexedSlices(self.weighted(grad.values), grad.indices, grad.dense_shape)
         # multiply_no_nan: a replica without examples contributes zero, whatever its model made of padding.
-        return tf.math.multiply_no_nan(grad, tf.cast(self.share, grad.dtype))
+        return on_values(lambda v: tf.math.multiply_no_nan(v, tf.cast(self.share, v.dtype)), grad)
 
     def contributions(self, gradients: Sequence[Any]) -> list[Any]:
         """Returns what this replica adds to the sum of each gradient; None where there is none."""

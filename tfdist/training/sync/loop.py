@@ -327,8 +327,8 @@ class SyncLoop(Loop):
                     own = tf.nest.map_structure(self._first_local, outputs)
                     if kind == "train":
                         verdict = own[1]
-                        counts = clock.can_read() and not self._graphs.is_traced
-                        self.input_wait.end_step(float(wait_secs), counts=counts)
+                        is_timed = not (keras_internals.is_deterministic() or self._graphs.is_traced)
+                        self.input_wait.end_step(float(wait_secs), counts=is_timed)
                     else:
                         self._heartbeat.beat()
                     yield own

@@ -53,12 +53,7 @@ class FitOptions:
     steps_per_loop: int | None
 
     def order_of(self, source: Source, *, num_readers: int) -> dict[str, Any]:
-        """Returns what the order of an epoch's examples follows from, by name, for `check_order`.
-
-        Args:
-            source: The training data.
-            num_readers: Processes that share a stream.
-        """
+        """Returns what the order of an epoch's examples follows from, by name, for `check_order`."""
         return {
             "num_examples": source.num_examples,
             "global_batch_size": self.global_batch_size,

@@ -23,12 +23,7 @@ def add_states(total: Sequence[Any], added: Sequence[Any]) -> list[Any]:
 
 
 def metric_results(model: keras.Model, state: Sequence[Any]) -> dict[str, float]:
-    """Returns the model's logs (`loss`, `accuracy`, …) for a metric state.
-
-    Args:
-        model: A built model.
-        state: One array for each of `model.metrics_variables`.
-    """
+    """Returns a model's logs (`loss`, `accuracy`, …) for a state: an array for each of `model.metrics_variables`."""
     if not keras_internals.has_metrics(model):
         return {}
     results = _results_function(model)([tf.convert_to_tensor(value) for value in state])

@@ -106,14 +106,9 @@ class OnNan:
         return None if self._policy == "ignore" else self._limit
 
     def after_step(self, finished: FinishedStep, plan: BatchPlan) -> BatchPlan | None:
-        """Looks at a step; every process must call it for each.
+        """Looks at a step, and returns how its epoch is to go on instead; None: as planned.
 
-        Args:
-            finished: The step.
-            plan: Of its epoch.
-
-        Returns:
-            How the epoch is to go on instead; None: as planned.
+        Every process must call it for each.
 
         Raises:
             NonFiniteError: If the run is to end.
@@ -136,10 +131,7 @@ class OnNan:
     def check_logs(self, step: int, plan: BatchPlan, logs: dict[str, Any] | None) -> None:
         """Ends the run if a loss is NaN in the logs though every step was sound: one that a train_step reports itself.
 
-        Args:
-            step: Zero-based, the last that the logs cover.
-            plan: Of its epoch.
-            logs: Or None.
+        Zero-based `step` is the last that the logs cover.
 
         Raises:
             NonFiniteError: If it is.

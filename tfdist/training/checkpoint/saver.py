@@ -199,11 +199,7 @@ class Saver:
         return every is not None and (step + 1) % every == 0
 
     def is_boundary(self, step: int) -> bool:
-        """Says, once a step and in order, whether the state is to be saved when it is finished.
-
-        Args:
-            step: Zero-based in its epoch.
-        """
+        """Says, once a step and in order, whether the state is to be saved when zero-based `step` is finished."""
         if self._checkpoints is None:
             return False
         if self._member is not None:

@@ -131,12 +131,9 @@ def take_snapshot(
 
 
 def apply_snapshot(snapshot: Snapshot, model: keras.Model, *, with_optimizers: bool = True) -> None:
-    """Assigns a snapshot's variables to a built model, whatever strategy holds it.
+    """Assigns a snapshot's variables to a built model of the same architecture, whatever strategy holds it.
 
-    Args:
-        snapshot: What `take_snapshot` took.
-        model: A built model of the same architecture and optimizer.
-        with_optimizers: False assigns the weights alone; the optimizer may be another.
+    Without optimizers it assigns the weights alone, and the model's optimizer may be another.
 
     Raises:
         ConfigError: If the snapshot is of another model; nothing is assigned then.
@@ -159,11 +156,7 @@ def apply_snapshot(snapshot: Snapshot, model: keras.Model, *, with_optimizers: b
 
 
 def write_checkpoint(path: Path, snapshot: Snapshot) -> None:
-    """Writes a snapshot.
-
-    Args:
-        path: The file; replaced atomically.
-        snapshot: What to write.
+    """Writes a snapshot; a file that is there is replaced atomically.
 
     Raises:
         OSError: If the disk or the folder refuses; `path` is then as it was.
@@ -181,14 +174,7 @@ def render_checkpoint(snapshot: Snapshot) -> bytes:
 
 
 def parse_checkpoint(content: bytes, *, name: str) -> Snapshot:
-    """Parses what `render_checkpoint` rendered; every array's checksum is compared.
-
-    Args:
-        content: The file's bytes.
-        name: The file's name, for messages.
-
-    Returns:
-        The snapshot.
+    """Parses what `render_checkpoint` rendered; every array's checksum is compared. Messages have the name.
 
     Raises:
         ConfigError: If the content is no whole checkpoint.
@@ -200,11 +186,7 @@ def parse_checkpoint(content: bytes, *, name: str) -> Snapshot:
 def read_checkpoint(path: Path) -> Snapshot:
     """Reads a checkpoint's file; every array's checksum is compared.
 
-    Args:
-        path: What `write_checkpoint` wrote. If its state is too large to be copied it must stay there.
-
-    Returns:
-        The snapshot.
+    If its state is too large to be copied the file must stay there.
 
     Raises:
         ConfigError: If the file is no whole checkpoint.

@@ -231,13 +231,9 @@ class ProgressBar(keras.callbacks.Callback):
 
 
 def render_metrics(logs: Mapping[str, Any]) -> list[str]:
-    """Renders each scalar as "name value", as Keras does: four decimals, or scientific when tiny.
+    """Renders each number as "name value", as Keras does: four decimals, or scientific when tiny.
 
-    Args:
-        logs: Numbers by name; of several under one name there is their mean, as in Keras.
-
-    Returns:
-        One text per number, in the order given, but the loss first.
+    The loss comes first. Of several numbers under one name there is their mean, as in Keras.
     """
     texts = []
     for name, value in sorted(logs.items(), key=lambda item: item[0] != "loss"):

@@ -59,9 +59,6 @@ class Link:
     def receive(self, specs: Sequence[tf.TensorSpec]) -> list[tf.Tensor]:
         """Waits for what the neighbour sends next.
 
-        Args:
-            specs: Types and shapes of the tensors.
-
         Raises:
             OpError: `tf.errors.UnavailableError` if the neighbour is gone.
             RuntimeError: If it sends something else.
@@ -108,13 +105,10 @@ class Link:
 
 
 def open_links(grid: Grid) -> tuple[Link | None, Link | None]:
-    """Connects the stages of each pipeline; every process of the cluster calls it.
+    """Returns connections with the stage before and the next one, None where there is none; every process calls it.
 
     Each stage but the last listens, at the address by which its machine reaches the next one, for that one alone: who
     comes must know a secret that has crossed inside the cluster.
-
-    Returns:
-        With the stage before and with the next; None where there is none.
 
     Raises:
         ClusterError: If a neighbour does not come.

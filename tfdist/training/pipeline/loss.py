@@ -27,13 +27,7 @@ class MicroBatchLoss:
         self._model = model
 
     def count(self, y: Any, y_pred: Any, sample_weight: Any) -> Any:
-        """Returns by what Keras divides parts of the loss, `[parts]` float32, mostly none.
-
-        Args:
-            y: Targets.
-            y_pred: Anything of the outputs' shapes.
-            sample_weight: Or None.
-        """
+        """Returns by what Keras divides parts of the loss, `[parts]` float32, mostly none; `y_pred` gives shapes."""
         counts: list[Any] = []
 
         def note(values: Any, sample_weight: Any, mask: Any, reduction: str | None) -> Any:
@@ -46,12 +40,7 @@ class MicroBatchLoss:
     def compute(self, y: Any, y_pred: Any, sample_weight: Any, *, share: Any, totals: Any) -> Any:
         """Returns the loss, float32 scalar.
 
-        Args:
-            y: Targets.
-            y_pred: Outputs.
-            sample_weight: Or None.
-            share: The micro-batch's examples by the batch's.
-            totals: Sums of `count` over the batch.
+        `share` is the micro-batch's examples by the batch's, `totals` the sums of `count` over the batch.
         """
         rest = iter(range(totals.shape[0]))
 

@@ -297,12 +297,7 @@ class AsyncPsStep:
 def as_single_device(model: keras.Model, **parts: Any) -> Iterator[None]:
     """Lets Keras see one replica, so that it scales no loss and exchanges no gradient by itself.
 
-    Args:
-        model: Whose step runs inside.
-        **parts: Of a `ReplicaBinding`.
-
-    Yields:
-        While it is in force.
+    `parts` are those of a `ReplicaBinding`.
     """
     with (
         tf.distribute.ReplicaContext(keras_internals.DEFAULT_STRATEGY, 0),

@@ -42,15 +42,7 @@ class StepStaleness:
     def measure(
         self, optimizer: keras.optimizers.Optimizer, grads: Sequence[Any]
     ) -> contextlib.AbstractContextManager[None]:
-        """Asks how far the others have come by now.
-
-        Args:
-            optimizer: That is about to apply.
-            grads: What it applies.
-
-        Returns:
-            A context to apply them in.
-        """
+        """Asks how far the others have come by now; returns a context in which to apply the gradients."""
         counter = keras_internals.batch_counter(optimizer)
         # What is found in a branch of the step's own cannot leave it.
         is_outside = tf.compat.v1.get_default_graph() is not self._graph
@@ -69,11 +61,7 @@ class StepStaleness:
 
 
 def summarize(values: Sequence[float]) -> dict[str, Any]:
-    """Returns mean, 95th percentile and, for 0, 1, 2 and so on, how many steps had it; nothing without steps.
-
-    Args:
-        values: Of an epoch's steps; `UNKNOWN` is left out.
-    """
+    """Returns mean, 95th percentile and, for 0, 1, 2 and so on, how many, of values that are known; {} if none is."""
     known = [value for value in values if value >= 0]
     if not known:
         return {}

@@ -192,13 +192,7 @@ WorkerInput = ResidentInput | SentInput | OwnInput
 def keep_feeds(
     coordinator: tf.distribute.coordinator.ClusterCoordinator, num_workers: int, position: InputPosition
 ) -> Callable[[Source], WorkerInput]:
-    """Returns what gives a source's feed; kept are those of training, of validation, and one or two more.
-
-    Args:
-        coordinator: Whose workers read.
-        num_workers: Of these.
-        position: Keeps the place in a stream that the chief reads.
-    """
+    """Returns what gives a source's feed; kept are those of training, of validation, and one or two more."""
 
     @functools.lru_cache(_MAX_FEEDS)
     def find(source: Source) -> WorkerInput:

@@ -34,12 +34,7 @@ class StepCheck:
         self._loss: Any = tf.constant(0.0)
 
     def note_loss(self, loss: Any, *, is_total: bool) -> None:
-        """Takes a loss that the step computed.
-
-        Args:
-            loss: Scalar.
-            is_total: It holds those noted before.
-        """
+        """Takes a scalar loss that the step computed; a total one holds those noted before."""
         # A loss inside a loop or a branch of the step's own is out of reach here: its gradients are not.
         if current_graph() is self._graph:
             self._losses = [loss] if is_total else [*self._losses, loss]
@@ -50,13 +45,7 @@ class StepCheck:
         return tf.add_n([tf.cast(loss, tf.float32) for loss in self._losses] or [tf.constant(0.0)])
 
     def judge(self, optimizer: keras.optimizers.Optimizer, grads: Sequence[Any], loss: Any) -> Any:
-        """Returns whether `grads` may be applied, a bool scalar.
-
-        Args:
-            optimizer: That they are meant for.
-            grads: As they would be applied, None where there is none.
-            loss: Of the whole batch, float32 scalar.
-        """
+        """Returns whether gradients (or None) may be applied, a bool scalar; `loss` is that of the whole batch."""
         fault = tf.where(loss > self._limit, SPIKE, SOUND)
         fault = tf.where(tf.math.is_finite(loss), fault, LOSS)
         if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):

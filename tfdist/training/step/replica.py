@@ -240,13 +240,7 @@ class ReplicaStep:
         )
 
     def time_compute(self, compute: Compute, parts: Sequence[Any], *, jit: bool) -> float:
-        """Returns the seconds of a forward and backward pass that changes nothing; every process must call it.
-
-        Args:
-            compute: Of the model.
-            parts: One nest of tensors for each local replica.
-            jit: Whether by XLA.
-        """
+        """Returns the seconds of a forward and backward pass that changes nothing; every process must call it."""
 
         def run(index: int, parts: Sequence[Any]) -> Any:
             outer = tf.distribute.get_replica_context()
@@ -285,11 +279,7 @@ class ReplicaStep:
     def apply_waiting(self, limit: float | None) -> tuple[int, float]:
         """Applies the gradients that wait for the next step; every process must call it.
 
-        Args:
-            limit: Largest loss that passes the check; None checks nothing.
-
-        Returns:
-            What was wrong with them, and their loss.
+        Returns what was wrong with them, and their loss; a limit of None checks nothing.
         """
         aggregation = self.gradient_aggregation
         assert isinstance(aggregation, DelayedGradients)

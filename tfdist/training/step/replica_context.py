@@ -173,13 +173,7 @@ class KerasReplicaContext(tf.distribute.ReplicaContext):
 
 
 def own_divisor(sample_weight: Any, mask: Any, reduction: str | None) -> Any:
-    """Returns by what Keras divides a loss where that is not the number of examples, a float32 scalar; else None.
-
-    Args:
-        sample_weight: As Keras's loss takes it.
-        mask: Of valid elements.
-        reduction: Of the loss.
-    """
+    """Returns by what Keras divides a loss where that is not the number of examples, a float32 scalar; else None."""
     if reduction == "mean_with_sample_weight" and sample_weight is not None:
         return tf.reduce_sum(tf.cast(sample_weight, tf.float32))
     if mask is not None and reduction not in (None, "none", "sum"):

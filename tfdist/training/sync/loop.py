@@ -91,14 +91,7 @@ class SyncLoop(Loop):
         self._mechanism: Mechanism | None = None
 
     def configure(self, options: SyncOptions, mechanism: Mechanism | None = None) -> str:
-        """Says how the next epochs' replicas share what they learn.
-
-        Args:
-            options: What crosses between workers.
-            mechanism: What private training does to gradients; None: nothing.
-
-        Returns:
-            A line that says what carries it; empty where there is nothing to say.
+        """Says how the next epochs' replicas share what they learn; returns a line on what carries it, or "".
 
         Raises:
             ConfigError: If this model's or this strategy's cannot be.
@@ -346,11 +339,7 @@ class SyncLoop(Loop):
     def _loop_size(self, source: Source, plan: BatchPlan, step: int, left: int | None) -> int:
         """Returns how many steps, from zero-based `step` on, are one call: all of a loop, or one.
 
-        Args:
-            source: The training examples.
-            plan: Of the epoch.
-            step: The next one.
-            left: Steps of this shape that are still to come; None: only the data's end will tell.
+        `left` are the steps of this shape that are still to come; None: only the data's end will tell.
         """
         size = plan.steps_per_loop or self._steps_per_loop
         # Where the data may end inside a loop, nobody would hear of the steps before.

@@ -33,12 +33,7 @@ _FINALIZE_SECS = 5.0
 
 
 class CollectiveCommunicator:
-    """TensorFlow's collectives: its gRPC ring on CPUs, NCCL on GPUs.
-
-    Args:
-        rank: This worker's, of `num_workers`.
-        num_workers: That take part.
-    """
+    """TensorFlow's collectives: its gRPC ring on CPUs, NCCL on GPUs."""
 
     name = "collective"
 

@@ -24,9 +24,6 @@ class Member:
         model: Built.
         steps_per_epoch: To tell who came furthest.
         is_chief: Whether this process is the chief.
-
-    Attributes:
-        membership: As given.
     """
 
     def __init__(

@@ -73,9 +73,6 @@ class CheckpointWriter:
 
     A disk that is full or gone is warned of, each time, and so are numbers that are not finite, which are not kept;
     training goes on, and nothing that was whole is removed.
-
-    Args:
-        checkpoints: The folder.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:

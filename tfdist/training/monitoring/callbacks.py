@@ -179,9 +179,6 @@ class TensorBoardScalars(keras.callbacks.Callback):
     `train/` and `validation/` hold `epoch_<metric>` by epoch. Keras's own callback also traces the graph and
     reads the model's batch functions, which a distributed run does not have. A resumed run first drops the numbers of
     the epochs that it trains again.
-
-    Args:
-        run_dir: Whose `tensorboard_dir`.
     """
 
     writes = True

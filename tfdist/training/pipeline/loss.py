@@ -18,9 +18,6 @@ class MicroBatchLoss:
     Keras divides by what it is given; where that is not a number of examples (valid elements under a mask, a sum of
     weights) the count of the whole batch must be known before a micro-batch's gradient can be. It depends on the
     targets alone.
-
-    Args:
-        model: Compiled and built.
     """
 
     def __init__(self, model: keras.Model) -> None:

@@ -24,10 +24,6 @@ class StageGradients:
     """Sums a stage's gradients, and updates its weights.
 
     Rows of a table are lined up, and not added up: Keras's optimizers treat a row that occurs twice in their own way.
-
-    Args:
-        layers: The stage's.
-        optimizer: Of the whole model.
     """
 
     def __init__(self, layers: StageLayers, optimizer: keras.optimizers.Optimizer | None) -> None:

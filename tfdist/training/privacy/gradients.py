@@ -40,10 +40,6 @@ class Mechanism:
 class PrivateGradients:
     """Sums of clipped gradients, and one noise: the replicas' contributions add up to what DP-SGD applies.
 
-    Args:
-        model: Built.
-        mechanism: What is done.
-
     Raises:
         ConfigError: If the model cannot be trained so.
     """

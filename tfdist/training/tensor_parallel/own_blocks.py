@@ -26,10 +26,6 @@ class OwnBlocks:
         layers: The divided ones.
         group: The processes that have the other blocks.
         block: Which this is.
-
-    Attributes:
-        group: They.
-        block: It.
     """
 
     def __init__(

@@ -119,7 +119,7 @@ def test_logs_of_batches_are_not_computed_for_the_chiefs_writers(tmp_path):
     callback = BatchLines(str(tmp_path / "log.csv"))
     x = np.zeros((16, 3), np.float32)
     run.fit(build_model(), x, x[:, :1], batch_size=4, epochs=1, verbose=0, callbacks=[callback])
-    assert callback.seen == 4 * [None]
+    assert callback.seen == 4 * [{}]
 
 
 def test_metrics_file_holds_every_epoch(run_dir):

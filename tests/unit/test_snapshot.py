@@ -316,7 +316,7 @@ def test_another_optimizer_with_equal_shapes_is_refused_by_name(tmp_path):
     assert [v.shape for v in model.optimizer.variables] == [v.shape for v in other.optimizer.variables]
     save_checkpoint(tmp_path / "c.npz", model=model, epoch=1)
     before = state(other)
-    with pytest.raises(ConfigError, match="'00011 rm_sprop/iteration' is only in the model; resume with"):
+    with pytest.raises(ConfigError, match="'00011 rm_sprop/iteration' is only in the model; take the recipe"):
         load_checkpoint(tmp_path / "c.npz", model=other)
     assert_equal(state(other), before)
 

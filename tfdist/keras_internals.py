@@ -115,22 +115,15 @@ def _build_by_step(model: keras.Model, batch: Any) -> None:
             return lambda grads, variables=None: applied.append((optimizer, list(variables or ())))
 
         # Of variables that replicas share no gradient can be asked outside of them: the first replica's stand for all.
-        binding = ReplicaBinding(
-            variables=[(v, local_results(native(v))[0]) for v in all_variables(model, optimizers)],
-            optimizers=optimizers,
-            apply=note,
-            loss_correction=lambda *args: None,
-        )
-        binding.install()
+        bound = [(v, local_results(native(v))[0]) for v in all_variables(model, optimizers)]
         try:
-            compute_output_spec(model.train_step, _symbolic(batch))
+            with ReplicaBinding(variables=bound, optimizers=optimizers, apply=note):
+                compute_output_spec(model.train_step, _symbolic(batch))
             is_whole = True
         except Exception:
             # It cannot go on where a gradient is asked for of a variable that comes with this call's end.
             if sum(layer.built for layer in model._flatten_layers()) == num_built:
                 raise
-        finally:
-            binding.remove()
     for optimizer, variables in applied:
         if not optimizer.built and variables:
             optimizer.build(variables)
@@ -295,10 +288,10 @@ class ReplicaBinding:
     def __init__(
         self,
         *,
-        variables: Sequence[tuple[keras.Variable, tf.Variable]],
-        optimizers: Sequence[keras.optimizers.Optimizer],
-        apply: Callable[[keras.optimizers.Optimizer, ApplyFn], ApplyFn],
-        loss_correction: LossCorrection,
+        variables: Sequence[tuple[keras.Variable, tf.Variable]] = (),
+        optimizers: Sequence[keras.optimizers.Optimizer] = (),
+        apply: Callable[[keras.optimizers.Optimizer, ApplyFn], ApplyFn] = lambda _, apply: apply,
+        loss_correction: LossCorrection = lambda *args: None,
         model: keras.Model | None = None,
         note_loss: Callable[..., None] | None = None,
         updates: Sequence[tuple[keras.metrics.Metric, Callable[..., Any]]] = (),
@@ -325,6 +318,12 @@ class ReplicaBinding:
             [] if model is None else [(layer, []) for layer in model._flatten_layers()]
         )
         self._saved: list[tuple[Any, str, Any]] = []
+
+    def __enter__(self) -> None:
+        self.install()
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.remove()
 
     def install(self) -> None:
         """Puts the binding in force."""
@@ -420,12 +419,7 @@ def answering_alone(model: keras.Model, strategy: tf.distribute.Strategy) -> Ite
             local = strategy.experimental_local_results
             variables = [(v, local(native(v))[0]) for v in all_variables(model, find_optimizers(model))]
             counted = [(own, own.numpy()) for own in (local(native(v))[0] for v in model.metrics_variables)]
-            binding = ReplicaBinding(
-                variables=variables,
-                optimizers=[],
-                apply=lambda optimizer, apply: apply,
-                loss_correction=lambda *args: None,
-            )
+            binding = ReplicaBinding(variables=variables)
             shared = {name: model.__dict__.get(name) for name in traced}
             binding.install()
             model.__dict__.update(traced)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -40,8 +39,7 @@ ALL = [
 
 
 def train(folder, *flags):
-    env = {**os.environ, "TFDIST_PROGRESS": "plain"}
-    return programs.run(["-m", "tfdist.train", "--run_dir=run", *flags], cwd=folder, env=env)
+    return programs.run(["-m", "tfdist.train", "--run_dir=run", *flags], cwd=folder)
 
 
 def settings(strategy):

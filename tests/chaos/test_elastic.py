@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -44,10 +43,9 @@ def test_goes_on_with_fewer_and_then_with_all(tmp_path, how):
         *flags,
         "--epochs=100000",
     ]
-    env = {**os.environ, "TFDIST_PROGRESS": "plain"}
     output = tmp_path / "output"
     with output.open("w") as file:
-        process = programs.Program(command, cwd=tmp_path, env=env, stdout=file, stderr=subprocess.STDOUT)
+        process = programs.Program(command, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT)
     try:
         wait_until(lambda text: sign in text, process, output)
         # From then on a line of an epoch comes from all three.

@@ -11,6 +11,7 @@ import tfdist
 from tfdist.commands.keep_best import KeepBest
 from tfdist.config.run_config import RunConfig
 from tfdist.config.run_dir import RunDir, read_object, read_records
+from tfdist.training.loop import _log_every
 from tfdist.training.monitoring.callbacks import ConfigFile, MetricsFile, TensorBoardScalars, split_callbacks
 from tfdist.training.monitoring.progress import ProgressBar
 
@@ -104,6 +105,26 @@ def test_split_takes_what_fit_takes(given):
 
 def test_split_takes_none():
     assert split_callbacks(None, is_chief=False) == ([], [])
+
+
+class BatchLines(keras.callbacks.CSVLogger):
+    """Looks at batches, on the chief alone."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen = [*getattr(self, "seen", []), logs]
+
+
+def test_logs_of_batches_are_computed_for_a_writer_where_the_chief_is_alone(tmp_path):
+    """They are a collective: among other workers, who have no such callback, it would wait for ever."""
+    run = tfdist.initialize(strategy="one_device")
+    callback = BatchLines(str(tmp_path / "log.csv"))
+    x = np.zeros((16, 3), np.float32)
+    run.fit(build_model(), x, x[:, :1], batch_size=4, epochs=1, verbose=0, callbacks=[callback])
+    assert [sorted(logs) for logs in callback.seen] == 4 * [["loss", "mae"]]
+    shown = {"shown": False, "step_secs": None}
+    callbacks = keras.callbacks.CallbackList([callback])
+    assert _log_every(callbacks, 4, is_alone=True, **shown) == 1
+    assert _log_every(callbacks, 4, is_alone=False, **shown) == 0
 
 
 def test_metrics_file_holds_every_epoch(run_dir):

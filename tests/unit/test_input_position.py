@@ -12,7 +12,7 @@ from tfdist.data import build_source
 from tfdist.data.batches import local_batches
 from tfdist.data.segment import Segment
 from tfdist.errors import ConfigError
-from tfdist.training.checkpoint.input_position import InputPosition, KeptIterators, check_order
+from tfdist.training.input_position import InputPosition, KeptIterators, check_order
 from tfdist.training.plan import BatchPlan, Place
 
 COUNT, BATCH = 103, 10
@@ -186,7 +186,7 @@ def test_large_state_is_not_kept(monkeypatch):
     small = build_source(tf.data.Dataset.range(60))
     for source, limit, is_kept in ((big, None, False), (small, None, True), (small, 1000, False)):
         if limit:
-            monkeypatch.setattr("tfdist.training.checkpoint.input_position._MAX_BYTES", limit)
+            monkeypatch.setattr("tfdist.training.input_position._MAX_BYTES", limit)
         plan = BatchPlan(global_batch_size=1, shuffle=True)
         (segment,) = local_batches(source, plan.share(1, [0]))
         position = InputPosition()

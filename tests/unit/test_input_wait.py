@@ -88,7 +88,7 @@ def test_fit_tells_of_slow_input(tmp_path, secs, eagerly):
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse", run_eagerly=eagerly)
     stream = io.StringIO()
-    bar = ProgressBar(stream=stream, style="plain")
+    bar = ProgressBar(stream=stream)
     pause = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: time.sleep(0 if secs else 0.05)
     )

@@ -17,7 +17,7 @@ from tfdist.config.run_config import RunConfig
 from tfdist.data import build_source
 from tfdist.data.poisson import poisson_batches
 from tfdist.training.privacy.accountant import PrivacyBudget, count_epsilon, least_noise, most_epochs
-from tfdist.training.privacy.noise import normal_numbers
+from tfdist.training.privacy.gradients import normal_numbers
 
 rng = np.random.default_rng(0)
 X = rng.normal(size=(200, 4)).astype(np.float32)

@@ -6,7 +6,6 @@ import keras
 import numpy as np
 import pytest
 
-from tfdist.errors import ConfigError
 from tfdist.training.monitoring.epoch_clock import EpochClock
 from tfdist.training.monitoring.progress import ProgressBar, render_metrics, render_secs
 
@@ -27,8 +26,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture(autouse=True)
-def no_forced_style(monkeypatch):
-    monkeypatch.delenv("TFDIST_PROGRESS", raising=False)
+def known_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
 
@@ -166,27 +164,14 @@ def test_an_exception_in_training_leaves_the_cursor_visible():
 
 
 @pytest.mark.parametrize(
-    ("style", "is_terminal", "term", "draws_bar"),
-    [
-        ("auto", True, "xterm", True),
-        ("auto", True, "dumb", False),
-        ("auto", False, "xterm", False),
-        ("plain", True, "xterm", False),
-        ("rich", False, "xterm", True),
-    ],
+    ("stream_type", "term", "draws_bar"),
+    [(Terminal, "xterm", True), (Terminal, "dumb", False), (io.StringIO, "xterm", False)],
 )
-def test_style_comes_from_the_environment(monkeypatch, style, is_terminal, term, draws_bar):
-    monkeypatch.setenv("TFDIST_PROGRESS", style)
+def test_bar_is_for_terminals(monkeypatch, stream_type, term, draws_bar):
     monkeypatch.setenv("TERM", term)
-    clock, stream = Clock(), Terminal() if is_terminal else io.StringIO()
+    clock, stream = Clock(), stream_type()
     drive(ProgressBar(stream=stream, now=clock), clock)
     assert ("━" in stream.getvalue()) == draws_bar
-
-
-def test_an_unknown_style_is_refused(monkeypatch):
-    monkeypatch.setenv("TFDIST_PROGRESS", "fancy")
-    with pytest.raises(ConfigError, match="choose one of rich, plain, auto"):
-        ProgressBar()
 
 
 def test_a_batch_that_draws_nothing_is_cheap():

@@ -316,7 +316,7 @@ def test_another_optimizer_with_equal_shapes_is_refused_by_name(tmp_path):
     assert [v.shape for v in model.optimizer.variables] == [v.shape for v in other.optimizer.variables]
     save_checkpoint(tmp_path / "c.npz", model=model, epoch=1)
     before = state(other)
-    with pytest.raises(ConfigError, match="'00011 rm_sprop/iteration' is only in the model; resume with"):
+    with pytest.raises(ConfigError, match="'00011 rm_sprop/iteration' is only in the model; take the recipe"):
         load_checkpoint(tmp_path / "c.npz", model=other)
     assert_equal(state(other), before)
 
@@ -431,8 +431,7 @@ def test_tables_are_kept_by_their_rows_whatever_the_shards(wrote, reads, is_larg
     """Slots too: what trained goes on alike."""
     if is_large:
         monkeypatch.setattr(snapshot, "COPY_BYTES", 0)
-        for module in (snapshot, state_module):
-            monkeypatch.setattr(module, "BLOCK_BYTES", 24)  # three rows
+        monkeypatch.setattr(state_module, "BLOCK_BYTES", 24)  # three rows
     model, fresh = make_table_model(*wrote), make_table_model(*reads, seed=7)
     model.fit(IDS, Y, batch_size=8, shuffle=False, verbose=0)
     taken = take_snapshot(model, epoch=1, step=0, metrics=[], extra={}, copy_bytes=0 if is_large else 1e9)

@@ -4,6 +4,7 @@ import json
 import secrets
 import socket
 import threading
+import types
 
 import keras
 import numpy as np
@@ -272,14 +273,16 @@ def open_all(size, num_stages):
     return in_threads(
         size,
         lambda rank: open_links(
-            rank=rank,
-            neighbours=(
-                rank - 1 if rank % num_stages else None,
-                rank + 1 if (rank + 1) % num_stages else None,
-            ),
-            peers=[f"worker:{i}" for i in range(size)],
-            hosts=size * ["127.0.0.1"],
-            broadcast=lambda content, source: ring.broadcast(rank, content, source),
+            types.SimpleNamespace(
+                rank=rank,
+                neighbours=(
+                    rank - 1 if rank % num_stages else None,
+                    rank + 1 if (rank + 1) % num_stages else None,
+                ),
+                tasks=[f"worker:{i}" for i in range(size)],
+                hosts=size * ["127.0.0.1"],
+                broadcast=lambda content, source: ring.broadcast(rank, content, source),
+            )
         ),
     )
 

@@ -15,7 +15,7 @@ from tfdist.config.sync_options import SyncOptions
 from tfdist.data.sources.batched import BatchedSource
 from tfdist.data.sources.source import SelfShardedSource, Source
 from tfdist.errors import ConfigError
-from tfdist.training.loop import Loop
+from tfdist.training.model_loop import Loop
 from tfdist.training.monitoring.callbacks import split_callbacks
 
 

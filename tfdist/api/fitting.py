@@ -21,7 +21,8 @@ from tfdist.config.run_config import check_jit
 from tfdist.config.settings import check_owner
 from tfdist.data.service import DataService
 from tfdist.training.checkpoint.saver import Saver
-from tfdist.training.loop import Fit, FitOptions, Loop, plan_steps
+from tfdist.training.loop import Fit, FitOptions, plan_steps
+from tfdist.training.model_loop import Loop
 from tfdist.training.monitoring.callbacks import split_callbacks
 from tfdist.training.on_nan import OnNan
 from tfdist.training.pipeline.loop import PipelineLoop

@@ -27,7 +27,7 @@ from tfdist.optimizers import describe_dense_rows, with_sparse_rows
 from tfdist.runtime.strategies import StagedStrategy, is_peer_loss, wait_for_workers
 from tfdist.training.checkpoint.snapshot import Snapshot
 from tfdist.training.first_batch import check_elements, read_first_batch
-from tfdist.training.loop import Loop
+from tfdist.training.model_loop import Loop
 from tfdist.training.pipeline.loop import PipelineLoop
 from tfdist.training.privacy.accountant import Spent
 from tfdist.training.ps.loop import CoordinatorLoop

@@ -11,12 +11,9 @@ import tensorflow as tf
 def reduce_all(
     context: tf.distribute.ReplicaContext, op: tf.distribute.ReduceOp, tensors: Sequence[Any]
 ) -> list[Any]:
-    """Reduces tensors, one exchange for each type: TensorFlow packs what one call takes together.
+    """Reduces tensors, dense or `tf.IndexedSlices`, of the same types in the same order on every replica.
 
-    Args:
-        context: The replica context that the strategy gave.
-        op: Sum or mean.
-        tensors: Dense or `tf.IndexedSlices`, the same types in the same order on every replica.
+    One exchange for each type: TensorFlow packs what one call takes together.
     """
     # TensorFlow would send them to itself, and keep 1.6 kB of each time.
     if context.num_replicas_in_sync == 1:
@@ -30,12 +27,7 @@ def reduce_all(
 
 
 def gather_all(context: tf.distribute.ReplicaContext, tensor: tf.Tensor) -> tf.Tensor:
-    """Returns the rows of all replicas, in their order.
-
-    Args:
-        context: The replica context that the strategy gave.
-        tensor: `[rows, …]` of any type, of which rows may differ between replicas.
-    """
+    """Returns the rows of all replicas, which may differ in their number, in the replicas' order."""
     if context.num_replicas_in_sync == 1:
         return tensor
     dtype = tensor.dtype

@@ -33,12 +33,7 @@ _FINALIZE_SECS = 5.0
 
 
 class CollectiveCommunicator:
-    """TensorFlow's collectives: its gRPC ring on CPUs, NCCL on GPUs.
-
-    Args:
-        rank: This worker's, of `num_workers`.
-        num_workers: That take part.
-    """
+    """TensorFlow's collectives: its gRPC ring on CPUs, NCCL on GPUs."""
 
     name = "collective"
 
@@ -48,13 +43,7 @@ class CollectiveCommunicator:
         self._num_pair_calls: dict[int, int] = {}
 
     def sum(self, tensor: Any, outer: tf.distribute.ReplicaContext, *, may_overwrite: bool = False) -> Any:
-        """Returns the sum over all replicas, in the tensor's own type; every replica calls it, in the same order.
-
-        Args:
-            tensor: Of one shape on all replicas.
-            outer: The replica context that the strategy gave.
-            may_overwrite: Is of no use here.
-        """
+        """Returns the sum of tensors of one shape, in their own type; every replica calls it, in the same order."""
         del may_overwrite
         with outer:
             (total,) = outer.all_reduce(tf.distribute.ReduceOp.SUM, [tensor])
@@ -109,12 +98,9 @@ class MpiCommunicator:
         *,
         may_overwrite: bool = False,
     ) -> Any:
-        """Returns the sum over all workers; narrow types are added up in float32.
+        """Returns the sum of tensors of one shape over all workers; narrow types are added up in float32.
 
-        Args:
-            tensor: Of one shape on all workers.
-            outer: Is not needed.
-            may_overwrite: Nobody else reads the tensor, and its memory may take the sum.
+        `may_overwrite`: nobody else reads the tensor, and its memory may take the sum.
         """
         del outer
         if tensor.dtype in _NARROW:

@@ -19,7 +19,7 @@ from tfdist.commands.keep_best import KeepBest
 from tfdist.config.run_config import RunConfig
 from tfdist.config.run_dir import RunDir, append_record, read_records
 from tfdist.errors import ConfigError
-from tfdist.training.checkpoint.snapshot import Snapshot, apply_weights, read_checkpoint
+from tfdist.training.checkpoint.snapshot import Snapshot, apply_snapshot, read_checkpoint
 from tfdist.training.checkpoint.store import Checkpoints
 from tfdist.training.metrics import single_numbers
 from tfdist.training.monitoring.callbacks import TensorBoardScalars
@@ -97,7 +97,7 @@ class Follower:
 
     def _evaluate(self, snapshot: Snapshot, name: str) -> None:
         start = time.monotonic()
-        apply_weights(snapshot, self._model)
+        apply_snapshot(snapshot, self._model, with_optimizers=False)
         results = self._run.evaluate(
             self._model, self._test, batch_size=self._batch_size, verbose=0, return_dict=True
         )

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tfdist.config.run_dir import RunDir
+from tfdist.config.run_dir import RunDir, read_records
 from tfdist.diagnostics.causes import find_cause
 from tfdist.diagnostics.findings import Finding
 from tfdist.errors import PEER_LOST_CODE, ConfigError
@@ -105,7 +105,7 @@ def _read_last(path: Path) -> str:
 
 
 def _describe_progress(folder: Path) -> Finding:
-    records = RunDir(folder).read_metrics()
+    records = read_records(RunDir(folder).metrics_file)
     num_checkpoints = len(list((folder / "checkpoints").glob("*.npz")))
     whole = "no whole epoch"
     if records:

@@ -34,7 +34,8 @@ from tfdist.data.sources.source import Source
 from tfdist.errors import ConfigError, TfdistError
 from tfdist.planning.ways import KINDS, MARK, OWN
 from tfdist.recipe import load_recipe, parse_overrides
-from tfdist.training.loop import Loop, plan_steps
+from tfdist.training.loop import plan_steps
+from tfdist.training.model_loop import Loop
 from tfdist.training.plan import BatchPlan, Place
 from tfdist.training.ps.loop import CoordinatorLoop
 from tfdist.training.sync.loop import SyncLoop

@@ -17,12 +17,6 @@ from tfdist.errors import ConfigError
 def read_first_batch(model: keras.Model, source: Source, *, strategy: str, num_replicas: int) -> Any:
     """Returns a batch of two examples, or as many as the model's fixed batch has.
 
-    Args:
-        model: Which is to be built.
-        source: Of the data.
-        strategy: Canonical name.
-        num_replicas: Among how many the run's batches are divided.
-
     Raises:
         ConfigError: If the model's batch is fixed and would be divided.
     """
@@ -47,13 +41,8 @@ _NO_ROWS = (
 def check_elements(model: keras.Model, source: Source, *, shares: bool) -> None:
     """Makes sure that a dataset's elements are the examples, or batches, that they are taken for, as their shapes tell.
 
-    Args:
-        model: Built or not.
-        source: The data.
-        shares: Whether replicas share a batch.
-
     Raises:
-        ConfigError: If they are not, or cannot be shared.
+        ConfigError: If they are not, or cannot be shared by replicas.
     """
     if not isinstance(source, (StreamSource, BatchedSource)):
         return

@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 
@@ -18,12 +18,12 @@ from tfdist.data.sources.batched import BatchedSource
 from tfdist.data.sources.source import ShardedSource, Source
 from tfdist.errors import ConfigError
 from tfdist.runtime import memory
-from tfdist.training.checkpoint.saver import Loop as SavedLoop
 from tfdist.training.checkpoint.saver import Saver
 from tfdist.training.checkpoint.snapshot import Snapshot
-from tfdist.training.monitoring.input_wait import InputWait
+from tfdist.training.model_loop import Loop
+from tfdist.training.monitoring.callbacks import writes
 from tfdist.training.on_nan import OnNan
-from tfdist.training.plan import BatchPlan, FinishedStep, Place
+from tfdist.training.plan import BatchPlan, Place
 
 # Numbers that change faster cannot be read.
 _SHOW_SECS = 0.2
@@ -32,36 +32,6 @@ _RAN_OUT = (
     "Your input ran out of data; interrupting training. Make sure that your dataset or generator can generate at least "
     "`steps_per_epoch * epochs` batches. You may need to use the `.repeat()` function when building your dataset."
 )
-
-
-class Loop(SavedLoop, Protocol):
-    """What a strategy's loop offers."""
-
-    epoch_logs: dict[str, Any]
-    num_replicas: int
-    input_wait: InputWait
-
-    @property
-    def step_secs(self) -> float | None:
-        """How long a step took lately, alike on all workers; None where nobody knows."""
-
-    def shard_source_of(self, source: Source, shard: str) -> Source:
-        """Returns what of a source this process reads."""
-
-    def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
-        """Yields once a step."""
-
-    def release(self) -> None:
-        """Lets go of the data, which nobody will ask for again."""
-
-    def measures(self) -> dict[str, Any]:
-        """Returns what this strategy alone measures of the epoch so far, by the names that `metrics.jsonl` has."""
-
-    def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
-        """Returns logs."""
-
-    def predict(self, source: Source, plan: BatchPlan) -> Any:
-        """Returns arrays."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,12 +55,7 @@ class FitOptions:
     steps_per_loop: int | None
 
     def order_of(self, source: Source, *, num_readers: int) -> dict[str, Any]:
-        """Returns what the order of an epoch's examples follows from, by name, for `check_order`.
-
-        Args:
-            source: The training data.
-            num_readers: Processes that share a stream.
-        """
+        """Returns what the order of an epoch's examples follows from, by name, for `check_order`."""
         return {
             "num_examples": source.num_examples,
             "global_batch_size": self.global_batch_size,
@@ -185,7 +150,11 @@ class Fit:
     def _plan(self, epoch: int, resumed: Snapshot | None, per_pass: int | None) -> BatchPlan:
         options, saver = self.options, self.saver
         watched = _log_every(
-            self.callbacks, options.steps_per_epoch, shown=options.shown, step_secs=self.loop.step_secs
+            self.callbacks,
+            options.steps_per_epoch,
+            shown=options.shown,
+            step_secs=self.loop.step_secs,
+            is_alone=self.loop.num_readers == 1,
         )
         return BatchPlan(
             epoch=epoch,
@@ -299,22 +268,29 @@ def _is_due(epoch: int, frequency: int | Sequence[int]) -> bool:
 
 
 def _log_every(
-    callbacks: keras.callbacks.CallbackList, steps: int | None, *, shown: bool, step_secs: float | None
+    callbacks: keras.callbacks.CallbackList,
+    steps: int | None,
+    *,
+    shown: bool,
+    step_secs: float | None,
+    is_alone: bool,
 ) -> int:
     """Every step where a callback looks at batches, for the eye ten times an epoch at most, else never (0).
 
     Logs are a collective under several workers: the rule must give the same answer on each, so callbacks
-    that run on the chief alone do not count.
+    that run on the chief alone do not count, unless it is alone.
     """
-    if any(_reads_batches(c) for c in callbacks.callbacks):
+    if any(_reads_batches(c, is_alone=is_alone) for c in callbacks.callbacks):
         return 1
     if not shown:
         return 0
     return max(1, (steps or 1000) // 10, math.ceil(_SHOW_SECS / step_secs) if step_secs else 1)
 
 
-def _reads_batches(callback: keras.callbacks.Callback) -> bool:
-    if getattr(callback, "writes", None) is not None or isinstance(callback, _CHIEF_OR_IDLE):
+def _reads_batches(callback: keras.callbacks.Callback, *, is_alone: bool) -> bool:
+    if getattr(callback, "writes", None) is not None or isinstance(callback, _IDLE):
+        return False
+    if writes(callback) and not is_alone:
         return False
     base = keras.callbacks.Callback
     hooks = ("on_train_batch_end", "on_batch_end", "on_train_batch_begin", "on_batch_begin")
@@ -323,10 +299,10 @@ def _reads_batches(callback: keras.callbacks.Callback) -> bool:
     )
 
 
-_CHIEF_OR_IDLE = (
-    keras.callbacks.History,
-    keras.callbacks.ModelCheckpoint,
+# Keras's own hooks for batches, which need no logs.
+_IDLE = (
     keras.callbacks.BackupAndRestore,
-    keras.callbacks.TensorBoard,
+    keras.callbacks.ModelCheckpoint,
     keras.callbacks.ProgbarLogger,
+    keras.callbacks.TensorBoard,
 )

@@ -19,16 +19,9 @@ from tfdist.training.capturing import CapturingScope
 
 
 def find_whole(model: keras.Model, batch: Any) -> list[keras.metrics.Metric]:
-    """Finds the metrics whose state over two parts of some examples is not what both parts add to it.
+    """Finds a model's own metrics whose state over two parts of some examples is not what both parts add to it.
 
-    Keras's own add up, and are not tried.
-
-    Args:
-        model: A built model.
-        batch: Two examples, as `train_step` takes them.
-
-    Returns:
-        Those of the model's own.
+    Keras's own add up, and are not tried. The batch is of two examples, as `train_step` takes them.
     """
     if not keras_internals.has_metrics(model):
         return []
@@ -74,14 +67,7 @@ def aggregation_of(variable: keras.Variable) -> str:
 
 
 def weigh_part(change: Any, aggregation: str, *, is_first: Any, num_parts: int) -> Any:
-    """Returns what a part's state counts for in the sum over all parts.
-
-    Args:
-        change: From `part_origin`.
-        aggregation: As `aggregation_of` says.
-        is_first: Whether it is the first replica's.
-        num_parts: How many there are.
-    """
+    """Returns what a part's change from `part_origin` counts for in the sum over all parts; see `aggregation_of`."""
     if aggregation == "mean":
         return change / tf.cast(num_parts, change.dtype)
     if aggregation == "only_first_replica":

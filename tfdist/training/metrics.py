@@ -23,12 +23,7 @@ def add_states(total: Sequence[Any], added: Sequence[Any]) -> list[Any]:
 
 
 def metric_results(model: keras.Model, state: Sequence[Any]) -> dict[str, float]:
-    """Returns the model's logs (`loss`, `accuracy`, …) for a metric state.
-
-    Args:
-        model: A built model.
-        state: One array for each of `model.metrics_variables`.
-    """
+    """Returns a model's logs (`loss`, `accuracy`, …) for a state: an array for each of `model.metrics_variables`."""
     if not keras_internals.has_metrics(model):
         return {}
     results = _results_function(model)([tf.convert_to_tensor(value) for value in state])
@@ -78,11 +73,6 @@ _functions: weakref.WeakKeyDictionary[keras.Model, tuple[Any, Any]] = weakref.We
 def _as_number(value: Any) -> Any:
     array = keras.ops.convert_to_numpy(value)
     return float(array) if array.ndim == 0 else array
-
-
-def as_plain(value: Any) -> Any:
-    """Returns a log as JSON holds it: a number, or a list of them where a metric has several (`F1Score`)."""
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def single_numbers(name: str, value: Any) -> dict[str, float]:

@@ -25,17 +25,11 @@ _MAX_RUNS = 64
 
 
 def describe_step(model: keras.Model, source: Source, plan: BatchPlan, step: int) -> str:
-    """Says where in the model, and with which examples, a step's numbers went wrong.
+    """Says where in the model, and with which examples, the numbers of a zero-based step went wrong.
 
-    Args:
-        model: With the weights from before the step.
-        source: The training examples.
-        plan: Of the epoch.
-        step: Zero-based in it.
-
-    Returns:
-        Clauses such as "first in the output of layer 'log'; example 17 of the training data", or "" where the
-        batch cannot be read again, or this process has not all of the model.
+    The model has the weights from before the step. Returned are clauses such as "first in the output of layer 'log';
+    example 17 of the training data", or "" where the batch cannot be read again, or this process has not all of the
+    model.
     """
     if not all(map(keras_internals.is_whole, model.weights)):
         return ""
@@ -52,15 +46,10 @@ def describe_step(model: keras.Model, source: Source, plan: BatchPlan, step: int
 
 
 def find_place(model: keras.Model, batch: Any) -> str | None:
-    """Runs a batch through the model, its loss and its gradients; nothing is changed.
+    """Returns the first place where a number is not finite, in words; None if there is none.
 
-    Args:
-        model: Built.
-        batch: Nest as `keras.Model.train_step` takes it.
-
-    Returns:
-        The first place where a number is not finite, in words; None if there is none. Of a model with a `train_step`
-        of its own only the forward pass is looked at.
+    Runs a batch through the model, its loss and its gradients; nothing is changed. Of a model with a `train_step` of
+    its own only the forward pass is looked at.
     """
     x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
     for name, values in (("inputs", x), ("targets", y), ("sample weights", weight)):

@@ -14,7 +14,8 @@ import keras
 from tfdist.config.run_config import ON_NAN
 from tfdist.data.sources.source import Source
 from tfdist.errors import ConfigError, NonFiniteError
-from tfdist.training.checkpoint.saver import Loop, Saver
+from tfdist.training.checkpoint.saver import Saver
+from tfdist.training.model_loop import Loop
 from tfdist.training.nan_diagnosis import describe_step
 from tfdist.training.plan import BatchPlan, FinishedStep
 from tfdist.training.step.finite_check import GRADIENTS, LOSS, SOUND, SPIKE
@@ -105,14 +106,9 @@ class OnNan:
         return None if self._policy == "ignore" else self._limit
 
     def after_step(self, finished: FinishedStep, plan: BatchPlan) -> BatchPlan | None:
-        """Looks at a step; every process must call it for each.
+        """Looks at a step, and returns how its epoch is to go on instead; None: as planned.
 
-        Args:
-            finished: The step.
-            plan: Of its epoch.
-
-        Returns:
-            How the epoch is to go on instead; None: as planned.
+        Every process must call it for each.
 
         Raises:
             NonFiniteError: If the run is to end.
@@ -135,10 +131,7 @@ class OnNan:
     def check_logs(self, step: int, plan: BatchPlan, logs: dict[str, Any] | None) -> None:
         """Ends the run if a loss is NaN in the logs though every step was sound: one that a train_step reports itself.
 
-        Args:
-            step: Zero-based, the last that the logs cover.
-            plan: Of its epoch.
-            logs: Or None.
+        Zero-based `step` is the last that the logs cover.
 
         Raises:
             NonFiniteError: If it is.

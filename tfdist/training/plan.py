@@ -10,11 +10,6 @@ from tfdist.data.segment import Share
 from tfdist.training.step.finite_check import SOUND
 
 
-def _never(step: int) -> bool:
-    del step
-    return False
-
-
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where in the data an epoch begins: as in Keras one of fewer steps than the data have leaves the rest to the next.
@@ -64,12 +59,12 @@ class BatchPlan:
     drop_remainder: bool = False
     input_state: bytes = b""
     metrics: list[Any] | None = None
-    is_boundary: Callable[[int], bool] = _never
+    is_boundary: Callable[[int], bool] = lambda step: False
     is_saved: bool = False
     log_every_steps: int = 0
     steps_per_loop: int | None = 1
     num_epochs_after: int = 0
-    is_due: Callable[[int], bool] = _never
+    is_due: Callable[[int], bool] = lambda step: False
     is_stopped: Callable[[], bool] = lambda: False
     loss_limit: Callable[[], float] | None = None
 

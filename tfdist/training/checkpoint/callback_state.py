@@ -9,8 +9,6 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfdist.training.metrics import as_plain
-
 # What Keras's own remember: History, EarlyStopping, ReduceLROnPlateau, ModelCheckpoint. A callback of one's own lists
 # the attributes in `state_names`; they must be what JSON can hold, or lists of arrays.
 _STATE_NAMES = (
@@ -21,14 +19,7 @@ _STATE_NAMES = (
 def take_callbacks(
     callbacks: keras.callbacks.CallbackList,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
-    """Takes the state of callbacks.
-
-    Args:
-        callbacks: Those that run here.
-
-    Returns:
-        What JSON can hold, by class and place among those of the class; and arrays by name.
-    """
+    """Returns callbacks' state: what JSON can hold, by class and place among those of the class; and arrays by name."""
     states: dict[str, dict[str, Any]] = {}
     arrays: dict[str, np.ndarray] = {}
     for key, callback in _by_class(callbacks):
@@ -47,12 +38,9 @@ def restore_callbacks(
     states: Mapping[str, Mapping[str, Any]],
     arrays: Mapping[str, np.ndarray],
 ) -> None:
-    """Gives callbacks back what `take_callbacks` took; after `on_train_begin`, which would reset it.
+    """Gives callbacks back what `take_callbacks` took of the same classes in the same order.
 
-    Args:
-        callbacks: Of the same classes, in the same order.
-        states: What JSON held.
-        arrays: By name.
+    After `on_train_begin`, which would reset it.
     """
     for key, callback in _by_class(callbacks):
         for name, value in states.get(key, {}).items():
@@ -85,4 +73,5 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return as_plain(value)
+    # A metric of several numbers (`F1Score`) logs an array.
+    return value.tolist() if hasattr(value, "tolist") else value

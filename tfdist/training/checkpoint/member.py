@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,23 +11,7 @@ import numpy as np
 from tfdist import keras_internals
 from tfdist.cluster.membership import Membership
 from tfdist.training.checkpoint.snapshot import Snapshot, parse_checkpoint, render_checkpoint
-
-
-class Loop(Protocol):
-    """What a member needs of its strategy's loop."""
-
-    @property
-    def metric_origins(self) -> list[np.ndarray]:
-        """What the processes' parts of the metrics' state are counted from."""
-
-    def own_metrics(self) -> list[Any]:
-        """Returns this process's part of the metrics' state, from its origin."""
-
-    def all_reduce_sum(self, values: list[float]) -> list[float]:
-        """Returns the sums over all processes."""
-
-    def broadcast(self, content: bytes, *, source: int = 0) -> bytes:
-        """Returns the bytes of one process on every process."""
+from tfdist.training.model_loop import Loop
 
 
 class Member:
@@ -52,7 +36,7 @@ class Member:
         steps_per_epoch: int,
         is_chief: bool,
     ) -> None:
-        self._membership = membership
+        self.membership = membership
         self._carried = carried
         self._loop = loop
         self._model = model
@@ -61,16 +45,6 @@ class Member:
         self._place = (0, 0)
         self._num_steps = 0
         self._metrics: list[Any] = []
-
-    @property
-    def has_news(self) -> bool:
-        """Whether the cluster is to be formed anew."""
-        return self._membership.has_news
-
-    @property
-    def is_first_cluster(self) -> bool:
-        """Whether everybody was started with this cluster."""
-        return self._membership.generation == 0
 
     def begin(self) -> None:
         """Starts to count."""
@@ -103,8 +77,8 @@ class Member:
 
     def agree(self) -> Snapshot:
         """Gives every member the state of the one that came furthest, which may be a step ahead of the others."""
-        own, rank = self._carried, self._membership.rank
-        steps = [0.0] * self._membership.num_members
+        own, rank = self._carried, self.membership.rank
+        steps = [0.0] * self.membership.num_members
         if own is not None:
             steps[rank] = 1.0 + own.epoch * self._steps_per_epoch + own.step
         steps = self._loop.all_reduce_sum(steps)

@@ -8,54 +8,27 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tfdist.cluster.membership import Membership
 from tfdist.errors import Preempted, Regroup
 from tfdist.runtime.strategies import is_peer_loss
 from tfdist.training.checkpoint.callback_state import restore_callbacks, take_callbacks
-from tfdist.training.checkpoint.input_position import check_order
-from tfdist.training.checkpoint.member import Loop as MemberLoop
 from tfdist.training.checkpoint.member import Member
 from tfdist.training.checkpoint.owners import sharing_state
 from tfdist.training.checkpoint.snapshot import Snapshot, apply_snapshot, read_checkpoint, take_snapshot
 from tfdist.training.checkpoint.store import Checkpoints, CheckpointWriter
 from tfdist.training.checkpoint.vote import Vote
+from tfdist.training.input_position import check_order
+from tfdist.training.model_loop import Loop
 from tfdist.training.plan import Place
 
 _log = logging.getLogger("tfdist")
 # Of a checkpoint's file that crosses at once: all of it would be in memory several times.
 _SENT_BYTES = 64 * 2**20
-
-
-class Loop(MemberLoop, Protocol):
-    """What the saver, and whoever goes back to what it saved, need of a strategy's loop."""
-
-    @property
-    def num_readers(self) -> int:
-        """Processes that run the program, each of which reads the data."""
-
-    def start(self) -> None:
-        """Prepares for training with the weights that the model has now."""
-
-    def snapshot_metrics(self) -> list[Any]:
-        """Brings the replicas together, and returns the metrics' state so far; every process must call it."""
-
-    def snapshot_sync(self) -> dict[str, np.ndarray]:
-        """Returns what a checkpoint must hold of the way in which workers share, by name."""
-
-    def restore_sync(self, arrays: dict[str, np.ndarray]) -> None:
-        """Takes what `snapshot_sync` returned."""
-
-    def snapshot_input(self) -> bytes:
-        """Returns where the input stands; empty where that cannot be saved."""
-
-    def meet(self) -> None:
-        """Returns once every process has called it, and needs nothing of the others for what came before."""
 
 
 class Saver:
@@ -118,7 +91,7 @@ class Saver:
         self._vote = Vote(
             every_secs=None if checkpoints is None else checkpoints.every_secs,
             is_chief=is_chief,
-            has_news=lambda: member is not None and member.has_news,
+            has_news=lambda: member is not None and member.membership.has_news,
             all_reduce_sum=loop.all_reduce_sum,
         )
 
@@ -153,7 +126,7 @@ class Saver:
         path: Path | None = None
         if self._member is not None:
             self._member.begin()
-        if self._member is not None and not self._member.is_first_cluster:
+        if self._member is not None and self._member.membership.generation > 0:
             snapshot = self._member.agree()
             apply_snapshot(snapshot, self._model)
         else:
@@ -226,11 +199,7 @@ class Saver:
         return every is not None and (step + 1) % every == 0
 
     def is_boundary(self, step: int) -> bool:
-        """Says, once a step and in order, whether the state is to be saved when it is finished.
-
-        Args:
-            step: Zero-based in its epoch.
-        """
+        """Says, once a step and in order, whether the state is to be saved when zero-based `step` is finished."""
         if self._checkpoints is None:
             return False
         if self._member is not None:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 
 from tfdist.config.run_dir import open_atomically
 from tfdist.errors import ConfigError
-from tfdist.training.checkpoint.state import BLOCK_BYTES, Blocks, StateArray, named_state
+from tfdist.training.checkpoint.state import Blocks, StateArray, named_state, runs_of
 from tfdist.training.plan import Place
 
 # A state of up to so many bytes is held until it is written, while training goes on. A larger one might find no room:
@@ -84,13 +85,9 @@ class _Stored:
     def blocks(self) -> Iterator[np.ndarray]:
         """Yields runs of rows, in order."""
         with self._open() as (shape, dtype, file):
-            num_rows, row = (shape[0], shape[1:]) if shape else (1, ())
-            row_bytes = dtype.itemsize * int(np.prod(row))
-            size = max(1, BLOCK_BYTES // max(1, row_bytes))
-            for start in range(0, num_rows, size):
-                count = min(size, num_rows - start)
-                block = np.frombuffer(file.read(count * row_bytes), dtype)
-                yield block.reshape((count, *row) if shape else ())
+            for start, stop in runs_of(shape, dtype):
+                own = (stop - start, *shape[1:]) if shape else ()
+                yield np.frombuffer(file.read(math.prod(own) * dtype.itemsize), dtype).reshape(own)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[tuple[int, ...], np.dtype[Any], IO[bytes]]]:
@@ -103,30 +100,21 @@ class _Stored:
 def take_snapshot(
     model: keras.Model,
     *,
-    epoch: int,
-    step: int,
     metrics: list[Any],
-    extra: dict[str, Any],
     arrays: dict[str, Any] | None = None,
-    input_state: bytes = b"",
     copy_bytes: float = COPY_BYTES,
     outlives_variables: bool = False,
+    **rest: Any,
 ) -> Snapshot:
     """Takes a built model's state. Reading it is no collective, so the chief may do it alone.
 
     Args:
         model: Built.
-        epoch: See `Snapshot`, as all that is not named here.
-        step: See there.
-        metrics: See there.
-        extra: See there.
+        metrics: See `Snapshot`.
         arrays: See there.
-        input_state: See there.
         copy_bytes: A state of more is not kept: the snapshot must be written before training goes on.
         outlives_variables: The snapshot is used when TensorFlow's variables are gone, and always copied.
-
-    Returns:
-        The snapshot.
+        **rest: What else a `Snapshot` has, as it is.
     """
     state = named_state(model)
     variables: dict[str, Any] = state
@@ -135,68 +123,40 @@ def take_snapshot(
     elif sum(array.num_bytes for array in state.values()) <= copy_bytes:
         variables = {name: array.read() for name, array in state.items()}
     return Snapshot(
-        epoch=epoch,
-        step=step,
         variables=variables,
         metrics=[np.array(m) for m in metrics],
-        extra=extra,
         arrays={name: _plain(np.array(array)) for name, array in (arrays or {}).items()},
-        input_state=input_state,
+        **rest,
     )
 
 
-def apply_snapshot(snapshot: Snapshot, model: keras.Model) -> None:
-    """Assigns a snapshot's variables to a built model, whatever strategy holds it.
+def apply_snapshot(snapshot: Snapshot, model: keras.Model, *, with_optimizers: bool = True) -> None:
+    """Assigns a snapshot's variables to a built model of the same architecture, whatever strategy holds it.
 
-    Args:
-        snapshot: What `take_snapshot` took.
-        model: A built model of the same architecture and optimizer.
+    Without optimizers it assigns the weights alone, and the model's optimizer may be another.
 
     Raises:
         ConfigError: If the snapshot is of another model; nothing is assigned then.
     """
-    state, arrays = named_state(model), snapshot.variables
-    for name in sorted(set(arrays) ^ set(state)):
+    state, arrays = named_state(model, with_optimizers=with_optimizers), snapshot.variables
+    for name in sorted(set(arrays) ^ set(state) if with_optimizers else set(state) - set(arrays)):
         where = "the checkpoint" if name in arrays else "the model"
         raise ConfigError(
             f"the checkpoint is of another model: {name!r} is only in {where}; "
-            "resume with the recipe and settings that wrote it, or start anew in another run_dir."
+            "take the recipe and settings that wrote it, or start anew in another run_dir."
         )
     for name, array in state.items():
         if array.shape != arrays[name].shape:
             raise ConfigError(
                 f"the checkpoint is of another model: {name!r} has shape {arrays[name].shape} there, "
-                f"{array.shape} here; resume with the settings that wrote it."
+                f"{array.shape} here; take the settings that wrote it."
             )
     for name, array in state.items():
         array.assign(arrays[name])
 
 
-def apply_weights(snapshot: Snapshot, model: keras.Model) -> None:
-    """Assigns a snapshot's weights to a built model, whose optimizer may be another.
-
-    Args:
-        snapshot: What `take_snapshot` took.
-        model: A built model of the same architecture.
-
-    Raises:
-        ConfigError: If the snapshot is of another model.
-    """
-    for name, array in named_state(model, with_optimizers=False).items():
-        if name not in snapshot.variables or array.shape != snapshot.variables[name].shape:
-            raise ConfigError(
-                f"the checkpoint is of another model, which has no {name!r} of shape {array.shape}: take the recipe "
-                "and settings that wrote it."
-            )
-        array.assign(snapshot.variables[name])
-
-
 def write_checkpoint(path: Path, snapshot: Snapshot) -> None:
-    """Writes a snapshot.
-
-    Args:
-        path: The file; replaced atomically.
-        snapshot: What to write.
+    """Writes a snapshot; a file that is there is replaced atomically.
 
     Raises:
         OSError: If the disk or the folder refuses; `path` is then as it was.
@@ -214,14 +174,7 @@ def render_checkpoint(snapshot: Snapshot) -> bytes:
 
 
 def parse_checkpoint(content: bytes, *, name: str) -> Snapshot:
-    """Parses what `render_checkpoint` rendered; every array's checksum is compared.
-
-    Args:
-        content: The file's bytes.
-        name: The file's name, for messages.
-
-    Returns:
-        The snapshot.
+    """Parses what `render_checkpoint` rendered; every array's checksum is compared. Messages have the name.
 
     Raises:
         ConfigError: If the content is no whole checkpoint.
@@ -233,11 +186,7 @@ def parse_checkpoint(content: bytes, *, name: str) -> Snapshot:
 def read_checkpoint(path: Path) -> Snapshot:
     """Reads a checkpoint's file; every array's checksum is compared.
 
-    Args:
-        path: What `write_checkpoint` wrote. If its state is too large to be copied it must stay there.
-
-    Returns:
-        The snapshot.
+    If its state is too large to be copied the file must stay there.
 
     Raises:
         ConfigError: If the file is no whole checkpoint.

@@ -46,11 +46,6 @@ class Checkpoints:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Checks the numbers.
-
-        Raises:
-            ConfigError: If one is not positive.
-        """
         for name in ("every_steps", "every_secs", "keep"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -78,9 +73,6 @@ class CheckpointWriter:
 
     A disk that is full or gone is warned of, each time, and so are numbers that are not finite, which are not kept;
     training goes on, and nothing that was whole is removed.
-
-    Args:
-        checkpoints: The folder.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:

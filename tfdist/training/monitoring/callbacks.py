@@ -30,27 +30,15 @@ _WRITERS = (
 
 
 def writes(callback: Any) -> bool:
-    """Says whether a callback is for the chief alone.
-
-    Args:
-        callback: A Keras callback. Its attribute `writes`, if it has one, decides.
-
-    Returns:
-        True if it writes files, prints or sends.
-    """
+    """Says whether a callback is for the chief alone, since it writes; its attribute `writes`, if any, decides."""
     own_word = getattr(callback, "writes", None)
     return isinstance(callback, _WRITERS) if own_word is None else bool(own_word)
 
 
 def split_callbacks(callbacks: Any, *, is_chief: bool) -> tuple[list[Any], list[Any]]:
-    """Chooses the callbacks that this task runs.
+    """Returns those of `fit`'s callbacks that this task runs, and those left to the chief, each in the order given.
 
-    Args:
-        callbacks: What `fit` was given: None, one callback, a sequence, or a `keras.callbacks.CallbackList`.
-        is_chief: Whether this task writes.
-
-    Returns:
-        The callbacks to run here and those left to the chief, each in the order given.
+    They may be None, one callback, a sequence, or a `keras.callbacks.CallbackList`.
     """
     if callbacks is None:
         given: list[Any] = []
@@ -191,9 +179,6 @@ class TensorBoardScalars(keras.callbacks.Callback):
     `train/` and `validation/` hold `epoch_<metric>` by epoch. Keras's own callback also traces the graph and
     reads the model's batch functions, which a distributed run does not have. A resumed run first drops the numbers of
     the epochs that it trains again.
-
-    Args:
-        run_dir: Whose `tensorboard_dir`.
     """
 
     writes = True

@@ -10,11 +10,6 @@ import tensorflow as tf
 from tfdist import keras_internals
 
 
-def can_read() -> bool:
-    """Says whether graphs may read the clock: not where TensorFlow must be deterministic, for it refuses to."""
-    return not keras_internals.is_deterministic()
-
-
 def has_gpu() -> bool:
     """Says whether steps run on a GPU: the host hands them out there, and does not wait for them."""
     return bool(tf.config.list_logical_devices("GPU"))
@@ -26,26 +21,18 @@ def on_host() -> contextlib.AbstractContextManager[None]:
 
 
 def now_after(values: Any) -> tf.Tensor:
-    """Reads the clock when all values are there, which the host computes.
+    """Reads the clock, in seconds since 1970, float64 scalar, when all values are there, which the host computes.
 
-    Args:
-        values: Nest of tensors.
-
-    Returns:
-        Seconds since 1970, float64 scalar; 0 where the clock cannot be read.
+    It is 0 where TensorFlow must be deterministic, for it refuses to read the clock.
     """
     with on_host(), tf.control_dependencies(tf.nest.flatten(values, expand_composites=True)):
-        return tf.timestamp() if can_read() else tf.constant(0.0, tf.float64)
+        return tf.constant(0.0, tf.float64) if keras_internals.is_deterministic() else tf.timestamp()
 
 
 def step_time_after(values: Any) -> tf.Tensor:
-    """Reads the clock when a step has computed these values.
+    """Reads the clock, as `now_after`, when a step has computed these values.
 
-    Args:
-        values: Nest of tensors.
-
-    Returns:
-        As `now_after`; 0 on a GPU, where the host would have to wait to know.
+    It is 0 on a GPU, where the host would have to wait to know.
     """
     if has_gpu():
         with on_host():

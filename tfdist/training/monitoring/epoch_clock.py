@@ -73,15 +73,7 @@ class EpochClock:
         return max(end - start, 1e-9) / steps if steps > 0 else None
 
     def secs_left(self, *, steps: int | None, num_more_epochs: int) -> float | None:
-        """Guesses the time to the end of the `fit`.
-
-        Args:
-            steps: Per epoch; None if unknown.
-            num_more_epochs: After this one.
-
-        Returns:
-            Seconds, or None if there is nothing to go by.
-        """
+        """Guesses the seconds to the end of a `fit` of so many steps an epoch; None if there is nothing to go by."""
         if steps is None or self.secs_per_step is None:
             return None
         this_epoch = max(steps - self.last_step, 0) * self.secs_per_step

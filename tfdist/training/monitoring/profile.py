@@ -14,11 +14,6 @@ class ProfileSteps(keras.callbacks.Callback):
     """Profiles the steps `first` to `last` of a fit, counted from 1 over all its epochs, the last one included.
 
     The first steps of a fit compile: a profile that begins with the tenth, say, shows the steady state.
-
-    Args:
-        log_dir: TensorBoard's folder.
-        first: The first step.
-        last: The last.
     """
 
     writes = True

@@ -5,15 +5,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import keras
 import numpy as np
 
-from tfdist.errors import ConfigError
 from tfdist.training.monitoring.epoch_clock import EpochClock
 
-STYLES = ("rich", "plain", "auto")
 _BAR_SECS = 0.2
 _LINE_SECS = 2.0
 # From this share of waiting on a faster input would be felt.
@@ -38,18 +36,10 @@ class Position:
         return f"epoch {self.epoch:>{width}}/{self.num_epochs}  {self.step:>{len(steps)}}/{steps}  {self.note}".rstrip()
 
 
-class _Screen(Protocol):
-    pause_secs: float  # between two pictures
-
-    def draw(self, position: Position) -> None: ...
-    def finish_epoch(self, position: Position) -> None: ...
-    def close(self) -> None: ...
-
-
 class _Lines:
     """For pipes and files: lines that stay."""
 
-    pause_secs = _LINE_SECS
+    pause_secs = _LINE_SECS  # between two pictures
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -122,6 +112,9 @@ class _Bar:
             self._progress = None
 
 
+_Screen = _Lines | _Bar
+
+
 class ProgressBar(keras.callbacks.Callback):
     """Shows epoch, step, loss, metrics, examples/s, how far input holds it up, and the time left.
 
@@ -130,13 +123,8 @@ class ProgressBar(keras.callbacks.Callback):
 
     Args:
         verbose: 0 shows nothing, 2 a line per epoch, 1 and "auto" progress too; None is what `fit` was given.
-        style: One of `STYLES`; None is the environment's `TFDIST_PROGRESS`, else "auto": a bar on a
-            terminal, lines elsewhere.
-        stream: Where to; None is `sys.stdout`.
+        stream: Where to; None is `sys.stdout`. A terminal gets a bar, others lines.
         now: Reads a clock, in seconds.
-
-    Raises:
-        ConfigError: If `style` or `TFDIST_PROGRESS` is unknown.
     """
 
     writes = True
@@ -145,15 +133,11 @@ class ProgressBar(keras.callbacks.Callback):
         self,
         *,
         verbose: int | str | None = None,
-        style: str | None = None,
         stream: TextIO | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
-        style = style or os.environ.get("TFDIST_PROGRESS") or "auto"
-        if style not in STYLES:
-            raise ConfigError(f"TFDIST_PROGRESS={style!r}: choose one of {', '.join(STYLES)}.")
-        self._verbose, self._style, self._stream = verbose, style, stream
+        self._verbose, self._stream = verbose, stream
         self._clock = EpochClock(now=now)
         self._now = now
         self._screen: _Screen | None = None
@@ -213,9 +197,8 @@ class ProgressBar(keras.callbacks.Callback):
         self._close()
 
     def _build_screen(self, stream: TextIO) -> _Screen:
-        is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
-        wants_bar = self._style == "rich" or (self._style == "auto" and is_terminal)
-        return _Bar(stream) if wants_bar and self._level == 1 else _Lines(stream)
+        shows_bars = stream.isatty() and os.environ.get("TERM") != "dumb"
+        return _Bar(stream) if shows_bars and self._level == 1 else _Lines(stream)
 
     def _close(self) -> None:
         if self._screen is not None:
@@ -248,13 +231,9 @@ class ProgressBar(keras.callbacks.Callback):
 
 
 def render_metrics(logs: Mapping[str, Any]) -> list[str]:
-    """Renders each scalar as "name value", as Keras does: four decimals, or scientific when tiny.
+    """Renders each number as "name value", as Keras does: four decimals, or scientific when tiny.
 
-    Args:
-        logs: Numbers by name; of several under one name there is their mean, as in Keras.
-
-    Returns:
-        One text per number, in the order given, but the loss first.
+    The loss comes first. Of several numbers under one name there is their mean, as in Keras.
     """
     texts = []
     for name, value in sorted(logs.items(), key=lambda item: item[0] != "loss"):

@@ -84,12 +84,7 @@ class StepTimes:
         self._last = now
 
     def end_epoch(self, input_wait: InputWait, all_reduce_sum: Callable[[list[float]], list[float]]) -> None:
-        """Brings all workers' times together; every worker must call it.
-
-        Args:
-            input_wait: Of the epoch.
-            all_reduce_sum: Returns the sums of some numbers over all processes.
-        """
+        """Brings all workers' times together; every worker must call it."""
         width = len(_NAMES) + 1
         own = [0.0] * (width * self._num_workers)
         if self._num_steps and self._compute_secs:

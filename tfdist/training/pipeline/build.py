@@ -77,14 +77,9 @@ def divide(
     layout: Layout,
     micro_batch_size: int = _USUAL_MICRO_BATCH,
 ) -> Division:
-    """Divides a model.
+    """Divides a compiled model, functional or `Sequential`.
 
-    Args:
-        model: Compiled, functional or `Sequential`.
-        batch: A small batch of the data.
-        options: How.
-        layout: Of the processes.
-        micro_batch_size: Examples, by which the activations that a stage holds are estimated.
+    What a stage holds of activations is estimated for micro-batches of `micro_batch_size` examples.
 
     Raises:
         ConfigError: If it cannot be divided so.

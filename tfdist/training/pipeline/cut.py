@@ -72,9 +72,7 @@ class Cutter:
     def cut(self, num_stages: int, *, most_bytes: float = math.inf) -> list[StagePlan]:
         """Returns stages of about equally much work, by counted operations, over whose cuts the fewest bytes cross.
 
-        Args:
-            num_stages: How many.
-            most_bytes: That a stage may need.
+        None of them needs more than `most_bytes`.
 
         Raises:
             ConfigError: If it cannot be cut so often, or not so small.
@@ -109,10 +107,7 @@ class Cutter:
         ]
 
     def cut_before(self, names: Sequence[str]) -> list[StagePlan]:
-        """Returns the stages of a cut by hand.
-
-        Args:
-            names: Of each stage but the first, the layer that it begins with.
+        """Returns the stages of a cut by hand: each but the first begins with the layer of that name.
 
         Raises:
             ConfigError: If there is no such layer, or no cut before it.

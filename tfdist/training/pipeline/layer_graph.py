@@ -42,7 +42,6 @@ class LayerGraph:
             )
         self.calls = calls
         self.divided: set[int] = set()
-        self._model_inputs = {id(tensor) for tensor in model.inputs}
         self._model_outputs = list(model.outputs)
         self._shapes: dict[int, tuple[int, ...]] = {}
         self.flops, self._batch_size = self._count(model, x)
@@ -92,11 +91,6 @@ class LayerGraph:
         needed |= {id(tensor) for tensor in self._model_outputs}
         made = [tensor for call in self.calls[:place] for tensor in call.outputs]
         return [tensor for tensor in made if id(tensor) in needed]
-
-    def inputs_of(self, start: int, stop: int) -> list[int]:
-        """Returns which of the model's inputs, by their ids, a run of calls takes."""
-        taken = {id(tensor) for call in self.calls[start:stop] for tensor in call.inputs}
-        return [key for key in self._model_inputs if key in taken]
 
     def obstacle(self, place: int) -> str:
         """Returns why the model cannot be cut before the call with that number, or ""."""

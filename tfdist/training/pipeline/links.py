@@ -12,13 +12,14 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tfdist.errors import ClusterError
+from tfdist.training.pipeline.grid import Grid
 
 _START_SECS = 60.0
 # How long a listener hears one visitor, who may be a stranger and silent.
@@ -57,9 +58,6 @@ class Link:
 
     def receive(self, specs: Sequence[tf.TensorSpec]) -> list[tf.Tensor]:
         """Waits for what the neighbour sends next.
-
-        Args:
-            specs: Types and shapes of the tensors.
 
         Raises:
             OpError: `tf.errors.UnavailableError` if the neighbour is gone.
@@ -106,46 +104,32 @@ class Link:
         self._received.put(None)
 
 
-def open_links(
-    *,
-    rank: int,
-    neighbours: tuple[int | None, int | None],
-    peers: Sequence[str],
-    hosts: Sequence[str],
-    broadcast: Callable[[bytes, int], bytes],
-) -> tuple[Link | None, Link | None]:
-    """Connects the stages of each pipeline; every process of the cluster calls it.
+def open_links(grid: Grid) -> tuple[Link | None, Link | None]:
+    """Returns connections with the stage before and the next one, None where there is none; every process calls it.
 
     Each stage but the last listens, at the address by which its machine reaches the next one, for that one alone: who
     comes must know a secret that has crossed inside the cluster.
 
-    Args:
-        rank: This process's place in the cluster.
-        neighbours: Those of the processes that have the stage before and the next; None where there is none.
-        peers: The cluster's tasks in the order of their places, for messages.
-        hosts: Where they are.
-        broadcast: `(content, rank) → that rank's content, on every process`.
-
-    Returns:
-        With the stage before and with the next; None where there is none.
-
     Raises:
         ClusterError: If a neighbour does not come.
     """
-    left, right = neighbours
+    left, right = grid.neighbours
     deadline = time.monotonic() + _START_SECS
     with contextlib.ExitStack() as stack:
         own = b""
         if right is not None:
-            listener = stack.enter_context(_listen(hosts[right]))
+            listener = stack.enter_context(_listen(grid.hosts[right]))
             key = secrets.token_bytes(_KEY_BYTES)
             own = json.dumps([*listener.getsockname()[:2], key.hex()]).encode()
-        places = [broadcast(own if place == rank else b"", place) for place in range(len(peers))]
+        places = [
+            grid.broadcast(own if place == grid.rank else b"", source=place)
+            for place in range(len(grid.tasks))
+        ]
         before = after = None
         if left is not None:
-            before = Link(_visit(places[left], peers[left]), peers[left])
+            before = Link(_visit(places[left], grid.tasks[left]), grid.tasks[left])
         if right is not None:
-            after = Link(_accept(listener, key, peers[right], deadline), peers[right])
+            after = Link(_accept(listener, key, grid.tasks[right], deadline), grid.tasks[right])
     return before, after
 
 

@@ -19,10 +19,9 @@ from tfdist.data.batches import local_batches
 from tfdist.data.segment import Segment
 from tfdist.data.sources.source import Source
 from tfdist.runtime.strategies import StagedStrategy
-from tfdist.training.checkpoint.input_position import InputPosition
 from tfdist.training.checkpoint.owners import Holding, Owners, set_owners
 from tfdist.training.metrics import metric_results
-from tfdist.training.monitoring.input_wait import InputWait
+from tfdist.training.model_loop import Loop
 from tfdist.training.pipeline.build import Place, build_stage, divide
 from tfdist.training.pipeline.grid import Grid
 from tfdist.training.pipeline.links import open_links
@@ -33,7 +32,7 @@ from tfdist.training.plan import BatchPlan, FinishedStep
 from tfdist.training.step.finite_check import GRADIENTS, LOSS, SOUND, SPIKE
 
 
-class PipelineLoop:
+class PipelineLoop(Loop):
     """Runs epochs, evaluation and prediction of a model whose layers lie in several processes.
 
     Args:
@@ -48,7 +47,7 @@ class PipelineLoop:
         ConfigError: If the model cannot be divided.
     """
 
-    num_replicas = 1
+    step_secs: float | None = None
 
     def __init__(
         self,
@@ -60,11 +59,13 @@ class PipelineLoop:
         heartbeat: Heartbeat,
         batch: Any,
     ) -> None:
+        super().__init__()
         self._model = model
         self._heartbeat = heartbeat
         layout = options.layout(cluster.num_workers)
         self._num_micro_batches = layout.num_micro_batches
         self._grid = grid = Grid(strategy, cluster, layout)
+        self.num_readers = len(grid.tasks)  # Each stage reads all of the data.
         self._division = divide(model, batch, options=options, layout=layout)
         self._stage, places = build_stage(
             model,
@@ -80,27 +81,15 @@ class PipelineLoop:
         holdings = {key: _holding(grid, place) for key, place in places.items()}
         owners = Owners(variables, holdings, rank=grid.rank, broadcast=grid.broadcast, meet=grid.meet)
         set_owners(model, owners)
-        links = open_links(
-            rank=grid.rank,
-            neighbours=grid.neighbours,
-            peers=grid.tasks,
-            hosts=grid.hosts,
-            broadcast=lambda content, source: grid.broadcast(content, source=source),
-        )
         self._passes = Passes(
-            self._stage, (grid.stage, grid.num_stages), links, options.pipeline_schedule, grid.sum_copies
+            self._stage,
+            (grid.stage, grid.num_stages),
+            open_links(grid),
+            options.pipeline_schedule,
+            grid.sum_copies,
         )
         self._metrics = PartedMetrics(model, batch, grid)
-        self.input_wait = InputWait()
-        self.epoch_logs: dict[str, Any] = {}
-        self._position = InputPosition()
-        self.step_secs: float | None = None
         self._idle_share = 0.0
-
-    @property
-    def num_readers(self) -> int:
-        """Processes that read the data: each stage reads all of them."""
-        return len(self._grid.tasks)
 
     def describe(self) -> str:
         """Returns a line that tells how the model is divided."""
@@ -109,19 +98,6 @@ class PipelineLoop:
     def measures(self) -> dict[str, Any]:
         """Returns the share of the epoch in which stages had nothing to do, the mean over them."""
         return {"idle_share": round(self._idle_share, 4)}
-
-    def shard_source_of(self, source: Source, shard: str) -> Source:
-        """Returns the source: all stages see the same batches."""
-        del shard
-        return source
-
-    def start(self) -> None:
-        """Prepares for training."""
-        self.release()
-
-    def release(self) -> None:
-        """Lets go of the data."""
-        self._position.forget()
 
     def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
         """Trains over the plan's steps, yielding once a step, with the logs where `plan.wants_logs`."""
@@ -215,17 +191,6 @@ class PipelineLoop:
         self._stage.average_statistics(self._grid)
         return self._metrics.state()
 
-    def snapshot_sync(self) -> dict[str, np.ndarray]:
-        """Returns nothing: a checkpoint holds the model alone."""
-        return {}
-
-    def restore_sync(self, arrays: dict[str, np.ndarray]) -> None:
-        """Has nothing to take."""
-
-    def snapshot_input(self) -> bytes:
-        """Returns where the stream stands that is trained on."""
-        return self._position.save()
-
     def broadcast(self, content: bytes, *, source: int = 0) -> bytes:
         """Returns the bytes of the process with that number on every process."""
         return self._grid.broadcast(content, source=source)
@@ -237,15 +202,6 @@ class PipelineLoop:
     def meet(self) -> None:
         """Returns once every process has called it, and needs nothing of the others for what came before."""
         self._grid.meet()
-
-    @property
-    def metric_origins(self) -> list[np.ndarray]:
-        """Is for clusters that change in mid-training, which these do not."""
-        raise NotImplementedError
-
-    def own_metrics(self) -> list[Any]:
-        """Is for clusters that change in mid-training, which these do not."""
-        raise NotImplementedError
 
     def _logs(self) -> dict[str, Any]:
         return metric_results(self._model, self._metrics.state())

@@ -18,22 +18,13 @@ class MicroBatchLoss:
     Keras divides by what it is given; where that is not a number of examples (valid elements under a mask, a sum of
     weights) the count of the whole batch must be known before a micro-batch's gradient can be. It depends on the
     targets alone.
-
-    Args:
-        model: Compiled and built.
     """
 
     def __init__(self, model: keras.Model) -> None:
         self._model = model
 
     def count(self, y: Any, y_pred: Any, sample_weight: Any) -> Any:
-        """Returns by what Keras divides parts of the loss, `[parts]` float32, mostly none.
-
-        Args:
-            y: Targets.
-            y_pred: Anything of the outputs' shapes.
-            sample_weight: Or None.
-        """
+        """Returns by what Keras divides parts of the loss, `[parts]` float32, mostly none; `y_pred` gives shapes."""
         counts: list[Any] = []
 
         def note(values: Any, sample_weight: Any, mask: Any, reduction: str | None) -> Any:
@@ -46,12 +37,7 @@ class MicroBatchLoss:
     def compute(self, y: Any, y_pred: Any, sample_weight: Any, *, share: Any, totals: Any) -> Any:
         """Returns the loss, float32 scalar.
 
-        Args:
-            y: Targets.
-            y_pred: Outputs.
-            sample_weight: Or None.
-            share: The micro-batch's examples by the batch's.
-            totals: Sums of `count` over the batch.
+        `share` is the micro-batch's examples by the batch's, `totals` the sums of `count` over the batch.
         """
         rest = iter(range(totals.shape[0]))
 
@@ -64,11 +50,5 @@ class MicroBatchLoss:
         return tf.cast(self._call(correct, y, y_pred, sample_weight), tf.float32)
 
     def _call(self, correction: Callable[..., Any], y: Any, y_pred: Any, sample_weight: Any) -> Any:
-        binding = keras_internals.ReplicaBinding(
-            variables=[], optimizers=[], apply=lambda optimizer, apply: apply, loss_correction=correction
-        )
-        binding.install()
-        try:
+        with keras_internals.ReplicaBinding(loss_correction=correction):
             return keras_internals.compiled_loss(self._model)(y, y_pred, sample_weight)
-        finally:
-            binding.remove()

@@ -14,12 +14,7 @@ from tfdist.training.pipeline.grid import Grid
 
 
 class PartedMetrics:
-    """Brings the parts together, and shares a state out.
-
-    Args:
-        model: Built.
-        batch: Two examples.
-        grid: The processes.
+    """Brings the parts together, and shares a state out; whether parts add up two examples tell, `batch`.
 
     Raises:
         ConfigError: If a metric's parts do not add up, and there are several.

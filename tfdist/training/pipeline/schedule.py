@@ -14,13 +14,7 @@ class Pass(NamedTuple):
 
 
 def one_forward_one_backward(stage: int, num_stages: int, num_micro_batches: int) -> list[Pass]:
-    """Returns PipeDream-flush's order (Narayanan et al. 2021): a stage holds `num_stages - stage` micro-batches.
-
-    Args:
-        stage: Zero-based.
-        num_stages: Of the model.
-        num_micro_batches: Of a batch.
-    """
+    """Returns PipeDream-flush's order (Narayanan et al. 2021): a stage holds `num_stages - stage` micro-batches."""
     ahead = min(num_stages - 1 - stage, num_micro_batches)
     passes = [Pass(True, m) for m in range(ahead)]
     for m in range(ahead, num_micro_batches):

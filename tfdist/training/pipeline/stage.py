@@ -125,14 +125,9 @@ class Stage:
         return outputs, side_loss + own_loss
 
     def backward(self, micro: MicroBatch, gradients: Sequence[Any]) -> list[Any]:
-        """Makes the backward pass that belongs to a forward one.
+        """Makes the backward pass that belongs to a forward one; returns the gradients by the floating inputs.
 
-        Args:
-            micro: The micro-batch.
-            gradients: Of the loss by the floating outputs, from the next stage, weighted by the share.
-
-        Returns:
-            Of the loss by the floating inputs.
+        `gradients` are those of the loss by the floating outputs, from the next stage, weighted by the share.
         """
         waiting, share = self._waiting.pop(micro.number), tf.constant(micro.share)
         if waiting.tape is None:
@@ -154,16 +149,9 @@ class Stage:
     def forward_and_backward(
         self, micro: MicroBatch, received: Sequence[Any], side_loss: Any, totals: Any
     ) -> tuple[list[Any], Any]:
-        """Makes both passes of the last stage, where one follows the other.
+        """Makes both passes of the last stage, where one follows the other; see `forward`.
 
-        Args:
-            micro: The micro-batch.
-            received: As for `forward`.
-            side_loss: As for `forward`.
-            totals: What `count` returns of the batch.
-
-        Returns:
-            The gradients of the loss by the floating inputs, and the loss.
+        `totals` is what `count` returns of the batch. Returns the gradients by the floating inputs, and the loss.
         """
         gradients, loss, seeds, rows = self._loss_fn(
             tf.constant(micro.number),
@@ -204,11 +192,9 @@ class Stage:
         self._before = [(own, tf.identity(own)) for own in map(keras_internals.native, side)]
 
     def update(self, *, is_sound: bool = True, norm: float = 0.0) -> None:
-        """Ends a step.
+        """Ends a step; of one that is not sound nothing is changed, and what was remembered comes back.
 
-        Args:
-            is_sound: Else nothing is changed, and what was remembered comes back.
-            norm: Of the gradients by all weights of the model.
+        `norm` is that of the gradients by all weights of the model.
         """
         self.gradients.apply(is_sound=is_sound, norm=norm)
         if is_sound:

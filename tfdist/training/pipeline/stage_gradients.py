@@ -24,10 +24,6 @@ class StageGradients:
     """Sums a stage's gradients, and updates its weights.
 
     Rows of a table are lined up, and not added up: Keras's optimizers treat a row that occurs twice in their own way.
-
-    Args:
-        layers: The stage's.
-        optimizer: Of the whole model.
     """
 
     def __init__(self, layers: StageLayers, optimizer: keras.optimizers.Optimizer | None) -> None:
@@ -47,12 +43,9 @@ class StageGradients:
         return is_first
 
     def add(self, gradients: Sequence[Any], is_first: Any) -> list[Any]:
-        """Adds gradients to the sums, in a graph; returns those that are rows, for `keep`.
+        """Adds each weight's gradient to its sum, in a graph; returns those that are rows, for `keep`.
 
-        Args:
-            gradients: By each weight.
-            is_first: Boolean scalar. A batch's first take the place of the last batch's sums: zeros would be memory
-                again.
+        A batch's first take the place of the last batch's sums: zeros would be memory again.
         """
         rows: list[Any] = []
         for weight, total, gradient in zip(self._layers.weights, self._sums, gradients, strict=True):
@@ -105,11 +98,9 @@ class StageGradients:
         return next((total for weight, total in pairs if weight is variable), None)
 
     def apply(self, *, is_sound: bool, norm: float) -> None:
-        """Applies the sums; the next gradients begin new ones.
+        """Applies the sums, if they are sound; the next gradients begin new ones.
 
-        Args:
-            is_sound: Else nothing is changed.
-            norm: Of the gradients by all weights of the model.
+        `norm` is that of the gradients by all weights of the model.
         """
         self._apply_fn(tf.constant(is_sound), tf.constant(norm), self._joined())
         self._rows.clear()

@@ -80,11 +80,7 @@ class StageLayers:
         self.statistics = [v for v in variables if not v.trainable and id(v) not in seeds]
 
     def own_inputs(self, part: Any) -> list[Any]:
-        """Returns what these layers take of a batch's inputs themselves.
-
-        Args:
-            part: As `train_step` takes it.
-        """
+        """Returns what these layers take themselves of a batch, which is as `train_step` takes it."""
         x = keras_internals.standard_inputs(self._model, keras.utils.unpack_x_y_sample_weight(part)[0])
         return [x[place] for place in self._places]
 

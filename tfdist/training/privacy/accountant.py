@@ -21,11 +21,7 @@ _MISSING = (
 
 
 def count_epsilon(spent: Sequence[Sequence[float]], delta: float) -> float:
-    """Returns ε, by privacy loss distributions (Koskela et al. 2020).
-
-    Args:
-        spent: What was done with the data, as `Spent`.
-        delta: The δ of ε.
+    """Returns ε of what was done with the data, each as `Spent`, by privacy loss distributions (Koskela et al. 2020).
 
     Raises:
         ConfigError: If `dp_accounting` is missing.
@@ -52,15 +48,7 @@ def _count(spent: tuple[Spent, ...], delta: float) -> float:
 
 
 def most_epochs(before: Sequence[Spent], epoch: Spent, *, delta: float, target: float, epochs: int) -> int:
-    """Returns how many epochs keep within an ε.
-
-    Args:
-        before: What was spent earlier.
-        epoch: What an epoch spends.
-        delta: The δ of ε.
-        target: The ε.
-        epochs: Not more than so many.
-    """
+    """Returns how many epochs, at most `epochs`, keep within an ε of `target` after what was spent before."""
     noise, share, count = epoch
 
     def epsilon_of(num_epochs: int) -> float:
@@ -70,14 +58,9 @@ def most_epochs(before: Sequence[Spent], epoch: Spent, *, delta: float, target: 
 
 
 def least_noise(before: Sequence[Spent], *, share: float, count: int, delta: float, target: float) -> float:
-    """Returns the smallest noise multiplier, of two decimals, that keeps within an ε.
+    """Returns the smallest noise multiplier, of two decimals, that keeps within an ε of `target`.
 
-    Args:
-        before: What was spent earlier.
-        share: The probability that an example is part of a sum.
-        count: Sums to come.
-        delta: The δ of ε.
-        target: The ε.
+    There are `count` sums to come, of each of which an example is part with probability `share`.
 
     Raises:
         ConfigError: If none does.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from tfdist import keras_internals
 from tfdist.errors import ConfigError
-from tfdist.training.privacy.noise import GaussianNoise
 from tfdist.training.privacy.per_example import ClippedGradients
 
 
@@ -37,10 +40,6 @@ class Mechanism:
 class PrivateGradients:
     """Sums of clipped gradients, and one noise: the replicas' contributions add up to what DP-SGD applies.
 
-    Args:
-        model: Built.
-        mechanism: What is done.
-
     Raises:
         ConfigError: If the model cannot be trained so.
     """
@@ -50,7 +49,6 @@ class PrivateGradients:
         self._clipped = ClippedGradients(
             model, clip_norm=mechanism.clip_norm, micro_batch_size=mechanism.micro_batch_size
         )
-        self._noise = GaussianNoise(mechanism.noise_seed)
         self._counter = keras_internals.batch_counter(model.optimizer)
         self._names = [v.path for v in model.trainable_variables]
 
@@ -96,7 +94,33 @@ class PrivateGradients:
         own = next((value for variable, value in local if variable is self._counter), None)
         step = tf.cast(keras_internals.native(self._counter) if own is None else own, tf.int64)
         shapes = [value.shape for value in sums if value is not None]
-        drawn = iter(self._noise.draw(shapes, step))
+        drawn = iter(self._draw(shapes, step))
         return [
             None if value is None else value + stddev * tf.cast(next(drawn), value.dtype) for value in sums
         ]
+
+    def _draw(self, shapes: Sequence[tf.TensorShape], step: Any) -> list[Any]:
+        """Returns standard normal numbers of each shape, float32, drawn on the host; with a seed by the step."""
+        seed = self.mechanism.noise_seed
+        sizes = [math.prod(shape) for shape in shapes]
+
+        def draw(step: np.ndarray, size: np.ndarray) -> NDArray[np.float32]:
+            if seed is None:
+                return normal_numbers(int(size))
+            random = np.random.Generator(np.random.Philox(key=[seed, int(step)]))
+            return random.standard_normal(int(size), np.float32)
+
+        numbers = tf.numpy_function(draw, [step, np.int64(sum(sizes))], tf.float32)
+        numbers.set_shape([sum(sizes)])
+        parts = tf.split(numbers, sizes)
+        return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def normal_numbers(size: int) -> NDArray[np.float32]:
+    """Returns standard normal numbers, `[size]`, by Box and Muller's method from `os.urandom`."""
+    half = -(-size // 2)
+    words = np.frombuffer(os.urandom(16 * half), np.uint64)
+    # 53 bits, the middle of each interval: never 0, of which there is no logarithm.
+    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    radius, angle = np.sqrt(-2 * np.log(uniform[:half])), 2 * np.pi * uniform[half:]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:size].astype(np.float32)

@@ -148,26 +148,19 @@ class ClippedGradients:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(
             tf.nest.map_structure(lambda t: t[None], part)
         )
-        binding = keras_internals.ReplicaBinding(
-            variables=[],
-            optimizers=[],
-            apply=lambda optimizer, apply: apply,
-            loss_correction=_check_reduction,
-        )
-        binding.install()
-        try:
+        with (
+            keras_internals.ReplicaBinding(loss_correction=_check_reduction),
+            tf.GradientTape(watch_accessed_variables=False) as tape,
+        ):
+            tape.watch(weights)
             # In the scope nothing is assigned: metrics and random streams move in the step itself.
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(weights)
-                state = [*zip(self._variables, weights, strict=True), *zip(self._seeds, seeds, strict=True)]
-                with keras.StatelessScope(state, collect_losses=True) as scope:
-                    y_pred = model(x, training=True)
-                    # Of the class: the step may listen to the model's own.
-                    loss = type(model).compute_loss(
-                        model, x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
-                    )
-        finally:
-            binding.remove()
+            state = [*zip(self._variables, weights, strict=True), *zip(self._seeds, seeds, strict=True)]
+            with keras.StatelessScope(state, collect_losses=True) as scope:
+                y_pred = model(x, training=True)
+                # Of the class: the step may listen to the model's own.
+                loss = type(model).compute_loss(
+                    model, x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
+                )
         _check_updates(model, self._seeds, scope)
         return [None if g is None else tf.convert_to_tensor(g) for g in tape.gradient(loss, weights)]
 

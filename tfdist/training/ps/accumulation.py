@@ -32,15 +32,7 @@ class Accumulation:
         self._sums: dict[int, tf.Tensor] = {}
 
     def gather(self, grads: Sequence[Any], variables: Sequence[keras.Variable]) -> list[tf.Tensor] | None:
-        """Adds one batch's gradients.
-
-        Args:
-            grads: Gradients, one for each variable.
-            variables: Keras variables.
-
-        Returns:
-            The mean over `gradient_accumulation_steps` batches if this was the last of them, else None.
-        """
+        """Adds a batch's gradients; after the last of `gradient_accumulation_steps` returns the mean, else None."""
         for grad, variable in zip(grads, variables, strict=True):
             dense = tf.convert_to_tensor(grad)
             key = id(variable)

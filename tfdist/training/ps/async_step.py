@@ -23,7 +23,7 @@ from tfdist.training.metric_parts import start_state
 from tfdist.training.metrics import metric_results, returned_names, scalar_logs
 from tfdist.training.ps.accumulation import Accumulation
 from tfdist.training.ps.staleness import StepStaleness
-from tfdist.training.step.finite_check import UNCHECKED, StepCheck, run_if
+from tfdist.training.step.finite_check import UNCHECKED, StepCheck, run_if, zero_unless
 from tfdist.training.step.replica import SEED_STRIDE
 
 
@@ -260,7 +260,7 @@ class AsyncPsStep:
             return apply_measured
 
         note_loss = None if check is None else check.note_loss
-        return as_single_device(self._model, self._optimizers, wrap, note_loss=note_loss)
+        return as_single_device(self._model, optimizers=self._optimizers, apply=wrap, note_loss=note_loss)
 
     def _checked(
         self,
@@ -273,7 +273,7 @@ class AsyncPsStep:
             is_sound = check.judge(optimizer, grads, check.own_loss)
             if self._accumulating is not None:
                 # Which batches are summed is fixed when the step is traced: one that is left out adds zeros.
-                apply([_zero_unless(is_sound, g) for g in grads], trainable_variables)
+                apply([zero_unless(is_sound, g) for g in grads], trainable_variables)
                 return
             assigned: list[keras.Variable] = []
 
@@ -294,48 +294,16 @@ class AsyncPsStep:
 
 
 @contextlib.contextmanager
-def as_single_device(
-    model: keras.Model,
-    optimizers: Sequence[keras.optimizers.Optimizer],
-    apply: Callable[..., Any],
-    *,
-    loss_correction: Callable[..., Any] = lambda *args: None,
-    note_loss: Callable[..., None] | None = None,
-) -> Iterator[None]:
+def as_single_device(model: keras.Model, **parts: Any) -> Iterator[None]:
     """Lets Keras see one replica, so that it scales no loss and exchanges no gradient by itself.
 
-    Args:
-        model: Whose step runs inside.
-        optimizers: Those whose `apply` it may call.
-        apply: `(optimizer, its apply) → the apply to use`.
-        loss_correction: As in `ReplicaBinding`.
-        note_loss: As in `ReplicaBinding`.
-
-    Yields:
-        While it is in force.
+    `parts` are those of a `ReplicaBinding`.
     """
-    binding = keras_internals.ReplicaBinding(
-        variables=[],
-        optimizers=optimizers,
-        apply=apply,
-        loss_correction=loss_correction,
-        model=model,
-        note_loss=note_loss,
-    )
-    with tf.distribute.ReplicaContext(keras_internals.DEFAULT_STRATEGY, 0):
-        binding.install()
-        try:
-            yield
-        finally:
-            binding.remove()
-
-
-def _zero_unless(condition: Any, grad: Any) -> Any:
-    if grad is None:
-        return None
-    if isinstance(grad, tf.IndexedSlices):
-        return tf.IndexedSlices(_zero_unless(condition, grad.values), grad.indices, grad.dense_shape)
-    return tf.where(condition, grad, tf.zeros_like(grad))
+    with (
+        tf.distribute.ReplicaContext(keras_internals.DEFAULT_STRATEGY, 0),
+        keras_internals.ReplicaBinding(model=model, **parts),
+    ):
+        yield
 
 
 def _check_supported(optimizer: keras.optimizers.Optimizer, num_optimizers: int) -> None:

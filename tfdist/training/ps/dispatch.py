@@ -66,23 +66,13 @@ class Dispatch:
         self._num_compiling += 1
 
     def end_compile(self, secs: float, *, num_steps: int) -> None:
-        """Starts the clock again: a new function's first result is there.
-
-        Args:
-            secs: How long the chief took to trace it.
-            num_steps: That it holds.
-        """
+        """Starts the clock again: a new function's first result is there, which the chief took `secs` to trace."""
         self._num_compiling = max(self._num_compiling - 1, 0)
         self._compile_secs = secs / (1 + _TRACED_EACH * num_steps)
         self._last = self._now()
 
     def end_closure(self, busy_secs: float, *, num_steps: int) -> None:
-        """Adds a closure.
-
-        Args:
-            busy_secs: How long it ran on its worker.
-            num_steps: That it held.
-        """
+        """Adds a closure that ran for `busy_secs` on its worker."""
         if self._num_compiling:
             return
         now = self._now()
@@ -111,10 +101,6 @@ class Dispatch:
 
         More steps are traced once the time lost with fewer is what tracing them will take, so that a run that ends
         early has lost at most as much again. If they turn out to be slower, it is the former number again, for good.
-
-        Args:
-            num_left: Steps that are still to come.
-            num_in_epoch: Steps of an epoch.
         """
         if self._is_settled or self._num_closures < _MIN_CLOSURES or self._all_secs < _MIN_SECS:
             return self._chosen

@@ -33,14 +33,10 @@ class PartsInFlight:
         self._late: dict[int, Scheduled] = {}
 
     def run(self, starts: Sequence[Callable[[int], Scheduled]], *, num_wanted: int) -> dict[int, Any]:
-        """Starts parts wherever a place is free, and waits for the first of them.
+        """Starts parts wherever a place is free; returns place → result, in order, when `num_wanted` have ended.
 
-        Args:
-            starts: Each schedules a part at a place. Those that find no place in time are never called.
-            num_wanted: How many parts must have ended; what else has ended by then counts as well.
-
-        Returns:
-            Place → result, in the order of places.
+        Each of `starts` schedules a part at a place; those that find none in time are never called. What else has ended
+        by then counts as well.
         """
         waiting = collections.deque(starts)
         running: dict[int, Scheduled] = {}

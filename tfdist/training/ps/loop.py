@@ -18,18 +18,17 @@ from tfdist.cluster.heartbeat import Heartbeat
 from tfdist.config.ps_options import PsOptions
 from tfdist.data.sources.source import Source
 from tfdist.errors import ConfigError
-from tfdist.training.checkpoint.input_position import InputPosition
 from tfdist.training.metric_parts import aggregation_of, find_whole
 from tfdist.training.metrics import add_states, metric_results, select_logs
-from tfdist.training.monitoring.input_wait import InputWait
+from tfdist.training.model_loop import Loop
 from tfdist.training.plan import BatchPlan, FinishedStep
 from tfdist.training.ps.dispatch import Dispatch, timed
 from tfdist.training.ps.message import PackedFunction
 from tfdist.training.ps.parted_steps import PartedSteps
 from tfdist.training.ps.scheduler import Call, Scheduler
-from tfdist.training.ps.staleness import StalenessRecord
+from tfdist.training.ps.staleness import summarize
 from tfdist.training.ps.sync_step import SyncPsStep
-from tfdist.training.ps.worker_input import Feeds, Part, SentInput, WorkerInput
+from tfdist.training.ps.worker_input import Part, SentInput, WorkerInput, keep_feeds
 from tfdist.training.step.finite_check import SOUND
 
 # For each worker so many steps in flight, or so many closures: enough that a slow one does not hold up the others.
@@ -57,15 +56,8 @@ class _Run:
         return [part.size for part in self.parts], self.phase
 
 
-class CoordinatorLoop:
-    """Runs epochs, evaluation and prediction of a built model through a `ClusterCoordinator`.
-
-    Attributes:
-        num_replicas: Among how many workers a batch is divided.
-        metric_origins: What the steps' parts of the metrics' state are counted from: what these start from.
-    """
-
-    num_readers = 1
+class CoordinatorLoop(Loop):
+    """Runs epochs, evaluation and prediction of a built model through a `ClusterCoordinator`."""
 
     def __init__(
         self,
@@ -77,13 +69,11 @@ class CoordinatorLoop:
         batch: Any,
     ) -> None:
         _check_metrics(model, batch)
-        self.num_replicas = 1
-        self.input_wait = InputWait()
+        super().__init__()
         self._model = model
         self._num_workers = num_workers
         self._options = PsOptions()
         self._step = SyncPsStep(model=model, num_parts=num_workers)
-        self.metric_origins = self._step.metric_origins
         self._dispatch = Dispatch(num_workers=num_workers)
         self._scheduler = Scheduler(coordinator, self._dispatch, heartbeat)
         self._together = PartedSteps(
@@ -93,21 +83,16 @@ class CoordinatorLoop:
             dispatch=self._dispatch,
             num_workers=num_workers,
         )
-        self._position = InputPosition()
-        self._feeds = Feeds(coordinator, num_workers, self._position)
-        self._staleness = StalenessRecord()
+        self._find_feed = keep_feeds(coordinator, num_workers, self._position)
+        self._staleness: list[float] = []
         self._num_scheduled = 0
         self._num_repeated = 0
 
     def start(self) -> None:
         """Goes on counting where the model stands: random streams and accumulation follow the step's number."""
-        self.release()
+        super().start()
         if self._model.optimizer is not None:
             self._num_scheduled = int(keras_internals.batch_counter(self._model.optimizer).numpy())
-
-    def release(self) -> None:
-        """Lets go of the stream; what the workers hold may be asked for again, as by an evaluation at the end."""
-        self._position.forget()
 
     def configure(self, options: PsOptions) -> None:
         """Says how the next epochs' steps are shared out.
@@ -130,7 +115,7 @@ class CoordinatorLoop:
         """Trains over the plan's steps, yielding once a finished step, with the logs where `plan.wants_logs`."""
         self.input_wait.begin_epoch()
         self._dispatch.begin_epoch()
-        self._staleness.begin_epoch()
+        self._staleness.clear()
         self._together.num_dropped = 0
         self._state = plan.metrics or self.metric_origins
         if self._options.ps_mode == "sync":
@@ -146,7 +131,7 @@ class CoordinatorLoop:
             for i, (fault, loss, staleness) in enumerate(report):
                 if i < (len(states[0]) if states else 0):
                     self._state = add_states(self._state, [rows[i] for rows in states])
-                self._staleness.add(float(staleness))
+                self._staleness.append(float(staleness))
                 num_made += fault == SOUND or self._step.accumulation_steps > 1
                 if fault == SOUND:
                     extra = {name: values[i] for name, values in extras.items()}
@@ -171,7 +156,7 @@ class CoordinatorLoop:
 
     def _train_together(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
         self._together.wait_for_late()  # of an epoch that was given up
-        feed = self._feeds.find(source)
+        feed = self._find_feed(source)
         extra: dict[str, Any] = {}
         for step, parts in enumerate(self._batches(feed, plan, self._num_workers), start=plan.first_step):
             is_boundary = plan.is_boundary(step)
@@ -183,7 +168,7 @@ class CoordinatorLoop:
                 for state in states:
                     self._state = add_states(self._state, state)
                 extra = own_extra
-                self._staleness.add(0.0)
+                self._staleness.append(0.0)
             logs = self._logs("train", self._state, extra) if plan.wants_logs(step) else None
             yield FinishedStep(
                 step=step, logs=logs, is_boundary=is_boundary, fault=int(fault), loss=float(loss)
@@ -199,13 +184,13 @@ class CoordinatorLoop:
         return self._dispatch.step_secs
 
     def measures(self) -> dict[str, Any]:
-        """Returns of the epoch so far `dispatch_share` (see `Dispatch`), and `StalenessRecord.summary`.
+        """Returns of the epoch so far `dispatch_share` (see `Dispatch`), and the staleness (see `summarize`).
 
         With backup workers also `num_dropped`, the examples whose parts were late; and where workers have died
         `num_repeated`, the steps that TensorFlow has run again although they were in the weights already.
         """
         share = self._dispatch.share
-        measures = ({} if share is None else {"dispatch_share": share}) | self._staleness.summary()
+        measures = ({} if share is None else {"dispatch_share": share}) | summarize(self._staleness)
         if self._num_repeated:
             measures["num_repeated"] = self._num_repeated
         num_dropped = self._together.num_dropped
@@ -217,37 +202,14 @@ class CoordinatorLoop:
         self._scheduler.join()
         return self._state
 
-    def snapshot_sync(self) -> dict[str, np.ndarray]:
-        """Returns nothing: what the workers share lies in the model."""
-        return {}
-
-    def restore_sync(self, arrays: dict[str, np.ndarray]) -> None:
-        """Takes nothing."""
-
-    def snapshot_input(self) -> bytes:
-        """Returns where the stream stands that the chief reads; at a boundary nothing was read ahead of it."""
-        return self._position.save()
-
-    def shard_source_of(self, source: Source, shard: str) -> Source:
-        """Returns the source: the chief reads streams alone, and sends each example to one worker."""
-        del shard
-        return source
-
-    def broadcast(self, content: bytes, *, source: int = 0) -> bytes:
-        """Returns the bytes: only the chief runs the program."""
-        del source
-        return content
+    @property
+    def metric_origins(self) -> list[np.ndarray]:
+        """What the steps' parts of the metrics' state are counted from: what these start from."""
+        return self._step.metric_origins
 
     def own_metrics(self) -> list[Any]:
         """Returns this process's part of the metrics' state, from its origin."""
         return [state - start for state, start in zip(self._state, self.metric_origins, strict=True)]
-
-    def all_reduce_sum(self, values: list[float]) -> list[float]:
-        """Returns the values: only the chief runs the program."""
-        return values
-
-    def meet(self) -> None:
-        """Returns: only the chief runs the program."""
 
     def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
         """Returns the metrics over the plan's steps."""
@@ -278,7 +240,7 @@ class CoordinatorLoop:
         return self._num_workers * max(_STEPS_PER_WORKER, _CLOSURES_PER_WORKER * num_steps)
 
     def _train_calls(self, source: Source, plan: BatchPlan) -> Iterator[Call]:
-        feed = self._feeds.find(source)
+        feed = self._find_feed(source)
         scales = self._options.staleness_lr == "inverse"
         # Whoever goes back to a batch needs the metrics up to it.
         sums_states = not plan.log_every_steps and plan.loss_limit is None
@@ -343,7 +305,7 @@ class CoordinatorLoop:
         return num_steps if bound is None else min(num_steps, max((bound // 2 + 1) // self._num_workers, 1))
 
     def _other_calls(self, kind: str, source: Source, plan: BatchPlan) -> Iterator[Call]:
-        feed = self._feeds.find(source)
+        feed = self._find_feed(source)
         for parts in feed.batches(plan):
             size = parts[0].size
             key = (kind, size, plan.shuffle, plan.seed)

@@ -37,11 +37,7 @@ class PackedFunction:
         return tf.concat([_to_bytes(t) for t in tensors], 0)
 
     def unpack(self, message: Any) -> Any:
-        """Returns what `body` has returned, as NumPy arrays.
-
-        Args:
-            message: What `function` has returned, fetched.
-        """
+        """Returns what `body` has returned, as NumPy arrays, from what was fetched of `function`."""
         if self._specs is None:
             return message
         content, place = message.tobytes(), 0
@@ -72,11 +68,7 @@ class Scheduled(NamedTuple):
 
 
 def pack_batches(batches: list[Any]) -> Any:
-    """Returns batches as one nest of tensors that are longer by an axis, if they are plain tensors of equal shapes.
-
-    Args:
-        batches: Nests of one structure.
-    """
+    """Returns batches as one nest of tensors that are longer by an axis, if they are plain tensors of equal shapes."""
     flat = [tf.nest.flatten(batch) for batch in batches]
     is_plain = all(isinstance(t, tf.Tensor) for tensors in flat for t in tensors)
     # The last batch is short, and accumulates with the one before; sentences are of any length.

@@ -60,10 +60,7 @@ class Scheduler:
     ) -> Iterator[tuple[Any, Call, bool]]:
         """Schedules every closure once, and yields in order its result and whether nothing is in flight behind it.
 
-        Args:
-            kind: `train`, `test` or `predict`.
-            calls: The closures.
-            max_steps: Returns how many batches may be in flight with closures of so many.
+        `max_steps` returns how many batches may be in flight with closures of so many.
         """
         pending: collections.deque[tuple[Scheduled, Call, float]] = collections.deque()
         num_steps = 0

@@ -42,15 +42,7 @@ class StepStaleness:
     def measure(
         self, optimizer: keras.optimizers.Optimizer, grads: Sequence[Any]
     ) -> contextlib.AbstractContextManager[None]:
-        """Asks how far the others have come by now.
-
-        Args:
-            optimizer: That is about to apply.
-            grads: What it applies.
-
-        Returns:
-            A context to apply them in.
-        """
+        """Asks how far the others have come by now; returns a context in which to apply the gradients."""
         counter = keras_internals.batch_counter(optimizer)
         # What is found in a branch of the step's own cannot leave it.
         is_outside = tf.compat.v1.get_default_graph() is not self._graph
@@ -68,27 +60,13 @@ class StepStaleness:
         return keras_internals.scaling_rate(optimizer, 1.0 / (1.0 + staleness))
 
 
-class StalenessRecord:
-    """An epoch's staleness, on the chief."""
-
-    def __init__(self) -> None:
-        self._values: list[float] = []
-
-    def begin_epoch(self) -> None:
-        """Forgets the epoch before."""
-        self._values.clear()
-
-    def add(self, value: float) -> None:
-        """Adds a step's; `UNKNOWN` is left out."""
-        if value >= 0:
-            self._values.append(value)
-
-    def summary(self) -> dict[str, Any]:
-        """Returns mean, 95th percentile and, for 0, 1, 2 and so on, how many steps had it; nothing without steps."""
-        if not self._values:
-            return {}
-        return {
-            "staleness_mean": float(np.mean(self._values)),
-            "staleness_p95": float(np.percentile(self._values, 95)),
-            "staleness_counts": np.bincount(np.round(self._values).astype(int)).tolist(),
-        }
+def summarize(values: Sequence[float]) -> dict[str, Any]:
+    """Returns mean, 95th percentile and, for 0, 1, 2 and so on, how many, of values that are known; {} if none is."""
+    known = [value for value in values if value >= 0]
+    if not known:
+        return {}
+    return {
+        "staleness_mean": float(np.mean(known)),
+        "staleness_p95": float(np.percentile(known, 95)),
+        "staleness_counts": np.bincount(np.round(known).astype(int)).tolist(),
+    }

@@ -24,7 +24,7 @@ from tfdist.optimizers.sparse import with_summed_rows
 from tfdist.training.capturing import CapturingScope
 from tfdist.training.metrics import returned_names, scalar_logs
 from tfdist.training.ps.async_step import AsyncPsStep, as_single_device
-from tfdist.training.step.finite_check import UNCHECKED, StepCheck, run_if
+from tfdist.training.step.finite_check import UNCHECKED, StepCheck, on_values, run_if
 
 
 class _Slot:
@@ -128,7 +128,11 @@ class SyncPsStep(AsyncPsStep):
 
         with (
             as_single_device(
-                self._model, self._optimizers, capture, loss_correction=correct, note_loss=check.note_loss
+                self._model,
+                optimizers=self._optimizers,
+                apply=capture,
+                loss_correction=correct,
+                note_loss=check.note_loss,
             ),
             scope,
         ):
@@ -172,7 +176,7 @@ class SyncPsStep(AsyncPsStep):
             for variable, change in changes:
                 keras_internals.native(variable).assign_add(change)
 
-        with as_single_device(self._model, self._optimizers, lambda _, apply: apply):
+        with as_single_device(self._model, optimizers=self._optimizers):
             if limit is None:
                 update()
                 return tf.convert_to_tensor(UNCHECKED)
@@ -248,9 +252,7 @@ def _beside_its_weight(update_step: Callable[..., None]) -> Callable[..., None]:
 
 
 def _weighted(grad: Any, share: Any) -> Any:
-    if isinstance(grad, tf.IndexedSlices):
-        return tf.IndexedSlices(_weighted(grad.values, share), grad.indices, grad.dense_shape)
-    return grad * tf.cast(share, grad.dtype)
+    return on_values(lambda values: values * tf.cast(share, values.dtype), grad)
 
 
 def _weighted_change(change: Any, share: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import collections
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from tfdist.data.iterators import untuned
 from tfdist.data.order import epoch_indices, part_slice
 from tfdist.data.sources.source import ArraySource, SelfShardedSource, Source, take
 from tfdist.errors import ConfigError
-from tfdist.training.checkpoint.input_position import InputPosition
+from tfdist.training.input_position import InputPosition
 from tfdist.training.monitoring.input_wait import next_element
 from tfdist.training.plan import BatchPlan
 from tfdist.training.ps.message import pack_batches, unpack_batch
@@ -165,40 +165,17 @@ class OwnInput:
 WorkerInput = ResidentInput | SentInput | OwnInput
 
 
-class Feeds:
-    """The feeds of the data sets that the workers keep at once: training, validation, and one or two more.
+def keep_feeds(
+    coordinator: tf.distribute.coordinator.ClusterCoordinator, num_workers: int, position: InputPosition
+) -> Callable[[Source], WorkerInput]:
+    """Returns what gives a source's feed; kept are those of training, of validation, and one or two more."""
 
-    Args:
-        coordinator: Whose workers read.
-        num_workers: Of these.
-        position: Keeps the place in a stream that the chief reads.
-    """
-
-    def __init__(
-        self,
-        coordinator: tf.distribute.coordinator.ClusterCoordinator,
-        num_workers: int,
-        position: InputPosition,
-    ) -> None:
-        self._coordinator = coordinator
-        self._num_workers = num_workers
-        self._position = position
-        self._kept: collections.OrderedDict[int, WorkerInput] = collections.OrderedDict()
-
-    def find(self, source: Source) -> WorkerInput:
-        """Returns a source's feed, which is made if it is new."""
-        feed = self._kept.pop(id(source), None)
-        if feed is None:
-            feed = self._make(source)
-        # The latest last; a feed holds its source, so that an id stands for one source only.
-        self._kept[id(source)] = feed
-        while len(self._kept) > _MAX_FEEDS:
-            self._kept.popitem(last=False)
-        return feed
-
-    def _make(self, source: Source) -> WorkerInput:
+    @functools.lru_cache(_MAX_FEEDS)
+    def find(source: Source) -> WorkerInput:
         if isinstance(source, ArraySource):
-            return ResidentInput(source, self._coordinator)
+            return ResidentInput(source, coordinator)
         if isinstance(source, SelfShardedSource):
-            return OwnInput(source, self._coordinator, self._num_workers)
-        return SentInput(source, self._position)
+            return OwnInput(source, coordinator, num_workers)
+        return SentInput(source, position)
+
+    return find

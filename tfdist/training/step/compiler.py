@@ -58,17 +58,11 @@ class Compiler:
         return bool(self._model.jit_compile) if self._choice is None else self._choice
 
     def choose(self, jit_compile: str | None, source: Source, global_batch_size: int) -> str:
-        """Decides for the steps to come.
+        """Decides for the steps to come; returns a line that says what was found, empty where nothing was asked for.
 
-        Args:
-            jit_compile: One of `JIT_COMPILE`, or None: as `compile` says where a device is alone, else "auto" on GPUs
-                and "off" on CPUs. "auto" compiles on a GPU what can be; on CPUs, where XLA is as often the slower one,
-                it times both on the first examples, and all workers take the faster.
-            source: The training examples.
-            global_batch_size: Of a step.
-
-        Returns:
-            A line that says what was found; empty where nothing was asked for.
+        None means as `compile` says where a device is alone, else "auto" on GPUs and "off" on CPUs. "auto" compiles on
+        a GPU what can be; on CPUs, where XLA is as often the slower one, it times both on the first examples, and all
+        workers take the faster.
 
         Raises:
             ConfigError: If the model's step cannot be compiled so.

@@ -72,17 +72,9 @@ class Compute:
         note_loss: Callable[..., None] | None,
         jit: bool,
     ) -> Computed:
-        """Computes the gradients.
+        """Computes the gradients of a part, which is as `train_step` takes it, by XLA if `jit`.
 
-        Args:
-            part: As `train_step` takes it.
-            variables: As `ReplicaBinding` takes them.
-            loss_correction: As there.
-            note_loss: Is told of the total loss.
-            jit: Whether by XLA.
-
-        Returns:
-            What to apply, and what the step says.
+        `variables` and `loss_correction` are as `ReplicaBinding` takes them; `note_loss` is told of the total loss.
         """
         found: dict[str, Any] = {}
 
@@ -103,11 +95,8 @@ class Compute:
                 model=self._model,
                 note_loss=check.note_loss,
             )
-            binding.install()
-            try:
+            with binding:
                 logs = self._model.train_step(part)
-            finally:
-                binding.remove()
             found["names"] = returned_names(logs)
             present = [g for g in found["gradients"] if g is not None]
             return present, check.own_loss, scalar_logs(logs, self._metric_names)

@@ -34,12 +34,7 @@ class StepCheck:
         self._loss: Any = tf.constant(0.0)
 
     def note_loss(self, loss: Any, *, is_total: bool) -> None:
-        """Takes a loss that the step computed.
-
-        Args:
-            loss: Scalar.
-            is_total: It holds those noted before.
-        """
+        """Takes a scalar loss that the step computed; a total one holds those noted before."""
         # A loss inside a loop or a branch of the step's own is out of reach here: its gradients are not.
         if current_graph() is self._graph:
             self._losses = [loss] if is_total else [*self._losses, loss]
@@ -50,13 +45,7 @@ class StepCheck:
         return tf.add_n([tf.cast(loss, tf.float32) for loss in self._losses] or [tf.constant(0.0)])
 
     def judge(self, optimizer: keras.optimizers.Optimizer, grads: Sequence[Any], loss: Any) -> Any:
-        """Returns whether `grads` may be applied, a bool scalar.
-
-        Args:
-            optimizer: That they are meant for.
-            grads: As they would be applied, None where there is none.
-            loss: Of the whole batch, float32 scalar.
-        """
+        """Returns whether gradients (or None) may be applied, a bool scalar; `loss` is that of the whole batch."""
         fault = tf.where(loss > self._limit, SPIKE, SOUND)
         fault = tf.where(tf.math.is_finite(loss), fault, LOSS)
         if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
@@ -95,6 +84,20 @@ def run_if(condition: Any, update: Callable[[], Any]) -> None:
         update()
 
     tf.cond(condition, run, lambda: None)
+
+
+def on_values(change: Callable[[Any], Any], grad: Any) -> Any:
+    """Returns a gradient with its numbers changed: all of a dense one, or those of the rows that it is about."""
+    if isinstance(grad, tf.IndexedSlices):
+        return tf.IndexedSlices(change(grad.values), grad.indices, grad.dense_shape)
+    return change(grad)
+
+
+def zero_unless(condition: Any, grad: Any) -> Any:
+    """Returns a gradient, or zeros where the bool scalar `condition` does not hold; None where there is none."""
+    if grad is None:
+        return None
+    return on_values(lambda values: tf.where(condition, values, tf.zeros_like(values)), grad)
 
 
 def side_variables(model: keras.Model) -> list[keras.Variable]:

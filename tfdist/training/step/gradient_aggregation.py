@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfdist import keras_internals
 from tfdist.collectives import GradientExchange
-from tfdist.training.step.finite_check import run_if
+from tfdist.training.step.finite_check import run_if, zero_unless
 from tfdist.training.step.replica_context import KerasReplicaContext
 
 Apply = Callable[..., Any]
@@ -79,7 +79,7 @@ class LocalGradients:
 
         def apply_own(grads: Sequence[Any], trainable_variables: Any = None) -> Any:
             # A replica without examples has computed on padding.
-            grads = [None if g is None else _zero_if(sole.share <= 0, g) for g in grads]
+            grads = [zero_unless(sole.share > 0, g) for g in grads]
             present = [g for g in grads if g is not None]
             sole.note_ready(present)
             sole.note_exchanged(present)
@@ -286,9 +286,3 @@ def apply_checked(
         return apply(grads, trainable_variables)
     is_sound = sole.check.judge(optimizer, grads, loss)
     return run_if(is_sound, lambda: apply(grads, trainable_variables))
-
-
-def _zero_if(condition: Any, grad: Any) -> Any:
-    if isinstance(grad, tf.IndexedSlices):
-        return tf.IndexedSlices(_zero_if(condition, grad.values), grad.indices, grad.dense_shape)
-    return tf.where(condition, tf.zeros_like(grad), grad)

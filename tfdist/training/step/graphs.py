@@ -124,7 +124,7 @@ class StepGraphs:
         return one_step
 
     def _build_step(self, kind: str, segment: Segment, is_compiled: bool) -> Callable[..., Any]:
-        step = functools.partial(getattr(self._step, kind), never_empty=segment.never_empty)
+        step = functools.partial(self._step.run, kind, never_empty=segment.never_empty)
         if not is_compiled:
             return step
         if not self._alone:

@@ -73,19 +73,7 @@ class ReplicaStep:
         self._average_fn: Callable[[], Any] | None = None
         self._waiting_fns: dict[bool, Callable[..., Any]] = {}
 
-    def train(self, parts: Sequence[Any], global_size: Any, limit: Any = None, **known: Any) -> Any:
-        """Runs one optimizer step; see `_run`."""
-        return self._run("train", parts, global_size, limit, **known)
-
-    def test(self, parts: Sequence[Any], global_size: Any, **known: Any) -> Any:
-        """Updates the metrics on one batch; see `_run`."""
-        return self._run("test", parts, global_size, **known)
-
-    def predict(self, parts: Sequence[Any], global_size: Any, **known: Any) -> Any:
-        """Returns the outputs for one whole global batch, in order, on every replica."""
-        return self._run("predict", parts, global_size, **known)
-
-    def _run(
+    def run(
         self,
         kind: str,
         parts: Sequence[Any],
@@ -111,8 +99,8 @@ class ReplicaStep:
             For `train` and `test` the logs that are no metrics, averaged over the batch's examples (where replicas step
             by themselves: this one's share of that average). For `train` two tensors beside them: `[2]` float32, the
             check's verdict and the loss, and `[3]` float64, when the batch, gradients and their sums were there, in
-            seconds since 1970, 0 where that is not known. Where `has_more` is given, a pair of that and of the number
-            of processes that have.
+            seconds since 1970, 0 where that is not known. For `predict` the outputs of the whole batch, in order. Where
+            `has_more` is given, a pair of that and of the number of processes that have.
         """
         args = (kind, tuple(parts), global_size, limit, never_empty, has_more, jit)
         return self.replicas.run(self._replica_fn, args)
@@ -252,13 +240,7 @@ class ReplicaStep:
         )
 
     def time_compute(self, compute: Compute, parts: Sequence[Any], *, jit: bool) -> float:
-        """Returns the seconds of a forward and backward pass that changes nothing; every process must call it.
-
-        Args:
-            compute: Of the model.
-            parts: One nest of tensors for each local replica.
-            jit: Whether by XLA.
-        """
+        """Returns the seconds of a forward and backward pass that changes nothing; every process must call it."""
 
         def run(index: int, parts: Sequence[Any]) -> Any:
             outer = tf.distribute.get_replica_context()
@@ -297,11 +279,7 @@ class ReplicaStep:
     def apply_waiting(self, limit: float | None) -> tuple[int, float]:
         """Applies the gradients that wait for the next step; every process must call it.
 
-        Args:
-            limit: Largest loss that passes the check; None checks nothing.
-
-        Returns:
-            What was wrong with them, and their loss.
+        Returns what was wrong with them, and their loss; a limit of None checks nothing.
         """
         aggregation = self.gradient_aggregation
         assert isinstance(aggregation, DelayedGradients)

@@ -19,7 +19,7 @@ import tensorflow as tf
 from tfdist import keras_internals
 from tfdist.collectives import Communicator, gather_all, reduce_all
 from tfdist.training.monitoring.clock import on_host, step_time_after
-from tfdist.training.step.finite_check import StepCheck, current_graph
+from tfdist.training.step.finite_check import StepCheck, current_graph, on_values
 
 
 class KerasReplicaContext(tf.distribute.ReplicaContext):
@@ -47,7 +47,7 @@ class KerasReplicaContext(tf.distribute.ReplicaContext):
         self.local_size = local_size
         self.global_size = global_size
         self.share = tf.cast(local_size, tf.float32) / tf.cast(global_size, tf.float32)
-        self.binding: keras_internals.ReplicaBinding | None = None
+        self.binding: keras_internals.ReplicaBinding  # by whoever makes it, before it is entered
         self.num_applied = 0
         self.bound: list[tuple[keras.Variable, tf.Variable]] = []
         # Makes what this replica adds to the sums, of its gradients, where that is not their share.
@@ -58,20 +58,12 @@ class KerasReplicaContext(tf.distribute.ReplicaContext):
 
     def __enter__(self) -> KerasReplicaContext:
         super().__enter__()
-        self._install()
+        self.binding.install()
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        self._remove()
+        self.binding.remove()
         super().__exit__(*exc_info)
-
-    def _install(self) -> None:
-        if self.binding is not None:
-            self.binding.install()
-
-    def _remove(self) -> None:
-        if self.binding is not None:
-            self.binding.remove()
 
     @contextlib.contextmanager
     def guarding(self, ids: set[int]) -> Iterator[None]:
@@ -85,11 +77,11 @@ class KerasReplicaContext(tf.distribute.ReplicaContext):
     def through(self, function: Callable[[tf.distribute.ReplicaContext], Any]) -> Any:
         """Calls a function that exchanges with the other replicas, by the context that the strategy gave."""
         # MirroredStrategy lets the other replicas' threads run inside such a call: they bind their own.
-        self._remove()
+        self.binding.remove()
         try:
             return function(self.outer)
         finally:
-            self._install()
+            self.binding.install()
 
     def exchange(self, values: Sequence[Any]) -> list[Any]:
         """Sums each tensor over all replicas; not differentiable."""
@@ -152,10 +144,8 @@ class KerasReplicaContext(tf.distribute.ReplicaContext):
 
     def weighted(self, grad: Any) -> Any:
         """Returns a gradient times this replica's share of the batch."""
-        if isinstance(grad, tf.IndexedSlices):
-            return tf.IndexedSlices(self.weighted(grad.values), grad.indices, grad.dense_shape)
         # multiply_no_nan: a replica without examples contributes zero, whatever its model made of padding.
-        return tf.math.multiply_no_nan(grad, tf.cast(self.share, grad.dtype))
+        return on_values(lambda v: tf.math.multiply_no_nan(v, tf.cast(self.share, v.dtype)), grad)
 
     def contributions(self, gradients: Sequence[Any]) -> list[Any]:
         """Returns what this replica adds to the sum of each gradient; None where there is none."""
@@ -183,13 +173,7 @@ class KerasReplicaContext(tf.distribute.ReplicaContext):
 
 
 def own_divisor(sample_weight: Any, mask: Any, reduction: str | None) -> Any:
-    """Returns by what Keras divides a loss where that is not the number of examples, a float32 scalar; else None.
-
-    Args:
-        sample_weight: As Keras's loss takes it.
-        mask: Of valid elements.
-        reduction: Of the loss.
-    """
+    """Returns by what Keras divides a loss where that is not the number of examples, a float32 scalar; else None."""
     if reduction == "mean_with_sample_weight" and sample_weight is not None:
         return tf.reduce_sum(tf.cast(sample_weight, tf.float32))
     if mask is not None and reduction not in (None, "none", "sum"):

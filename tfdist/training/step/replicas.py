@@ -40,11 +40,9 @@ class Replicas:
         return self._strategy.run(function, args=tuple(args))
 
     def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        """Returns what runs a function of the replica's index here, and of tensors, on every replica.
+        """Returns what runs a function of the replica's index here, and of tensors, in the context of every replica.
 
-        Args:
-            function: Called inside the replica's context; the tensors are of the same shapes each time.
-            **options: Of `tf.function`.
+        The tensors are of the same shapes each time; `options` are those of `tf.function`.
         """
 
         def on_replica(*args: Any) -> Any:
@@ -62,13 +60,9 @@ class Replicas:
         return call
 
     def build(self, function: Callable[[tf.distribute.ReplicaContext], Any]) -> Callable[[], np.ndarray]:
-        """Compiles a function of the replica context that the strategy gives.
+        """Compiles a function of the replica context that the strategy gives, which returns a tensor.
 
-        Args:
-            function: Returns a tensor.
-
-        Returns:
-            What runs it on every replica, and returns the result of this process's first; every process must call it.
+        What comes of it runs on every replica, every process must call it, and it returns this process's first result.
         """
         compiled = self.compile(lambda index: function(tf.distribute.get_replica_context()))
         return lambda: self.first_local(compiled()).numpy()
@@ -86,11 +80,7 @@ class Replicas:
         return self._strategy.experimental_local_results(value)[0]
 
     def sum_first(self, values: np.ndarray) -> np.ndarray:
-        """Sums an array over processes, of each its first replica's; every process must call it.
-
-        Args:
-            values: `[n]`, of one length everywhere.
-        """
+        """Sums arrays `[n]` of one length, of each process its first replica's; every process must call it."""
         dtype = tf.as_dtype(values.dtype)
 
         def total(index: int, values: tf.Tensor) -> Any:
@@ -104,12 +94,7 @@ class Replicas:
         return self.first_local(self._sums[dtype](tf.convert_to_tensor(values))).numpy()
 
     def broadcast(self, content: bytes, *, is_source: bool) -> bytes:
-        """Returns one process's bytes on every process; every one must call it.
-
-        Args:
-            content: Of the source; others' do not matter.
-            is_source: Whether this process is the one.
-        """
+        """Returns one process's bytes on every process; every one must call it, though others' does not matter."""
         if not is_source:
             content = b""
         size = int(self.sum_first(np.array([len(content)], np.int64))[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -29,26 +30,31 @@ class SingleDeviceStep:
         self.metrics = SingleDeviceMetrics(model)
         self.metric_names = set(metric_results(model, self.metrics.origins))
 
-    def train(self, parts: Any, global_size: Any, limit: Any = None, *, never_empty: bool = True) -> Any:
-        """Runs one optimizer step; see `ReplicaStep`.
+    def run(
+        self, kind: str, parts: Any, global_size: Any, limit: Any = None, *, never_empty: bool = True
+    ) -> Any:
+        """Runs the step; see `ReplicaStep.run`.
 
         Returns:
-            The logs that are no metrics, the check's verdict and the loss (`[2]` float32), and a tensor that is there
-            when the step is computed.
+            As there, but for `train` the logs that are no metrics, the check's verdict and the loss (`[2]` float32),
+            and a tensor that is there when the step is computed.
         """
         del global_size, never_empty
+        if kind == "train":
+            return self._train(parts[0], limit)
+        outputs = getattr(self._model, f"{kind}_step")(parts[0])
+        return outputs if kind == "predict" else self._logs(kind, outputs)
+
+    def _train(self, part: Any, limit: Any) -> Any:
         check = None if limit is None else StepCheck(limit)
         side = [] if check is None else [keras_internals.native(v) for v in side_variables(self._model)]
         before = [tf.identity(v) for v in side]
-        binding = None if check is None and self.private is None else self._bind(check, parts[0])
-        if binding is not None:
-            binding.install()
-        try:
-            with after_reading(parts[0]):
-                outputs = self._model.train_step(parts[0])
-        finally:
-            if binding is not None:
-                binding.remove()
+        is_plain = check is None and self.private is None
+        binding: contextlib.AbstractContextManager[None] = (
+            contextlib.nullcontext() if is_plain else self._bind(check, part)
+        )
+        with binding, after_reading(part):
+            outputs = self._model.train_step(part)
         logs = self._logs("train", outputs)
         if check is not None:
             check.undo(side, before)
@@ -74,10 +80,8 @@ class SingleDeviceStep:
             return apply_sound
 
         return keras_internals.ReplicaBinding(
-            variables=[],
             optimizers=keras_internals.find_optimizers(self._model),
             apply=wrap,
-            loss_correction=lambda *args: None,
             model=self._model,
             note_loss=None if check is None else check.note_loss,
         )
@@ -97,16 +101,6 @@ class SingleDeviceStep:
 
         compiled = tf.function(run, autograph=False)
         return time_calls(lambda: compiled(parts[0]).numpy())
-
-    def test(self, parts: Any, global_size: Any, *, never_empty: bool = True) -> Any:
-        """Updates the metrics on one batch."""
-        del global_size, never_empty
-        return self._logs("test", self._model.test_step(parts[0]))
-
-    def predict(self, parts: Any, global_size: Any, *, never_empty: bool = True) -> Any:
-        """Returns the outputs for one batch."""
-        del global_size, never_empty
-        return self._model.predict_step(parts[0])
 
     def _logs(self, kind: str, logs: Any) -> dict[str, Any]:
         self.returned[kind] = returned_names(logs)

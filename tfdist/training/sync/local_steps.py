@@ -79,10 +79,9 @@ class LocalSteps:
         self._num_since = 0
 
     def after_step(self) -> bool:
-        """Exchanges, if a period is over; every worker calls it after each of its steps.
+        """Exchanges, if a period is over, and tells whether now is the time to compare what went wrong.
 
-        Returns:
-            Whether now is the time to compare what went wrong.
+        Every worker calls it after each of its steps.
         """
         self._num_since += 1
         self._has_equal_slots = False
@@ -178,12 +177,9 @@ class LocalSteps:
 
 
 def neighbours(rank: int, num_workers: int, distance: int) -> list[int]:
-    """Returns whom a worker averages with, in an order in which nobody waits for ever; none for distance 0.
+    """Returns whom a worker averages with: at that distance, if not 0, on both sides in a ring.
 
-    Args:
-        rank: The worker.
-        num_workers: In a ring.
-        distance: To the neighbours on both sides.
+    In an order in which nobody waits for ever.
     """
     if distance == 0 or num_workers == 1:
         return []

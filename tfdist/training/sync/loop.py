@@ -19,11 +19,10 @@ from tfdist.data.segment import Segment
 from tfdist.data.shard import shard_source
 from tfdist.data.sources.source import ServedSource, ShardedSource, Source
 from tfdist.runtime.strategies import wait_for_workers
-from tfdist.training.checkpoint.input_position import InputPosition
 from tfdist.training.metric_parts import find_whole
 from tfdist.training.metrics import metric_results, select_logs
+from tfdist.training.model_loop import Loop
 from tfdist.training.monitoring import clock
-from tfdist.training.monitoring.input_wait import InputWait
 from tfdist.training.monitoring.step_times import StepTimes
 from tfdist.training.plan import BatchPlan, FinishedStep
 from tfdist.training.privacy.gradients import Mechanism, PrivateGradients
@@ -35,12 +34,13 @@ from tfdist.training.step.single_device import SingleDeviceStep
 from tfdist.training.sync.synchronizer import GradientSynchronizer
 
 
-class SyncLoop:
+class SyncLoop(Loop):
     """Runs epochs, evaluation and prediction of a built model in lock step over all replicas."""
 
     def __init__(
         self, *, strategy: tf.distribute.Strategy, model: keras.Model, heartbeat: Heartbeat, batch: Any
     ) -> None:
+        super().__init__()
         self._heartbeat = heartbeat
         self._strategy = strategy
         self._model = model
@@ -51,7 +51,7 @@ class SyncLoop:
         if not self._alone and resolver is not None and resolver.task_id is not None:
             offset = _worker_index(resolver) * num_local
         self.num_replicas = strategy.num_replicas_in_sync
-        self._num_workers = self.num_replicas // num_local
+        self.num_readers = self._num_workers = self.num_replicas // num_local
         self.replica_ids = list(range(offset, offset + num_local))
         optimizers = keras_internals.find_optimizers(model)
         self._fixed_sizes = keras_internals.has_loss_by_output(model)
@@ -75,28 +75,19 @@ class SyncLoop:
         self._graphs = StepGraphs(
             model=model, step=self._step, compiler=self._compiler, first_local=self._first_local
         )
-        self.input_wait = InputWait()
         self._has_gpu = clock.has_gpu()
         self._times = StepTimes(
             num_workers=self._num_workers,
             rank=self.replica_ids[0] // num_local,
             is_ahead=self._has_gpu,
         )
-        self._position = InputPosition()
         self._is_inside_loop = False
         self._steps_per_loop = 1
         self._synchronizer: GradientSynchronizer | None = None
         self._mechanism: Mechanism | None = None
 
     def configure(self, options: SyncOptions, mechanism: Mechanism | None = None) -> str:
-        """Says how the next epochs' replicas share what they learn.
-
-        Args:
-            options: What crosses between workers.
-            mechanism: What private training does to gradients; None: nothing.
-
-        Returns:
-            A line that says what carries it; empty where there is nothing to say.
+        """Says how the next epochs' replicas share what they learn; returns a line on what carries it, or "".
 
         Raises:
             ConfigError: If this model's or this strategy's cannot be.
@@ -127,14 +118,10 @@ class SyncLoop:
     def start(self) -> None:
         """Prepares the replicas for training: equal weights are TensorFlow's, different random streams ours."""
         self._step.spread_seeds()
-        self.release()
+        super().start()
         self._steps_per_loop = 1
         if self._synchronizer is not None:
             self._synchronizer.start()
-
-    def release(self) -> None:
-        """Lets go of the data."""
-        self._position.forget()
 
     def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
         """Trains over the plan's steps, yielding once a step, with the logs where `plan.wants_logs`."""
@@ -247,10 +234,6 @@ class SyncLoop:
         if self._synchronizer is not None:
             self._synchronizer.set_state(arrays)
 
-    def snapshot_input(self) -> bytes:
-        """Returns where the stream stands that is trained on."""
-        return self._position.save()
-
     def broadcast(self, content: bytes, *, source: int = 0) -> bytes:
         """Returns the bytes of the process with that number on every process."""
         if isinstance(self._step, SingleDeviceStep) or self.num_replicas == len(self.replica_ids):
@@ -333,8 +316,8 @@ class SyncLoop:
                     own = tf.nest.map_structure(self._first_local, outputs)
                     if kind == "train":
                         verdict = own[1]
-                        counts = clock.can_read() and not self._graphs.is_traced
-                        self.input_wait.end_step(float(wait_secs), counts=counts)
+                        is_timed = not (keras_internals.is_deterministic() or self._graphs.is_traced)
+                        self.input_wait.end_step(float(wait_secs), counts=is_timed)
                     else:
                         self._heartbeat.beat()
                     yield own
@@ -352,11 +335,7 @@ class SyncLoop:
     def _loop_size(self, source: Source, plan: BatchPlan, step: int, left: int | None) -> int:
         """Returns how many steps, from zero-based `step` on, are one call: all of a loop, or one.
 
-        Args:
-            source: The training examples.
-            plan: Of the epoch.
-            step: The next one.
-            left: Steps of this shape that are still to come; None: only the data's end will tell.
+        `left` are the steps of this shape that are still to come; None: only the data's end will tell.
         """
         size = plan.steps_per_loop or self._steps_per_loop
         # Where the data may end inside a loop, nobody would hear of the steps before.
@@ -380,11 +359,6 @@ class SyncLoop:
         return isinstance(source, ShardedSource) or (
             isinstance(source, ServedSource) and self._num_workers > 1
         )
-
-    @property
-    def num_readers(self) -> int:
-        """Processes that read the data."""
-        return self._num_workers
 
     def shard_source_of(self, source: Source, shard: str) -> Source:
         """Returns what of a source this process reads."""

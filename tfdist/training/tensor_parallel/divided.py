@@ -81,11 +81,6 @@ class DividedLayers:
 def find_divided(model: keras.Model, calls: Sequence[LayerCall], num_blocks: int) -> DividedLayers:
     """Returns what is divided of a model's layers: all that can be without an exchange of its own.
 
-    Args:
-        model: Functional or `Sequential`, compiled.
-        calls: Its layers', in order.
-        num_blocks: Into so many parts.
-
     Raises:
         ConfigError: If nothing is, or not what must be, or the optimizer looks at a weight as a whole.
     """

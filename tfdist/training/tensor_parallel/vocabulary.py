@@ -47,9 +47,7 @@ class DividedVocabulary:
     def view(self, labels: Any, logits: Any) -> View:
         """Returns what the loss and the accuracy are computed of (vocabulary-parallel cross-entropy, Shoeybi et al.).
 
-        Args:
-            labels: `[...]` or `[..., 1]`.
-            logits: `[..., own words]`, of which gradients are wanted.
+        `labels` are `[...]` or `[..., 1]`, `logits` `[..., own words]`, of which gradients are wanted.
         """
         logits = tf.cast(logits, tf.float32)
         labels = tf.cast(labels, tf.int32)

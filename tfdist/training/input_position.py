@@ -79,11 +79,7 @@ class InputPosition:
     ) -> Iterator[Any]:
         """Returns an iterator over a segment's elements, from the plan's first step on.
 
-        Args:
-            segment: Of the source.
-            source: What is read.
-            plan: Of the epoch.
-            kind: What is done with them; of others than "train" a checkpoint knows nothing.
+        Of what is opened for another `kind` than "train" a checkpoint knows nothing.
         """
         if kind != "train":
             return self._between_tests.take(segment) or segment.open()

@@ -13,7 +13,7 @@ from tfdist.errors import ConfigError
 from tfdist.recipe import load_recipe
 from tfdist.training.tensor_parallel.by_parts import maps_by_parts, updates_by_parts
 from tfdist.training.tensor_parallel.divided import find_divided
-from tfdist.training.tensor_parallel.group import BlockGroup
+from tfdist.training.tensor_parallel.group import ProcessGroup
 from tfdist.training.tensor_parallel.vocabulary import DividedVocabulary
 
 layers = keras.layers
@@ -211,7 +211,7 @@ def test_loss_and_accuracy_of_a_view_are_keras_own(ignored):
     )
     labels = rng.integers(0, 9, (6, 5))
     labels[0, 1] = 3 if ignored is None else ignored
-    vocabulary = DividedVocabulary(9, BlockGroup(1), 0, ignored)
+    vocabulary = DividedVocabulary(9, ProcessGroup(1), 0, ignored)
     loss = keras.losses.SparseCategoricalCrossentropy(
         from_logits=True, ignore_class=ignored, reduction="none"
     )
@@ -230,7 +230,7 @@ def test_loss_and_accuracy_of_a_view_are_keras_own(ignored):
 
 
 def test_label_that_is_no_word_is_an_error_as_in_keras():
-    view = DividedVocabulary(9, BlockGroup(1), 0).view(tf.constant([[9]]), tf.zeros([1, 1, 9]))
+    view = DividedVocabulary(9, ProcessGroup(1), 0).view(tf.constant([[9]]), tf.zeros([1, 1, 9]))
     with pytest.raises(tf.errors.InvalidArgumentError, match="label value"):
         LOGITS(view.labels, view.loss_logits)
 

@@ -101,6 +101,59 @@ def test_private_keras_and_tensorflow_names_stay_in_one_file():
     assert not wrong, "\n".join(wrong)
 
 
+MOST_ATTRIBUTES, MOST_LINES_OF_CLASS, MOST_LINES_OF_FUNCTION = 12, 300, 60
+
+
+def code_lines(node: ast.AST) -> int:
+    """Returns how many lines a class or a function has, without docstrings."""
+    count = node.end_lineno - node.lineno + 1
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(inner) is not None:
+            count -= inner.body[0].end_lineno - inner.body[0].lineno + 1
+    return count
+
+
+def attributes(node: ast.ClassDef) -> set[str]:
+    """Returns the names of what objects of a class hold."""
+    fields = {
+        f.target.id for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)
+    }
+    stored = {
+        inner.attr
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.Attribute)
+        and isinstance(inner.ctx, ast.Store)
+        and isinstance(inner.value, ast.Name)
+        and inner.value.id == "self"
+    }
+    return fields | stored
+
+
+def too_large(path: Path) -> Iterator[str]:
+    """Yields the classes and functions over the limits above which no comment says why: `# Wide: …`, `# Long: …`."""
+    lines = path.read_text().splitlines()
+    for node in ast.walk(ast.parse(path.read_text())):
+        is_wide = is_long = False
+        if isinstance(node, ast.ClassDef):
+            is_wide = len(attributes(node)) > MOST_ATTRIBUTES
+            is_long = code_lines(node) > MOST_LINES_OF_CLASS
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            is_long = code_lines(node) > MOST_LINES_OF_FUNCTION
+        if not (is_wide or is_long):
+            continue
+        above = lines[min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 2].strip()
+        if not above.startswith("# Wide: " if is_wide else "# Long: "):
+            yield f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}"
+
+
+def test_what_is_long_or_wide_says_why():
+    wrong = [found for path in sources("tfdist", "recipes") for found in too_large(path)]
+    assert not wrong, (
+        f"more than {MOST_LINES_OF_FUNCTION} lines of a function, {MOST_LINES_OF_CLASS} lines or "
+        f"{MOST_ATTRIBUTES} attributes of a class, without docstrings:\n" + "\n".join(wrong)
+    )
+
+
 def test_starting_loads_no_tensorflow():
     code = (
         "import sys, tfdist, tfdist.launch, tfdist.doctor;"

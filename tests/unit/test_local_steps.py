@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfdist.collectives.communicator import join, split
 from tfdist.config.sync_options import SyncOptions
-from tfdist.training.sync.local_steps import LocalSteps, neighbours
+from tfdist.training.sync.local_steps import GossipSteps, LocalSteps, neighbours
 
 
 class Memory:
@@ -56,7 +56,7 @@ def in_threads(num_workers, options, work):
     parts, barrier = [None] * num_workers, threading.Barrier(num_workers)
 
     def run(rank):
-        steps = LocalSteps(
+        steps = (GossipSteps if options.sync == "gossip" else LocalSteps)(
             options=options,
             model=models[rank],
             communicator=Memory(rank, parts, barrier),

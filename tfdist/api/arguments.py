@@ -71,6 +71,7 @@ def read_data(
     return source, _BATCH_SIZE if batch_size is None else batch_size
 
 
+# Wide: one field for each argument of `Run.fit`.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitArguments:
     """The arguments of `Run.fit`, which says what they mean."""

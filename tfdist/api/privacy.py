@@ -48,6 +48,7 @@ class PrivateFit:
         return () if self.budget is None else self.budget.spent
 
 
+# Long: each way to ask for a private run is refused or counted here.
 def plan_private(
     given: FitArguments,
     data: FitData,

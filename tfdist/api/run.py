@@ -92,6 +92,7 @@ class Run:
         """Whether this process is the one that writes."""
         return self.cluster.is_chief
 
+    # Long: its arguments, one a line, twice.
     @takes_former_names
     def fit(
         self,

@@ -57,6 +57,7 @@ def check_deterministic(strategy: str, deterministic: bool) -> None:
         )
 
 
+# Wide: one field for each setting of a run.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(SyncOptions, PsOptions, PrivacyOptions, PipelineOptions):
     """Everything that decides what a run computes and where it leaves it, by the names of the flags.

@@ -23,6 +23,7 @@ _SHARDED_REGULARIZERS = (_regularizers.L1, _regularizers.L2, _regularizers.L1L2)
 _SHARDED_CONSTRAINTS = (_constraints.NonNeg,)
 
 
+# Wide: the arguments of Keras's layer, and ours.
 @keras.saving.register_keras_serializable(package="tfdist")
 class Embedding(keras.layers.Layer):
     """Turns ids into rows of a table, as `keras.layers.Embedding`, for tables that fit no single machine.

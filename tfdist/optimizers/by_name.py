@@ -33,6 +33,7 @@ _WITHOUT_DECAY = ("ftrl", "lazy_ftrl")
 _WITH_MOMENTUM = ("sgd", "momentum", "rmsprop", "lars", "lazy_momentum", "lazy_rmsprop")
 
 
+# Long: its arguments, one a line.
 def build_optimizer(
     name: str,
     *,

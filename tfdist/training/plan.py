@@ -23,6 +23,7 @@ class Place:
     step: int = 0
 
 
+# Wide: one field for each thing that an epoch may be told.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchPlan:
     """An epoch: a pass over a source, or a part of one.

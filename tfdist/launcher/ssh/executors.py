@@ -94,6 +94,7 @@ def _build_placed_cluster(places: Mapping[Task, Host], ports: Mapping[Task, int]
     return Cluster(addresses={role: tuple(own) for role, own in addresses.items()})
 
 
+# Wide: a process elsewhere, of which what is known comes in by and by.
 class RemoteChild(Child):
     """A task on another machine, at a port there (0: any); its process here is the ssh client of `render_ssh`.
 

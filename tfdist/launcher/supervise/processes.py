@@ -26,6 +26,7 @@ _CHUNK_BYTES = 2**16
 _ASKED_TO_END = (129, 130, 143)
 
 
+# Wide: a job has many sides: processes, their lines, marks, deadlines.
 class Processes:
     """Every process that a try has started, also those that have ended; a context that leaves none behind.
 

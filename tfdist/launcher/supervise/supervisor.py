@@ -31,6 +31,7 @@ _CHAOS_LOOK_SECS = 0.005
 _POLL_SECS = 0.02  # only where the system cannot wake us when a process ends
 
 
+# Wide: what may end a job, each with what must be remembered of it.
 class Supervisor:
     """Starts a job's processes and stays until all have ended.
 

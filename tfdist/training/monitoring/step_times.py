@@ -25,6 +25,7 @@ WAITS = 0.1
 _NAMES = ("input", "compute", "exchange", "update", "between")
 
 
+# Wide: sums, one for each thing that a step spends time on.
 class StepTimes:
     """Adds up an epoch's times; steps in which TensorFlow compiles are left out.
 

@@ -17,7 +17,7 @@ from tfdist.training.pipeline.cut import Cutter, StagePlan, count_slots
 from tfdist.training.pipeline.layer_graph import LayerGraph, variables_of
 from tfdist.training.pipeline.stage import Stage
 from tfdist.training.tensor_parallel.divided import DividedLayers, check_compiled, find_divided
-from tfdist.training.tensor_parallel.group import BlockGroup
+from tfdist.training.tensor_parallel.group import ProcessGroup
 from tfdist.training.tensor_parallel.own_blocks import OwnBlocks
 
 _USUAL_MICRO_BATCH = 4
@@ -147,7 +147,7 @@ def build_stage(
     index: int,
     *,
     recompute: bool = False,
-    group: BlockGroup | None = None,
+    group: ProcessGroup | None = None,
     block: int = 0,
 ) -> tuple[Stage, dict[int, Place]]:
     """Gives this stage's weights, and all that the optimizer keeps for them, their first values.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,15 +13,10 @@ from tfdist.cluster.spec import Cluster, split_address
 from tfdist.config.pipeline_options import Layout
 from tfdist.runtime.strategies import StagedStrategy, wait_for_workers
 from tfdist.training.step.replicas import Replicas
-from tfdist.training.tensor_parallel.group import BlockGroup
-
-# Far from the keys that TensorFlow gives its own groups and tensors, and from those of pairs of workers.
-_KEYS = 1 << 24
-# Exchanges of a group have numbers that no other group's have.
-_MOST_EXCHANGES = 1 << 20
-_NUMBERS = itertools.count()
+from tfdist.training.tensor_parallel.group import ProcessGroup
 
 
+# Wide: three axes, with a size and a place on each.
 class Grid:
     """The processes of a run: copies of the model side by side, each a line of stages, of blocks each.
 
@@ -40,28 +34,31 @@ class Grid:
         block: Of that stage.
         copy: Which it is a part of.
         blocks: The processes that have the other blocks of its layers.
-        tasks: In the order of their places.
-        hosts: Where they are.
     """
 
     def __init__(self, strategy: StagedStrategy, cluster: Cluster, layout: Layout) -> None:
         assert cluster.task is not None
-        self.tasks = [str(task) for task in cluster.tasks]
-        self.hosts = [split_address(cluster.address(task))[0] for task in cluster.tasks]
         self.num_copies, self.num_stages, self.num_blocks, _ = layout
-        num_blocks = self.num_blocks
         self.rank = cluster.tasks.index(cluster.task)
-        line, self.block = divmod(self.rank, num_blocks)
+        line, self.block = divmod(self.rank, self.num_blocks)
         self.copy, self.stage = divmod(line, self.num_stages)
-        # Of the groups that add up: for each stage's block its copies, for each stage of each copy its blocks.
-        self._copy_group = self.stage * num_blocks + self.block
-        block_group = self.num_stages * num_blocks + line
-        self.blocks = BlockGroup(
-            num_blocks, key=_KEYS + block_group, first_number=_KEYS + block_group * _MOST_EXCHANGES
-        )
+        # Those that add up: for each stage's block its copies, for each stage of each copy its blocks.
+        self._copies = ProcessGroup(self.num_copies, self.stage * self.num_blocks + self.block)
+        self.blocks = ProcessGroup(self.num_blocks, self.num_stages * self.num_blocks + line)
+        self._cluster = cluster
         self._strategy = strategy
         self._replicas = Replicas(strategy.workers)
         self._sums: dict[Any, Callable[[Any], Any]] = {}
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks, in the order of their places."""
+        return [str(task) for task in self._cluster.tasks]
+
+    @property
+    def hosts(self) -> list[str]:
+        """Where they are."""
+        return [split_address(self._cluster.address(task))[0] for task in self._cluster.tasks]
 
     def rank_of(self, *, stage: int, copy: int = 0, block: int = 0) -> int:
         """Returns a process's place in the cluster."""
@@ -87,22 +84,7 @@ class Grid:
             return values
         key = values.dtype, tuple(values.shape)
         if key not in self._sums:
-            # All of a group number alike, other models' sums have other numbers.
-            number = _KEYS + self._copy_group * _MOST_EXCHANGES + next(_NUMBERS)
-
-            def add_up(own: tf.Tensor) -> tf.Tensor:
-                return tf.raw_ops.CollectiveReduceV2(
-                    input=own,
-                    group_size=self.num_copies,
-                    group_key=_KEYS + self._copy_group,
-                    instance_key=number,
-                    ordering_token=[],
-                    merge_op="Add",
-                    final_op="Id",
-                    communication_hint="RING",
-                )
-
-            traced = tf.function(add_up, autograph=False)
+            traced = tf.function(self._copies.sum, autograph=False)
             self._sums[key] = traced.get_concrete_function(tf.TensorSpec(values.shape, values.dtype))
         return self._sums[key](values)
 

@@ -32,6 +32,7 @@ from tfdist.training.plan import BatchPlan, FinishedStep
 from tfdist.training.step.finite_check import GRADIENTS, LOSS, SOUND, SPIKE
 
 
+# Wide: the model, its division, and each thing that is done with its parts.
 class PipelineLoop(Loop):
     """Runs epochs, evaluation and prediction of a model whose layers lie in several processes.
 
@@ -184,7 +185,7 @@ class PipelineLoop(Loop):
             self._heartbeat.beat()
         sizes = np.array([len(outputs[0]) if outputs else 0 for outputs in found])
         own = [np.concatenate(parts) for parts in zip(*filter(None, found), strict=True)]
-        return self._stage.pack(_interleave(self._grid.from_last([sizes, *own])))
+        return self._stage.end.pack(_interleave(self._grid.from_last([sizes, *own])))
 
     def snapshot_metrics(self) -> list[Any]:
         """Returns the metrics' state, which the last stage has; every process must call it."""

@@ -13,7 +13,7 @@ from tfdist.collectives.communicator import join, split
 from tfdist.training.pipeline.cut import StagePlan
 from tfdist.training.pipeline.grid import Grid
 from tfdist.training.pipeline.layer_graph import LayerGraph
-from tfdist.training.pipeline.loss import MicroBatchLoss
+from tfdist.training.pipeline.stage_end import StageEnd
 from tfdist.training.pipeline.stage_gradients import StageGradients
 from tfdist.training.pipeline.stage_layers import StageLayers
 from tfdist.training.tensor_parallel.own_blocks import OwnBlocks
@@ -45,6 +45,7 @@ class _Waiting(NamedTuple):
     targets: Sequence[Any] = ()
 
 
+# Wide: five passes have a graph each.
 class Stage:
     """Makes a stage's passes and updates.
 
@@ -59,7 +60,8 @@ class Stage:
     Attributes:
         layers: Its layers.
         gradients: Of its weights, summed so far.
-        is_last: Whether the loss is computed here.
+        end: What comes behind the model's last layer.
+        is_last: Whether that is here.
     """
 
     def __init__(
@@ -76,25 +78,19 @@ class Stage:
         self.layers = StageLayers(model, graph, plans, index, blocks)
         self.gradients = StageGradients(self.layers, model.optimizer)
         self.is_last = index == len(plans) - 1
-        self._model = model
-        self._recompute = recompute
-        self._waiting: dict[int, _Waiting] = {}
-        # Of the random streams: their states after this step, and what a step draws.
-        self._next_seeds: Sequence[Any] | None = None
-        self._draws: Sequence[Any] | None = None
-        self._before: list[tuple[tf.Variable, Any]] = []
-        self._structure = keras_internals.output_structure(model)
-        self._loss = MicroBatchLoss(model)
-        self._has_counts = True
-        self._vocabulary = blocks.vocabulary(model) if self.is_last else None
         # Keras weighs the loss of each output by the static size of a batch, and blocks exchange what has one shape.
         by_size = (self.is_last and keras_internals.has_loss_by_output(model)) or blocks.group.size > 1
         options = {"autograph": False, "reduce_retracing": not by_size}
+        vocabulary = blocks.vocabulary(model) if self.is_last else None
+        self.end = StageEnd(model, self.layers.outputs, vocabulary, options)
+        self._recompute = recompute
+        self._waiting: dict[int, _Waiting] = {}
+        self._streams = _RandomStreams(self.layers.seeds)
+        self._before: list[tuple[tf.Variable, Any]] = []
         self._forward_fn = tf.function(self._forward, **options)
         self._again_fn = tf.function(self._forward_again_and_backward, **options)
         self._loss_fn = tf.function(self._forward_and_backward, **options)
         self._test_fn = tf.function(self._test, **options)
-        self._count_fn = tf.function(self._count, **options)
         self._predict_fn = tf.function(self._predict, **options)
 
     def forward(
@@ -120,7 +116,7 @@ class Stage:
                 tape.watch(sources)
                 outputs, own_loss, seeds = self._forward_fn(number, own, list(received))
             waiting = _Waiting((), received, tape, sources, [*_floating(outputs), own_loss])
-        self._keep_seeds(seeds)
+        self._streams.keep(seeds)
         self._waiting[micro.number] = waiting
         return outputs, side_loss + own_loss
 
@@ -163,7 +159,7 @@ class Stage:
             tf.constant(self.gradients.is_first()),
         )
         self.gradients.keep(rows)
-        self._keep_seeds(seeds)
+        self._streams.keep(seeds)
         return gradients, loss
 
     def test(self, micro: MicroBatch, received: Sequence[Any], side_loss: Any, totals: Any) -> None:
@@ -172,23 +168,15 @@ class Stage:
 
     def count(self, micros: Sequence[MicroBatch]) -> Any:
         """Returns what the loss of a part of a batch must know of the whole one, in the last stage."""
-        if not self._has_counts:
-            return tf.zeros([0])
-        counts = [self._count_fn(micro.part, self._like_outputs(micro)) for micro in micros]
-        self._has_counts = counts[0].shape[0] > 0
-        return tf.add_n(counts)
+        return self.end.count([micro.part for micro in micros], [micro.num_examples for micro in micros])
 
     def predict(self, micro: MicroBatch, received: Sequence[Any]) -> tuple[Sequence[Any], Any]:
         """Returns what goes on, or the outputs, when nobody learns, and what this stage adds to the loss."""
         return self._predict_fn(self.layers.own_inputs(micro.part), list(received))
 
-    def pack(self, outputs: Sequence[Any]) -> Any:
-        """Returns the last stage's outputs as the model does."""
-        return keras.tree.pack_sequence_as(self._structure, list(outputs))
-
     def remember(self) -> None:
         """Keeps what a step changes besides the weights, for `update` to bring back if something was wrong."""
-        side = [*self.layers.statistics, *(self._model.metrics_variables if self.is_last else ())]
+        side = [*self.layers.statistics, *(self.end.variables if self.is_last else ())]
         self._before = [(own, tf.identity(own)) for own in map(keras_internals.native, side)]
 
     def update(self, *, is_sound: bool = True, norm: float = 0.0) -> None:
@@ -198,11 +186,11 @@ class Stage:
         """
         self.gradients.apply(is_sound=is_sound, norm=norm)
         if is_sound:
-            self._move_seeds()
+            self._streams.move()
         else:
             for variable, value in self._before:
                 variable.assign(value)
-        self._next_seeds = None
+        self._streams.forget()
         self._before = []
 
     def average_statistics(self, grid: Grid) -> None:
@@ -217,24 +205,12 @@ class Stage:
         for variable, mean in zip(floating, split(means, floating), strict=True):
             variable.assign(tf.cast(mean, variable.dtype))
 
-    def _keep_seeds(self, seeds: Sequence[Any]) -> None:
-        if self._next_seeds is None:
-            self._next_seeds = seeds
-
-    def _move_seeds(self) -> None:
-        """Lets the random streams go on; a copy without examples goes on as the others do."""
-        if self._next_seeds is not None:
-            pairs = zip(self._next_seeds, self.layers.seeds, strict=True)
-            self._draws = [after - seed.value for after, seed in pairs]
-        for seed, count in zip(self.layers.seeds, self._draws or (), strict=False):
-            seed.assign(seed.value + count)
-
     def _forward(self, number: Any, own: Sequence[Any], received: Sequence[Any]) -> Any:
         return self.layers.run(number, own, received, training=True)
 
     def _predict(self, own: Sequence[Any], received: Sequence[Any]) -> Any:
         outputs, side_loss, _ = self.layers.run(0, own, received, training=False)
-        return outputs if self._vocabulary is None else list(map(self._vocabulary.whole, outputs)), side_loss
+        return self.end.whole(outputs), side_loss
 
     def _forward_again_and_backward(
         self,
@@ -264,56 +240,50 @@ class Stage:
         totals: Any,
         is_first: Any,
     ) -> Any:
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(part)
         floating = _floating(received)
         sources = [*floating, *map(keras_internals.native, self.layers.weights)]
         with tf.GradientTape() as tape:
             tape.watch(floating)
             own = self.layers.own_inputs(part)
             outputs, own_loss, seeds = self.layers.run(number, own, received, training=True)
-            seen, y_pred, shown = self._see(y, outputs)
-            loss = own_loss + self._loss.compute(seen, y_pred, sample_weight, share=share, totals=totals)
+            seen = self.end.see(part, outputs)
+            loss = own_loss + self.end.loss(seen, share=share, totals=totals)
             weighted = loss * share
         found = tape.gradient(weighted, sources)
         rows = self.gradients.add(found[len(floating) :], is_first)
         total = loss + side_loss
-        self._note(x, seen, shown, sample_weight, total)
+        self.end.note(seen, total)
         return _present(found[: len(floating)], floating), total, seeds, rows
 
     def _test(self, share: Any, part: Any, received: Sequence[Any], side_loss: Any, totals: Any) -> None:
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(part)
         outputs, own_loss, _ = self.layers.run(0, self.layers.own_inputs(part), received, training=False)
-        seen, y_pred, shown = self._see(y, outputs)
-        loss = self._loss.compute(seen, y_pred, sample_weight, share=share, totals=totals)
-        self._note(x, seen, shown, sample_weight, own_loss + side_loss + loss)
+        seen = self.end.see(part, outputs)
+        self.end.note(seen, own_loss + side_loss + self.end.loss(seen, share=share, totals=totals))
 
-    def _see(self, y: Any, outputs: Sequence[Any]) -> tuple[Any, Any, Any]:
-        """Returns targets, and outputs as the loss and as the metrics are to see them."""
-        if self._vocabulary is None:
-            y_pred = self.pack(outputs)
-            return y, y_pred, y_pred
-        view = self._vocabulary.view(keras.tree.flatten(y)[0], *outputs)
-        return (
-            keras.tree.pack_sequence_as(y, [view.labels]),
-            self.pack([view.loss_logits]),
-            self.pack([view.metric_logits]),
-        )
 
-    def _note(self, x: Any, y: Any, y_pred: Any, sample_weight: Any, total: Any) -> None:
-        """Updates the metrics, as Keras's own steps do."""
-        num_rows = tf.shape(keras.tree.flatten(x)[0])[0]
-        keras_internals.loss_tracker(self._model).update_state(total, sample_weight=num_rows)
-        self._model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+class _RandomStreams:
+    """The states of layers' generators, which go on once a step, by what its first micro-batch has drawn."""
 
-    def _count(self, part: Any, y_pred: Sequence[Any]) -> Any:
-        _, y, sample_weight = keras.utils.unpack_x_y_sample_weight(part)
-        return self._loss.count(y, self.pack(y_pred), sample_weight)
+    def __init__(self, seeds: Sequence[Any]) -> None:
+        self._seeds = seeds
+        self._next: Sequence[Any] | None = None
+        self._draws: Sequence[Any] | None = None
 
-    def _like_outputs(self, micro: MicroBatch) -> list[Any]:
-        shapes = [[micro.num_examples, *(size or 1 for size in t.shape[1:])] for t in self.layers.outputs]
-        if self._vocabulary is not None:
-            shapes[0][-1] = 2
-        return [tf.zeros(shape, t.dtype) for shape, t in zip(shapes, self.layers.outputs, strict=True)]
+    def keep(self, after: Sequence[Any]) -> None:
+        """Takes the states after a micro-batch."""
+        if self._next is None:
+            self._next = after
+
+    def move(self) -> None:
+        """Lets the streams go on; a copy without examples goes on as the others do."""
+        if self._next is not None:
+            self._draws = [after - seed.value for after, seed in zip(self._next, self._seeds, strict=True)]
+        for seed, count in zip(self._seeds, self._draws or (), strict=False):
+            seed.assign(seed.value + count)
+
+    def forget(self) -> None:
+        """Ends the step."""
+        self._next = None
 
 
 def _floating(values: Sequence[Any]) -> list[Any]:

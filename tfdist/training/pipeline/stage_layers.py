@@ -15,6 +15,7 @@ from tfdist.training.step.replica import SEED_STRIDE
 from tfdist.training.tensor_parallel.own_blocks import OwnBlocks
 
 
+# Wide: sorts of tensors and variables, a list each.
 class StageLayers:
     """A stage's layers, whose variables get their values here.
 

@@ -27,6 +27,7 @@ from tfdist.training.step.finite_check import UNCHECKED, StepCheck, run_if, zero
 from tfdist.training.step.replica import SEED_STRIDE
 
 
+# Wide: what a closure reads is made once.
 class AsyncPsStep:
     """A model's step as a function of (batch, step number) against variables that others update meanwhile.
 

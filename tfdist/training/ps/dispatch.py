@@ -26,6 +26,7 @@ _MARGIN = 2.0
 _CLOSURES_PER_EPOCH = 4
 
 
+# Wide: what is on its way to each worker.
 class Dispatch:
     """Adds up how long workers were busy, and chooses the steps of a closure.
 

@@ -56,6 +56,7 @@ class _Run:
         return [part.size for part in self.parts], self.phase
 
 
+# Wide: the loop joins all that a coordinator has.
 class CoordinatorLoop(Loop):
     """Runs epochs, evaluation and prediction of a built model through a `ClusterCoordinator`."""
 

@@ -35,6 +35,7 @@ from tfdist.training.step.replicated_metrics import ReplicatedMetrics
 SEED_STRIDE = 1_000_003
 
 
+# Wide: what replicas share, and what they are told between steps.
 class ReplicaStep:
     """Runs a model's `train_step`, `test_step` or `predict_step` on every replica of a sync strategy.
 

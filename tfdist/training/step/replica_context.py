@@ -22,6 +22,7 @@ from tfdist.training.monitoring.clock import on_host, step_time_after
 from tfdist.training.step.finite_check import StepCheck, current_graph, on_values
 
 
+# Wide: all that Keras's code asks of a replica in a step.
 class KerasReplicaContext(tf.distribute.ReplicaContext):
     """The replica context that Keras sees during a step: a strategy of one replica, with a real `all_reduce`."""
 

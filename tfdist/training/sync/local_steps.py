@@ -18,6 +18,7 @@ from tfdist import keras_internals
 from tfdist.collectives import Communicator, GradientExchange, join, split
 from tfdist.config.sync_options import SyncOptions
 
+Build = Callable[[Callable[[tf.distribute.ReplicaContext], Any]], Callable[[], Any]]
 # How many exchanges between neighbours come before all workers have heard of a step that was not sound.
 GOSSIP_CHECK_STEPS = 32
 
@@ -46,29 +47,24 @@ class LocalSteps:
         options: SyncOptions,
         model: keras.Model,
         communicator: Communicator,
-        build: Callable[[Callable[[tf.distribute.ReplicaContext], Any]], Callable[[], Any]],
+        build: Build,
         local: Callable[[keras.Variable], tf.Variable],
         num_seen: tf.Variable,
     ) -> None:
         self._options = options
         self._comm = communicator
         self._weights = [local(v) for v in model.trainable_variables]
-        self._slots = _slots(model, local)
+        self._slots = _Slots(model, communicator, build, local)
         self._num_seen = num_seen
         self._sums = GradientExchange(communicator, options, self._weights)
         self._anchors = [tf.Variable(w.read_value(), trainable=False) for w in self._weights]
-        is_outer = options.sync == "diloco"
-        self._momentum = options.outer_momentum if is_outer else 0.0
-        self._rate = options.outer_learning_rate if is_outer else 1.0
         self._velocities = [
-            tf.Variable(tf.zeros(w.shape), trainable=False) for w in self._weights if self._momentum
+            tf.Variable(tf.zeros(w.shape), trainable=False)
+            for w in self._weights
+            if options.sync == "diloco" and options.outer_momentum
         ]
         self._average = build(self._average_in)
-        self._agree_slots = build(self._agree_slots_in)
-        self._mixes: dict[int, Callable[[], Any]] = {}
-        self._build = build
-        self._num_since = self._num_mixes = 0
-        self._has_equal_slots = True
+        self._num_since = 0
         self.num_bytes = 0
 
     def start(self) -> None:
@@ -84,15 +80,12 @@ class LocalSteps:
         Every worker calls it after each of its steps.
         """
         self._num_since += 1
-        self._has_equal_slots = False
-        period = self._options.num_period_steps
-        if self._num_since % period:
-            return False
-        if self._options.sync != "gossip":
-            self.agree()
-            return True
-        self._mix()
-        return self._num_since % (GOSSIP_CHECK_STEPS * period) == 0
+        self._slots.are_equal = False
+        return self._num_since % self._options.num_period_steps == 0 and self._end_period()
+
+    def _end_period(self) -> bool:
+        self.agree()
+        return True
 
     def agree(self, *, with_slots: bool = False) -> None:
         """Gives all workers the same weights; every worker calls it.
@@ -105,10 +98,8 @@ class LocalSteps:
             self._num_seen.assign(0)
             self.num_bytes += self._sums.num_bytes
             self._num_since = 0
-        if with_slots and self._slots and not self._has_equal_slots:
-            self._agree_slots()
-            self._has_equal_slots = True
-            self.num_bytes += sum(v.shape.num_elements() * v.dtype.size for v in self._slots)
+        if with_slots:
+            self.num_bytes += self._slots.agree()
 
     def state(self) -> dict[str, np.ndarray]:
         """Returns what a checkpoint must hold besides the model: the outer optimizer's velocities."""
@@ -121,32 +112,46 @@ class LocalSteps:
                 velocity.assign(value)
 
     def _average_in(self, outer: tf.distribute.ReplicaContext) -> Any:
-        if self._options.sync == "gossip":  # It keeps the plain mean as it is, whoever has seen more.
-            share = tf.constant(1.0 / self._comm.num_workers)
-        else:
-            seen = tf.cast(tf.reshape(self._num_seen.read_value(), [1]), tf.float32)
-            share = tf.math.divide_no_nan(seen, self._comm.sum(seen, outer))[0]
+        options, share = self._options, self._share_in(outer)
+        momentum = options.outer_momentum if options.sync == "diloco" else 0.0
+        rate = options.outer_learning_rate if options.sync == "diloco" else 1.0
         pairs = list(zip(self._anchors, self._weights, strict=True))
         own = [(anchor.read_value() - weight.read_value()) * share for anchor, weight in pairs]
         changes, _ = self._sums.sum(own, range(len(own)), tf.constant(0.0), outer)
         for i, (anchor, weight) in enumerate(pairs):
             change = changes[i]
             if self._velocities:
-                velocity = self._velocities[i].assign(self._momentum * self._velocities[i] + change)
-                change = change + self._momentum * velocity
-            weight.assign(anchor.assign(anchor - self._rate * change))
+                velocity = self._velocities[i].assign(momentum * self._velocities[i] + change)
+                change = change + momentum * velocity
+            weight.assign(anchor.assign(anchor - rate * change))
         return tf.constant(0)
 
-    def _mix(self) -> None:
+    def _share_in(self, outer: tf.distribute.ReplicaContext) -> Any:
+        """Returns this worker's share of the mean: that of the examples that it has seen."""
+        seen = tf.cast(tf.reshape(self._num_seen.read_value(), [1]), tf.float32)
+        return tf.math.divide_no_nan(seen, self._comm.sum(seen, outer))[0]
+
+
+class GossipSteps(LocalSteps):
+    """At the end of a period each worker averages with some others; all of them agree before a checkpoint alone."""
+
+    def __init__(self, *, build: Build, **shared: Any) -> None:
+        super().__init__(build=build, **shared)
+        self._build = build
+        self._mixes: dict[int, Callable[[], Any]] = {}
+        self._num_mixes = 0
+
+    def _end_period(self) -> bool:
         num_workers = self._comm.num_workers
         distance = _distance(self._options.sync_graph, self._num_mixes, num_workers)
         self._num_mixes += 1
         if distance not in self._mixes:
             self._mixes[distance] = self._build(lambda outer: self._mix_in(distance, outer))
         self._mixes[distance]()
-        self.num_bytes += sum(w.shape.num_elements() * w.dtype.size for w in self._weights) * max(
+        self.num_bytes += _num_bytes(self._weights) * max(
             1, len(neighbours(self._comm.rank, num_workers, distance))
         )
+        return self._num_since % (GOSSIP_CHECK_STEPS * self._options.num_period_steps) == 0
 
     def _mix_in(self, distance: int, outer: tf.distribute.ReplicaContext) -> Any:
         communicator = self._comm
@@ -164,9 +169,43 @@ class LocalSteps:
             weight.assign(value)
         return tf.constant(0)
 
-    def _agree_slots_in(self, outer: tf.distribute.ReplicaContext) -> Any:
+    def _share_in(self, outer: tf.distribute.ReplicaContext) -> Any:
+        """Returns the same share for all: gossip keeps the plain mean as it is, whoever has seen more."""
+        return tf.constant(1.0 / self._comm.num_workers)
+
+
+class _Slots:
+    """The optimizers' variables, each worker's own between two checkpoints.
+
+    Attributes:
+        are_equal: Whether nothing has changed since the workers agreed.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        communicator: Communicator,
+        build: Build,
+        local: Callable[[keras.Variable], tf.Variable],
+    ) -> None:
+        optimizers = keras_internals.find_optimizers(model)
+        found = {id(v): v for optimizer in optimizers for v in optimizer.variables}
+        self._variables = [local(v) for v in found.values()]
+        self._comm = communicator
+        self._agree = build(self._agree_in)
+        self.are_equal = True
+
+    def agree(self) -> int:
+        """Gives all workers their mean, and the first worker's counters; returns the bytes that crossed."""
+        if self.are_equal or not self._variables:
+            return 0
+        self._agree()
+        self.are_equal = True
+        return _num_bytes(self._variables)
+
+    def _agree_in(self, outer: tf.distribute.ReplicaContext) -> Any:
         first = self._comm.rank == 0
-        for slot in self._slots:
+        for slot in self._variables:
             own = slot.read_value()
             if slot.dtype.is_floating and slot.shape.rank > 0:
                 mean = self._comm.sum(own, outer) / tf.cast(self._comm.num_workers, slot.dtype)
@@ -198,7 +237,5 @@ def _distance(graph: str, number: int, num_workers: int) -> int:
     return int(2 ** (number % max(1, math.ceil(math.log2(num_workers)))))
 
 
-def _slots(model: keras.Model, local: Callable[[keras.Variable], tf.Variable]) -> list[tf.Variable]:
-    optimizers: Sequence[keras.optimizers.Optimizer] = keras_internals.find_optimizers(model)
-    found = {id(v): v for optimizer in optimizers for v in optimizer.variables}
-    return [local(v) for v in found.values()]
+def _num_bytes(variables: Sequence[tf.Variable]) -> int:
+    return sum(v.shape.num_elements() * v.dtype.size for v in variables)

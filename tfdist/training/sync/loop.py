@@ -31,9 +31,11 @@ from tfdist.training.step.finite_check import SOUND, UNCHECKED
 from tfdist.training.step.graphs import StepGraphs
 from tfdist.training.step.replica import ReplicaStep
 from tfdist.training.step.single_device import SingleDeviceStep
-from tfdist.training.sync.synchronizer import GradientSynchronizer
+from tfdist.training.sync.build import build_synchronizer
+from tfdist.training.sync.synchronizer import Found, Occasion, Synchronizer
 
 
+# Wide: the loop joins all that a synchronous step has.
 class SyncLoop(Loop):
     """Runs epochs, evaluation and prediction of a built model in lock step over all replicas."""
 
@@ -83,7 +85,7 @@ class SyncLoop(Loop):
         )
         self._is_inside_loop = False
         self._steps_per_loop = 1
-        self._synchronizer: GradientSynchronizer | None = None
+        self._synchronizer = Synchronizer()
         self._mechanism: Mechanism | None = None
 
     def configure(self, options: SyncOptions, mechanism: Mechanism | None = None) -> str:
@@ -98,10 +100,10 @@ class SyncLoop(Loop):
             self._graphs.forget()
         if isinstance(self._step, SingleDeviceStep) or self._num_workers == 1:
             return ""
-        if self._synchronizer is not None and self._synchronizer.options == options:
+        if self._synchronizer.options == options:
             return ""
-        self._synchronizer = GradientSynchronizer(
-            options=options,
+        self._synchronizer = build_synchronizer(
+            options,
             model=self._model,
             step=self._step,
             rank=self._times.rank,
@@ -120,8 +122,7 @@ class SyncLoop(Loop):
         self._step.spread_seeds()
         super().start()
         self._steps_per_loop = 1
-        if self._synchronizer is not None:
-            self._synchronizer.start()
+        self._synchronizer.start()
 
     def train_epoch(self, source: Source, plan: BatchPlan) -> Iterator[FinishedStep]:
         """Trains over the plan's steps, yielding once a step, with the logs where `plan.wants_logs`."""
@@ -130,8 +131,7 @@ class SyncLoop(Loop):
         if plan.metrics:
             self._step.metrics.set_state(plan.metrics)
         self._times.begin_epoch()
-        if self._synchronizer is not None:
-            self._synchronizer.begin_epoch()
+        self._synchronizer.begin_epoch()
         extra: dict[str, Any] = {}
         is_due = False
         for step, made in enumerate(self._all_made(source, plan), start=plan.first_step):
@@ -147,29 +147,20 @@ class SyncLoop(Loop):
             is_boundary = is_due and made.is_last_begun
             is_due = is_due and not is_boundary
             self._waits_for_boundary = is_due
-            found = step, int(fault), float(loss)
-            if self._synchronizer is not None:
-                is_last = plan.num_steps is not None and step == plan.num_steps - 1
-                found = self._synchronizer.after_step(
-                    step,
-                    int(fault),
-                    float(loss),
-                    agrees=is_boundary or is_last,
-                    is_saved=is_boundary or plan.is_saved,
-                    limit=plan.loss_limit,
-                )
+            is_last = plan.num_steps is not None and step == plan.num_steps - 1
+            occasion = Occasion(is_boundary or is_last, is_boundary or plan.is_saved, plan.loss_limit)
+            found = self._synchronizer.after_step(Found(step, int(fault), float(loss)), occasion)
             yield FinishedStep(
                 step=step,
-                first_step=found[0],
+                first_step=found.step,
                 logs=self._logs("train", extra) if plan.wants_logs(step) else None,
                 is_boundary=is_boundary,
-                fault=found[1],
-                loss=found[2],
+                fault=found.fault,
+                loss=found.loss,
             )
             if plan.is_stopped():
                 break
-        if self._synchronizer is not None:
-            self._synchronizer.end_epoch(is_saved=plan.is_saved)
+        self._synchronizer.end_epoch(is_saved=plan.is_saved)
         self._step.average_statistics()
         self.epoch_logs = self._logs("train", extra)
         self._times.end_epoch(self.input_wait, self.all_reduce_sum)
@@ -198,9 +189,7 @@ class SyncLoop(Loop):
     def _runs_ahead(self, source: Source, plan: BatchPlan) -> bool:
         if not self._has_gpu or plan.steps_per_loop == 1 or self._model.run_eagerly:
             return False
-        return not self._ends_alone(source) and (
-            self._synchronizer is None or self._synchronizer.shares_each_step
-        )
+        return not self._ends_alone(source) and self._synchronizer.shares_each_step
 
     @property
     def step_secs(self) -> float | None:
@@ -209,9 +198,9 @@ class SyncLoop(Loop):
 
     def measures(self) -> dict[str, Any]:
         """Returns where the epoch's time went, what crossed between workers, and the steps of a call, if several."""
-        crossed = {} if self._synchronizer is None else self._synchronizer.measures()
         size = self._graphs.longest_loop
-        return self._times.summary() | crossed | ({"steps_per_loop": size} if size > 1 else {})
+        loops = {"steps_per_loop": size} if size > 1 else {}
+        return self._times.summary() | self._synchronizer.measures() | loops
 
     def evaluate(self, source: Source, plan: BatchPlan) -> dict[str, Any]:
         """Returns the metrics over the plan's steps."""
@@ -227,12 +216,11 @@ class SyncLoop(Loop):
 
     def snapshot_sync(self) -> dict[str, np.ndarray]:
         """Returns what a checkpoint must hold of the way in which workers share, by name."""
-        return {} if self._synchronizer is None else self._synchronizer.state()
+        return self._synchronizer.state()
 
     def restore_sync(self, arrays: dict[str, np.ndarray]) -> None:
         """Takes what `snapshot_sync` returned."""
-        if self._synchronizer is not None:
-            self._synchronizer.set_state(arrays)
+        self._synchronizer.set_state(arrays)
 
     def broadcast(self, content: bytes, *, source: int = 0) -> bytes:
         """Returns the bytes of the process with that number on every process."""
@@ -267,7 +255,7 @@ class SyncLoop(Loop):
         return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *batches)
 
     def _logs(self, kind: str, extra: dict[str, Any]) -> dict[str, Any]:
-        if extra and kind == "train" and self._synchronizer is not None and self._synchronizer.is_local:
+        if extra and kind == "train" and self._synchronizer.is_local:
             # Each worker has its share of the mean.
             extra = dict(
                 zip(extra, self.all_reduce_sum([float(value) for value in extra.values()]), strict=True)
@@ -293,7 +281,7 @@ class SyncLoop(Loop):
                     size,
                     source=type(source),
                     is_part=ends_alone,
-                    mode=self._mode(kind),
+                    mode=self._synchronizer.mode() if kind == "train" else None,
                 )
                 limits = self._limits(source, plan, verdict) if kind == "train" else ()
                 self._times.begin_call()
@@ -342,7 +330,7 @@ class SyncLoop(Loop):
         if left is None or left < size or self._ends_alone(source) or self._model.run_eagerly:
             return 1
         # Every other way has a word to say between two steps.
-        if self._synchronizer is not None and not self._synchronizer.shares_each_step:
+        if not self._synchronizer.shares_each_step:
             return 1
         return 1 if any(plan.is_watched(inner) for inner in range(step, step + size - 1)) else size
 
@@ -368,10 +356,6 @@ class SyncLoop(Loop):
     def _segments(self, source: Source, plan: BatchPlan) -> Sequence[Segment]:
         share = plan.share(self.num_replicas, self.replica_ids, fixed_sizes=self._fixed_sizes)
         return local_batches(source, share)
-
-    def _mode(self, kind: str) -> Any:
-        """Returns what of the workers' way of sharing a step's graph holds."""
-        return self._synchronizer.mode() if kind == "train" and self._synchronizer is not None else None
 
     def _first_local(self, value: Any) -> Any:
         return value if self._alone else self._strategy.experimental_local_results(value)[0]

@@ -1,19 +1,16 @@
-"""How the workers of a sync run share what they learn: at each step, a step later, or now and then."""
+"""How workers share what they learn in training steps: at each, a step later, once for several, or now and then."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from tfdist import keras_internals
-from tfdist.collectives import GradientExchange, choose_communicator
+from tfdist.collectives import GradientExchange
 from tfdist.config.sync_options import SyncOptions
-from tfdist.errors import ConfigError
 from tfdist.training.step.finite_check import SOUND
 from tfdist.training.step.gradient_aggregation import (
     AccumulatedGradients,
@@ -27,256 +24,307 @@ from tfdist.training.sync.local_steps import LocalSteps
 _NUM_FAULTS = 4
 
 
-class GradientSynchronizer:
-    """Lets a `ReplicaStep` share as `options` say; the loop tells it of every step.
-
-    Args:
-        options: What crosses between workers.
-        model: Built.
-        step: Of the model, on this process's replicas.
-        rank: This worker's place.
-        num_workers: More than one.
-        all_reduce_sum: Returns the sums of some numbers over all processes.
+class Found(NamedTuple):
+    """What a step has found out about its numbers.
 
     Attributes:
-        reason: What carries it, and why.
-
-    Raises:
-        ConfigError: If the model or the strategy cannot have it.
+        step: Zero-based in its epoch: the first that this is about.
+        fault: What was wrong.
+        loss: The batch's.
     """
+
+    step: int
+    fault: int
+    loss: float
+
+
+class Occasion(NamedTuple):
+    """What comes behind a step.
+
+    Attributes:
+        agrees: Whether the weights must be the same everywhere by then.
+        is_saved: Whether, if they agree, a checkpoint follows.
+        limit: As `BatchPlan.loss_limit`.
+    """
+
+    agrees: bool
+    is_saved: bool
+    limit: Callable[[], float] | None
+
+
+class Synchronizer:
+    """What a loop asks at each step; this one is of a single worker, whose replicas TensorFlow brings together.
+
+    Attributes:
+        options: What crosses between workers; None: nothing.
+        reason: What carries it, and why.
+    """
+
+    options: SyncOptions | None = None
+    reason = ""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the workers step each for itself now."""
+        return False
+
+    @property
+    def shares_each_step(self) -> bool:
+        """Whether every step's gradients are exchanged and applied inside it."""
+        return True
+
+    def start(self) -> None:
+        """Begins with the weights that the model has now."""
+
+    def begin_epoch(self) -> None:
+        """Starts counting what crosses."""
+
+    def mode(self) -> Any:
+        """Chooses what the next step does with its gradients, and returns what tells it from the others."""
+        return None
+
+    def after_step(self, found: Found, occasion: Occasion) -> Found:
+        """Takes what a step of this worker found, exchanges what is due, and returns what is known on every worker."""
+        return found
+
+    def end_epoch(self, *, is_saved: bool) -> None:
+        """Brings the workers together where an epoch ended that nobody knew the length of."""
+
+    def measures(self) -> dict[str, Any]:
+        """Returns `exchange_mb`: megabytes (10**6 bytes) that this worker has sent in the epoch so far."""
+        return {}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns what a checkpoint must hold besides the model."""
+        return {}
+
+    def set_state(self, arrays: dict[str, np.ndarray]) -> None:
+        """Takes what `state` returned."""
+
+
+class EveryStep(Synchronizer):
+    """Gradients are summed over the workers in each step, and applied there."""
 
     def __init__(
         self,
         *,
         options: SyncOptions,
+        reason: str,
         model: keras.Model,
         step: ReplicaStep,
-        rank: int,
-        num_workers: int,
-        all_reduce_sum: Callable[[list[float]], list[float]],
+        exchange: GradientExchange,
     ) -> None:
-        self.options = options
+        self.options, self.reason = options, reason
         self._model = model
         self._step = step
-        self._all_reduce_sum = all_reduce_sum
-        _check(options, model, step.replicas.num_local)
-        variables = [keras_internals.native(v) for v in model.trainable_variables]
-        num_bytes = sum(v.shape.num_elements() * v.dtype.size for v in variables)
-        communicator, self.reason = choose_communicator(
-            options.exchange,
-            rank=rank,
-            num_workers=num_workers,
-            num_local=step.replicas.num_local,
-            num_bytes=num_bytes,
-            build=step.replicas.build,
-        )
-        step.communicator = communicator if communicator.name == "mpi" else None
-        self._gradients = GradientExchange(communicator, options, variables)
-        self._shared = AllReducedGradients(self._gradients, model.trainable_variables)
-        self._accumulated = self._build_accumulated()
-        self._delayed: DelayedGradients | None = None
-        self._local: LocalSteps | None = None
-        if options.sync == "delayed":
-            self._delayed = DelayedGradients(self._gradients, model.trainable_variables)
-        if options.is_local:
-            self._own = LocalGradients()
-            self._local = LocalSteps(
-                options=options,
-                model=model,
-                communicator=communicator,
-                build=step.replicas.build,
-                local=functools.partial(step.replicas.local, index=0),
-                num_seen=step.num_seen,
-            )
-        self._num_steps = 0
-        self._worst, self._last_loss = SOUND, 0.0
-        self._first_unchecked: int | None = None
-        self._num_bytes_before = self._num_shared_steps = 0
-        self._late_fault = SOUND
-
-    def _build_accumulated(self) -> AccumulatedGradients | None:
-        optimizers = keras_internals.find_optimizers(self._model)
-        self._num_accumulated = (len(optimizers) == 1 and optimizers[0].gradient_accumulation_steps) or 1
-        if (
-            self._num_accumulated == 1
-            or self.options.sync != "every_step"
-            or self._step.replicas.num_local > 1
-        ):
-            self._agree_accumulated = None
-            return None
-        found = keras_internals.accumulators(optimizers[0])
-        accumulated = AccumulatedGradients(
-            self._gradients,
-            optimizers[0],
-            self._model.trainable_variables,
-            {key: self._step.replicas.first_local(sums) for key, sums in found.items()},
-        )
-        self._agree_accumulated = self._step.replicas.build(accumulated.agree_in)
-        return accumulated
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the workers step each for itself now."""
-        return self._step.gradient_aggregation.is_local
-
-    @property
-    def shares_each_step(self) -> bool:
-        """Whether every step's gradients are exchanged and applied inside it."""
-        return self._delayed is None and self._local is None and self._accumulated is None
+        self._exchange = exchange
+        self._shared = AllReducedGradients(exchange, model.trainable_variables)
+        self._num_steps = self._num_exchanges = 0
 
     def start(self) -> None:
         """Begins with the weights that the model has now."""
         optimizer = self._model.optimizer
         self._num_steps = 0 if optimizer is None else int(keras_internals.batch_counter(optimizer).numpy())
-        self._gradients.forget()
-        if self._accumulated is not None:
-            self._accumulated.forget()
-        if self._local is not None:
-            self._local.start()
-        if self._delayed is not None:
-            self._delayed.is_waiting = False
+        self._exchange.forget()
 
     def begin_epoch(self) -> None:
         """Starts counting what crosses."""
-        self._num_shared_steps = 0
-        self._num_bytes_before = 0 if self._local is None else self._local.num_bytes
+        self._num_exchanges = 0
 
     def mode(self) -> Any:
-        """Chooses what the next step does with its gradients, and returns what tells it from the others."""
-        if self._delayed is not None:
-            self._step.gradient_aggregation = self._delayed
-            return "delayed", self._delayed.is_waiting
-        if self._local is not None and self._num_steps >= self.options.sync_warmup_steps:
-            if self._step.gradient_aggregation is not self._own:
-                self._local.start()
-            self._step.gradient_aggregation = self._own
-            return "own"
-        if self._accumulated is not None:
-            self._step.gradient_aggregation = self._accumulated
-            self._accumulated.updates = (self._num_steps + 1) % self._num_accumulated == 0
-            return "accumulated", self._accumulated.updates
+        """Returns that gradients are shared."""
         self._step.gradient_aggregation = self._shared
         return "shared"
 
-    def after_step(
-        self,
-        step: int,
-        fault: int,
-        loss: float,
-        *,
-        agrees: bool,
-        is_saved: bool,
-        limit: Callable[[], float] | None,
-    ) -> tuple[int, int, float]:
-        """Takes what a step of this worker found, and exchanges what is due.
-
-        Args:
-            step: Zero-based in its epoch.
-            fault: What was wrong with its numbers.
-            loss: The batch's.
-            agrees: Whether the weights must be the same everywhere behind it.
-            is_saved: Whether, if they agree, a checkpoint follows.
-            limit: As `BatchPlan.loss_limit`.
-
-        Returns:
-            The first step that the fault is about, the fault, the same on every worker, and a loss.
-        """
-        self._num_steps += fault == SOUND
-        if self._delayed is not None:
-            found = self._after_delayed(step, fault, loss, agrees=agrees, limit=limit)
-        elif self._step.gradient_aggregation.is_local:
-            found = self._after_own(step, fault, loss, agrees=agrees, is_saved=is_saved)
-        else:
-            self._num_shared_steps += self._accumulated is None or self._accumulated.updates
-            found = step, fault, loss
-            if agrees and self._agree_accumulated is not None:
-                self._agree_accumulated()
-        if agrees and is_saved:
+    def after_step(self, found: Found, occasion: Occasion) -> Found:
+        """Counts the step, and exchanges what is due."""
+        self._num_steps += found.fault == SOUND
+        found = self._finish(found, occasion)
+        if occasion.agrees and occasion.is_saved:
             # What the exchanges have left out is this worker's own, and no checkpoint holds it.
-            self._gradients.forget()
+            self._exchange.forget()
+        return found
+
+    def _finish(self, found: Found, occasion: Occasion) -> Found:
+        self._num_exchanges += 1
         return found
 
     def end_epoch(self, *, is_saved: bool) -> None:
-        """Brings the workers together where an epoch ended that nobody knew the length of."""
-        if self._local is not None:
-            self._local.agree(with_slots=is_saved and self._step.gradient_aggregation.is_local)
-        if self._agree_accumulated is not None:
-            self._agree_accumulated()
-        if self._delayed is not None and self._delayed.is_waiting:
-            self._late_fault, _ = self._step.apply_waiting(None)
-            self._delayed.is_waiting = False
+        """Forgets what exchanges have left out, where a checkpoint follows."""
         if is_saved:
-            self._gradients.forget()
+            self._exchange.forget()
 
     def measures(self) -> dict[str, Any]:
-        """Returns `exchange_mb`: megabytes (10**6 bytes) that this worker has sent in the epoch so far."""
-        num_bytes = self._num_shared_steps * self._gradients.num_bytes
-        num_bytes += 0 if self._local is None else self._local.num_bytes - self._num_bytes_before
-        return {"exchange_mb": round(num_bytes / 1e6, 3)}
+        """Returns `exchange_mb`."""
+        return {"exchange_mb": round(self._count_bytes() / 1e6, 3)}
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Returns what a checkpoint must hold besides the model."""
-        return {} if self._local is None else self._local.state()
+    def _count_bytes(self) -> int:
+        return self._num_exchanges * self._exchange.num_bytes
 
-    def set_state(self, arrays: dict[str, np.ndarray]) -> None:
-        """Takes what `state` returned."""
-        if self._local is not None:
-            self._local.set_state(arrays)
 
-    def _after_delayed(
-        self, step: int, fault: int, loss: float, *, agrees: bool, limit: Callable[[], float] | None
-    ) -> tuple[int, int, float]:
-        assert self._delayed is not None
-        self._num_shared_steps += 1
+class EveryUpdate(EveryStep):
+    """Each worker sums the gradients of several batches, and the sums are exchanged once for each update."""
+
+    def __init__(self, **shared: Any) -> None:
+        super().__init__(**shared)
+        (optimizer,) = keras_internals.find_optimizers(self._model)
+        self._num_accumulated = optimizer.gradient_accumulation_steps
+        replicas, found = self._step.replicas, keras_internals.accumulators(optimizer)
+        self._accumulated = AccumulatedGradients(
+            self._exchange,
+            optimizer,
+            self._model.trainable_variables,
+            {key: replicas.first_local(sums) for key, sums in found.items()},
+        )
+        self._agree = replicas.build(self._accumulated.agree_in)
+
+    @property
+    def shares_each_step(self) -> bool:
+        """Never."""
+        return False
+
+    def start(self) -> None:
+        """Begins with the weights, and with the sums, that the model has now."""
+        super().start()
+        self._accumulated.forget()
+
+    def mode(self) -> Any:
+        """Returns whether the next batch is the last before an update."""
+        self._step.gradient_aggregation = self._accumulated
+        self._accumulated.updates = (self._num_steps + 1) % self._num_accumulated == 0
+        return "accumulated", self._accumulated.updates
+
+    def _finish(self, found: Found, occasion: Occasion) -> Found:
+        self._num_exchanges += self._accumulated.updates
+        if occasion.agrees:
+            self._agree()
+        return found
+
+    def end_epoch(self, *, is_saved: bool) -> None:
+        """Puts the sums where a checkpoint finds them."""
+        self._agree()
+        super().end_epoch(is_saved=is_saved)
+
+
+class StepLater(EveryStep):
+    """Gradients are exchanged while the next step computes, and applied at its end."""
+
+    def __init__(self, **shared: Any) -> None:
+        super().__init__(**shared)
+        self._delayed = DelayedGradients(self._exchange, self._model.trainable_variables)
+        self._late_fault = SOUND
+
+    @property
+    def shares_each_step(self) -> bool:
+        """Never."""
+        return False
+
+    def start(self) -> None:
+        """Begins with the weights that the model has now, and with no gradients that wait."""
+        super().start()
+        self._delayed.is_waiting = False
+
+    def mode(self) -> Any:
+        """Returns whether gradients wait for the next step."""
+        self._step.gradient_aggregation = self._delayed
+        return "delayed", self._delayed.is_waiting
+
+    def _finish(self, found: Found, occasion: Occasion) -> Found:
+        self._num_exchanges += 1
         # What the step reports is about the gradients that it has applied: those of the step before.
-        first = max(step - 1, 0)
-        fault = fault or self._late_fault
+        fault, loss = found.fault or self._late_fault, found.loss
         self._late_fault = SOUND
         self._delayed.is_waiting = True
-        if agrees:
+        if occasion.agrees:
+            limit = occasion.limit
             rest, loss_of_rest = self._step.apply_waiting(None if limit is None else limit())
             self._delayed.is_waiting = False
             fault, loss = fault or rest, loss if fault else loss_of_rest
-        return first, fault, loss
+        return Found(max(found.step - 1, 0), fault, loss)
 
-    def _after_own(
-        self, step: int, fault: int, loss: float, *, agrees: bool, is_saved: bool
-    ) -> tuple[int, int, float]:
-        assert self._local is not None
+    def end_epoch(self, *, is_saved: bool) -> None:
+        """Applies the gradients that wait."""
+        if self._delayed.is_waiting:
+            self._late_fault, _ = self._step.apply_waiting(None)
+            self._delayed.is_waiting = False
+        super().end_epoch(is_saved=is_saved)
+
+
+class NowAndThen(EveryStep):
+    """The workers step each for itself, from some step on, and their weights come together now and then."""
+
+    def __init__(
+        self, *, local: LocalSteps, all_reduce_sum: Callable[[list[float]], list[float]], **shared: Any
+    ) -> None:
+        super().__init__(**shared)
+        self._local = local
+        self._all_reduce_sum = all_reduce_sum
+        self._own = LocalGradients()
+        self._worst, self._last_loss = SOUND, 0.0
+        self._first_unchecked: int | None = None
+        self._num_bytes_before = 0
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the workers step each for itself now."""
+        return self._step.gradient_aggregation is self._own
+
+    @property
+    def shares_each_step(self) -> bool:
+        """Never: the steps before are a few."""
+        return False
+
+    def start(self) -> None:
+        """Begins where the weights are now."""
+        super().start()
+        self._local.start()
+
+    def begin_epoch(self) -> None:
+        """Starts counting what crosses."""
+        super().begin_epoch()
+        self._num_bytes_before = self._local.num_bytes
+
+    def mode(self) -> Any:
+        """Returns whether gradients are shared, or each worker's own."""
+        assert self.options is not None
+        if self._num_steps < self.options.sync_warmup_steps:
+            return super().mode()
+        if not self.is_local:
+            self._local.start()
+        self._step.gradient_aggregation = self._own
+        return "own"
+
+    def _finish(self, found: Found, occasion: Occasion) -> Found:
+        if not self.is_local:
+            return super()._finish(found, occasion)
         if self._first_unchecked is None:
-            self._first_unchecked = step
-        self._worst = max(self._worst, fault)
-        self._last_loss = loss if fault == SOUND else self._last_loss
+            self._first_unchecked = found.step
+        self._worst = max(self._worst, found.fault)
+        self._last_loss = found.loss if found.fault == SOUND else self._last_loss
         compares = self._local.after_step()
-        if agrees:
-            self._local.agree(with_slots=is_saved)
-        if not (compares or agrees):
-            return step, SOUND, self._last_loss
+        if occasion.agrees:
+            self._local.agree(with_slots=occasion.is_saved)
+        if not (compares or occasion.agrees):
+            return Found(found.step, SOUND, self._last_loss)
         first, self._first_unchecked = self._first_unchecked, None
-        counts = self._all_reduce_sum([float(self._worst == kind) for kind in range(_NUM_FAULTS)] + [loss])
-        found = next((kind for kind in range(1, _NUM_FAULTS) if counts[kind]), SOUND)
+        faults = [float(self._worst == kind) for kind in range(_NUM_FAULTS)]
+        counts = self._all_reduce_sum([*faults, found.loss])
+        fault = next((kind for kind in range(1, _NUM_FAULTS) if counts[kind]), SOUND)
         self._worst = SOUND
-        return first, found, self._last_loss if found == SOUND else loss
+        return Found(first, fault, self._last_loss if fault == SOUND else found.loss)
 
+    def end_epoch(self, *, is_saved: bool) -> None:
+        """Gives all workers the same weights."""
+        self._local.agree(with_slots=is_saved and self.is_local)
+        super().end_epoch(is_saved=is_saved)
 
-def _check(options: SyncOptions, model: keras.Model, num_local: int) -> None:
-    if options.sync == "every_step" and options.compression is None and not options.error_feedback:
-        return
-    what = f"sync={options.sync!r}" if options.sync != "every_step" else "compression or error_feedback"
-    if num_local > 1:
-        raise ConfigError(
-            f"{what} with {num_local} replicas in each worker: it needs one; give each worker one GPU, or choose "
-            "sync='every_step'."
-        )
-    optimizers = keras_internals.find_optimizers(model)
-    if options.sync == "delayed" and len(optimizers) != 1:
-        raise ConfigError(
-            f"sync='delayed' with {len(optimizers)} optimizers: each would need the other's update; choose another."
-        )
-    if options.sync == "delayed" and any(o.gradient_accumulation_steps for o in optimizers):
-        raise ConfigError(
-            "sync='delayed' with gradient_accumulation_steps: leave one of the two out; a larger global_batch_size "
-            "does what accumulation does."
-        )
-    if any(isinstance(v, tf.Variable) and not v.dtype.is_floating for v in model.trainable_variables):
-        raise ConfigError(f"{what}: all trainable weights must be floating-point.")
+    def _count_bytes(self) -> int:
+        return super()._count_bytes() + self._local.num_bytes - self._num_bytes_before
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Returns the outer optimizer's velocities."""
+        return self._local.state()
+
+    def set_state(self, arrays: dict[str, np.ndarray]) -> None:
+        """Takes what `state` returned."""
+        self._local.set_state(arrays)

@@ -1,29 +1,32 @@
-"""What the processes that hold a layer's blocks compute together, forwards and backwards."""
+"""What some of a run's processes compute together, forwards and backwards: those with blocks of the same layers."""
 
 from __future__ import annotations
 
+import collections
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 
-# All of a group count alike.
-_NUMBERS = itertools.count()
+# Far from the keys that TensorFlow gives its own groups and tensors, and from those of pairs of workers.
+_KEYS = 1 << 24
+# Exchanges of a group have numbers that no other group's have; all of the group count alike, whatever the model.
+_MOST_EXCHANGES = 1 << 20
+_COUNTERS: dict[int, Iterator[int]] = collections.defaultdict(itertools.count)
 
 
-class BlockGroup:
+class ProcessGroup:
     """The processes that hold the blocks of the same layers; all trace the same functions in the same order.
 
     Args:
         size: How many.
-        key: Of the group, which TensorFlow's processes know it by; far from other groups' keys.
-        first_number: Of its exchanges; others' are none of the million from it on.
+        number: Of the group, among all groups of the run.
     """
 
-    def __init__(self, size: int, *, key: int = 0, first_number: int = 0) -> None:
+    def __init__(self, size: int, number: int = 0) -> None:
         self.size = size
-        self._key = key
-        self._first_number = first_number
+        self._number = number
 
     def enter(self, x: Any) -> Any:
         """Returns a tensor that all have, on its way into blocks: what these say of its gradient is added up."""
@@ -59,8 +62,8 @@ class BlockGroup:
         return tf.raw_ops.CollectiveReduceV2(
             input=value,
             group_size=self.size,
-            group_key=self._key,
-            instance_key=self._first_number + next(_NUMBERS),
+            group_key=_KEYS + self._number,
+            instance_key=_KEYS + self._number * _MOST_EXCHANGES + next(_COUNTERS[self._number]),
             ordering_token=[],
             merge_op=operation,
             final_op="Id",

@@ -13,7 +13,7 @@ from tfdist import keras_internals
 from tfdist.data.order import part_slice
 from tfdist.keras_internals import LayerCall
 from tfdist.training.tensor_parallel.divided import DividedLayers
-from tfdist.training.tensor_parallel.group import BlockGroup
+from tfdist.training.tensor_parallel.group import ProcessGroup
 from tfdist.training.tensor_parallel.vocabulary import DividedVocabulary
 
 Call = Callable[..., Any]
@@ -29,10 +29,10 @@ class OwnBlocks:
     """
 
     def __init__(
-        self, layers: DividedLayers | None = None, group: BlockGroup | None = None, block: int = 0
+        self, layers: DividedLayers | None = None, group: ProcessGroup | None = None, block: int = 0
     ) -> None:
         self._layers = layers or DividedLayers()
-        self.group = group or BlockGroup(1)
+        self.group = group or ProcessGroup(1)
         self.block = block
 
     def part(self, variable: keras.Variable) -> tuple[slice, ...] | None:
@@ -84,7 +84,7 @@ class OwnBlocks:
         return DividedVocabulary(model.outputs[0].shape[-1], self.group, self.block, ignored)
 
 
-def _entering(call: Call, group: BlockGroup) -> Call:
+def _entering(call: Call, group: ProcessGroup) -> Call:
     @functools.wraps(call)
     def entering(inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return call(group.enter(inputs), *args, **kwargs)
@@ -92,7 +92,7 @@ def _entering(call: Call, group: BlockGroup) -> Call:
     return entering
 
 
-def _sum_rows(layer: Any, multiply: Call, group: BlockGroup, inputs: Any, training: Any = None) -> Any:
+def _sum_rows(layer: Any, multiply: Call, group: ProcessGroup, inputs: Any, training: Any = None) -> Any:
     """Does what `Dense` and `EinsumDense` do; the products are added up before the bias, which all have whole."""
     del training
     outputs = group.sum(multiply(inputs))
@@ -101,7 +101,7 @@ def _sum_rows(layer: Any, multiply: Call, group: BlockGroup, inputs: Any, traini
     return outputs if layer.activation is None else layer.activation(outputs)
 
 
-def _attending(call: Call, group: BlockGroup) -> Call:
+def _attending(call: Call, group: ProcessGroup) -> Call:
     @functools.wraps(call)
     def attending(query: Any, value: Any, key: Any = None, **kwargs: Any) -> Any:
         entered: dict[int, Any] = {}
@@ -134,7 +134,7 @@ def _dropping(call: Call, axis: int, place: tuple[int, int, int]) -> Call:
     return dropping
 
 
-def _looking_up(call: Call, group: BlockGroup, place: tuple[int, int, int]) -> Call:
+def _looking_up(call: Call, group: ProcessGroup, place: tuple[int, int, int]) -> Call:
     _, start, stop = place
 
     @functools.wraps(call)

@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from tfdist.data.order import part_slice
-from tfdist.training.tensor_parallel.group import BlockGroup
+from tfdist.training.tensor_parallel.group import ProcessGroup
 
 # exp of less is no number in float32.
 _TINY = 1e-37
@@ -38,7 +38,7 @@ class DividedVocabulary:
         ignored: The label that the loss passes over, if any.
     """
 
-    def __init__(self, size: int, group: BlockGroup, block: int, ignored: int | None = None) -> None:
+    def __init__(self, size: int, group: ProcessGroup, block: int, ignored: int | None = None) -> None:
         self._size = size
         self._group = group
         self._start, self._stop = part_slice(size, block, group.size)

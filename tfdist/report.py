@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from tfdist.config.parser import OneLineParser
-from tfdist.config.run_dir import write_named
 from tfdist.errors import TfdistError
+from tfdist.reporting.write import write_report
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -39,30 +38,6 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     print(f"the report is in {path}")
     return 0
-
-
-def write_report(run_dirs: Sequence[str], output: str | None = None) -> Path:
-    """Writes the page.
-
-    Args:
-        run_dirs: The runs' folders.
-        output: The file; None: `report.html` in the folder, of several here. One that exists is replaced.
-
-    Raises:
-        ConfigError: If a folder holds no run, or the page cannot be written.
-    """
-    # Here: drawing takes half a second to import, and `--help` none.
-    from tfdist.reporting.page import render_page
-    from tfdist.reporting.record import read_record
-
-    records = [read_record(folder) for folder in run_dirs]
-    path = (
-        Path(output).expanduser()
-        if output
-        else Path(run_dirs[0] if len(run_dirs) == 1 else ".") / "report.html"
-    )
-    write_named(path, render_page(records), flag="output")
-    return path
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from tfdist.config.parser import OneLineParser, canonical_flag
+from tfdist.config.parser import canonical_flag
 from tfdist.errors import ConfigError, TfdistError
+from tfdist.sweeping.flags import build_parser
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> int:
         0, 2 for a mistake in the settings, 128 + n if signal n came.
     """
     try:
-        flags, rest = _build_parser().parse_known_args(
+        flags, rest = build_parser(__doc__ or "").parse_known_args(
             [canonical_flag(word) for word in (sys.argv[1:] if args is None else args)]
         )
         return _run(flags, rest)
@@ -77,38 +77,6 @@ def _run(flags: argparse.Namespace, rest: Sequence[str]) -> int:
     if not sweep.finished:
         raise TfdistError(f"no trial came to its end; {options.folder} has what each has printed.")
     return 0
-
-
-def _build_parser() -> OneLineParser:
-    parser = OneLineParser(prog="tfdist.sweep", usage=__doc__, allow_abbrev=False)
-    add: Any = parser.add_argument
-    add("--space", metavar="FILE",
-        help="YAML: name → list of choices, or {low, high, step, log}; set.NAME for a recipe's")  # fmt: skip
-    add("--trials", type=_positive, default=20, metavar="N",
-        help="trials in all, earlier ones included (default: 20)")  # fmt: skip
-    add("--parallel", type=_positive, default=1, metavar="N", help="trials at once (default: 1)")
-    add("--metric", default="val_loss",
-        help="what is to be the best, as in metrics.jsonl (default: val_loss)")  # fmt: skip
-    add("--direction", choices=("minimize", "maximize"),
-        help="default: a loss is minimized, all else maximized")  # fmt: skip
-    add("--pruner", choices=("asha", "hyperband", "none"), default="asha",
-        help="what ends bad trials early (default: asha)")  # fmt: skip
-    add("--grace_epochs", type=_positive, default=1, metavar="N",
-        help="before that none is ended (default: 1)")  # fmt: skip
-    add("--sweep_dir", metavar="DIR",
-        help="folder of the sweep; an earlier one is gone on with (default: sweeps/TIME)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of what is tried (default: 0)")
-    add("--launch", metavar="FLAGS",
-        help="flags of tfdist.launch for each run, in one word: '--slurm --nodes=2'")  # fmt: skip
-    parser.epilog = "All other flags are those of tfdist.train, for every trial."
-    return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
 
 
 if __name__ == "__main__":

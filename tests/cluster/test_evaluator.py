@@ -14,6 +14,7 @@ import pytest
 from test_train_command import run_train
 
 import tfdist.train
+from tfdist.commands import place
 
 pytestmark = pytest.mark.cluster
 # All checkpoints are kept: four such epochs take less time than the evaluator to begin.
@@ -139,8 +140,8 @@ def test_is_the_evaluator_of_tf_config(tmp_path, expected):
 
 
 def test_says_whom_it_waits_for(monkeypatch, capsys):
-    monkeypatch.setattr(tfdist.train, "_RUN_BEGINS_SECS", 0.5)
-    monkeypatch.setattr(tfdist.train, "_TELL_SECS", 0.1)
+    monkeypatch.setattr(place, "_RUN_BEGINS_SECS", 0.5)
+    monkeypatch.setattr(place, "_TELL_SECS", 0.1)
     assert tfdist.train.main(["--mode=follow", "--run_dir=runs/nobody"]) == 2
     captured = capsys.readouterr()
     assert "waiting for a run in runs/nobody" in captured.out and captured.err.count("\n") == 1

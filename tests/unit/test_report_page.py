@@ -9,9 +9,10 @@ import pytest
 from tfdist.config.run_config import RunConfig
 from tfdist.config.run_dir import RunDir, append_record
 from tfdist.launcher.events import Event, note_event
-from tfdist.report import main, write_report
+from tfdist.report import main
 from tfdist.reporting import is_wanted
 from tfdist.reporting.record import read_record
+from tfdist.reporting.write import write_report
 
 EPOCH = {"step": 23, "wall_secs": 3.0, "examples_per_sec": 900.0, "memory_mb": 480.0}
 

@@ -25,8 +25,9 @@ from tfdist.api.checks import check_batches
 from tfdist.api.run_state import RunState
 from tfdist.cluster.environments import detect_cluster
 from tfdist.cluster.heartbeat import Heartbeat
-from tfdist.commands.execute import build_for_training, join_cluster
+from tfdist.commands.execute import join_cluster
 from tfdist.commands.flags import build_config, parse_flags, resolve_run
+from tfdist.commands.recipe_run import build_for_training
 from tfdist.config.run_config import RunConfig
 from tfdist.config.sync_options import DEFAULT_PERIODS
 from tfdist.data.sources.batched import BatchedSource

@@ -11,7 +11,7 @@ import tensorflow as tf
 import tfdist
 from tfdist import train
 from tfdist.cluster.spec import Cluster, Task
-from tfdist.commands import execute
+from tfdist.commands import recipe_run
 from tfdist.training.checkpoint.store import CheckpointWriter
 
 rng = np.random.default_rng(0)
@@ -224,7 +224,7 @@ def test_schedule_of_the_command_ends_with_its_last_step(tmp_path, monkeypatch):
         def on_train_batch_end(self, batch, logs=None):
             rates.append(float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)))
 
-    monkeypatch.setattr(execute, "ProgressBar", Rates)
+    monkeypatch.setattr(recipe_run, "ProgressBar", Rates)
     monkeypatch.chdir(tmp_path)
     flags = ["--strategy=one_device", "--run_dir=run", "--epochs=2", "--steps_per_epoch=4", "--set=filters=2"]
     optimizer = ["--optimizer=sgd", "--learning_rate=1.0", "--schedule=cosine", "--warmup_steps=2"]

@@ -6,8 +6,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras.src.losses import loss as keras_loss
 from keras.src.saving import saving_lib
 from tensorflow.python.distribute.coordinator.values import RemoteValueImpl
+from tensorflow.python.eager import context
 
 from tfdist import keras_internals
 from tfdist.keras_internals import (
@@ -178,7 +180,7 @@ def mirrored_facts():
     [
         (keras.Model, "_symbolic_build"),
         (keras.Model, "_flatten_layers"),
-        (keras_internals.context.Context, "wait_at_barrier"),
+        (context.Context, "wait_at_barrier"),
         (OPTIMIZER, "_all_reduce_sum_gradients"),
         (OPTIMIZER, "_backend_apply_gradients"),
         (OPTIMIZER, "_clip_gradients"),
@@ -187,8 +189,8 @@ def mirrored_facts():
         (OPTIMIZER, "_update_model_variables_moving_average"),
         (OPTIMIZER, "_overwrite_model_variables_with_average_value"),
         (LOSS_SCALE_OPTIMIZER, "apply"),
-        (keras_internals.keras_loss, "reduce_weighted_values"),
-        (keras_internals.keras_loss, "standardize_reduction"),
+        (keras_loss, "reduce_weighted_values"),
+        (keras_loss, "standardize_reduction"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
@@ -448,7 +450,7 @@ def test_value_under_a_binding_is_the_local_variable():
 def test_remove_restores_everything_exactly():
     model = make_model(LOSS_SCALE_OPTIMIZER(keras.optimizers.SGD(momentum=0.9)), metrics=["mae"])
     optimizers = [model.optimizer, model.optimizer.inner_optimizer]
-    owners = [*all_variables(model, optimizers), *optimizers, keras_internals.keras_loss]
+    owners = [*all_variables(model, optimizers), *optimizers, keras_loss]
 
     def state():
         return [{name: id(value) for name, value in vars(owner).items()} for owner in owners]

@@ -58,20 +58,17 @@ class Synchronizer:
     Attributes:
         options: What crosses between workers; None: nothing.
         reason: What carries it, and why.
+        shares_each_step: Whether every step's gradients are exchanged and applied inside it.
     """
 
     options: SyncOptions | None = None
     reason = ""
+    shares_each_step = True
 
     @property
     def is_local(self) -> bool:
         """Whether the workers step each for itself now."""
         return False
-
-    @property
-    def shares_each_step(self) -> bool:
-        """Whether every step's gradients are exchanged and applied inside it."""
-        return True
 
     def start(self) -> None:
         """Begins with the weights that the model has now."""
@@ -165,6 +162,8 @@ class EveryStep(Synchronizer):
 class EveryUpdate(EveryStep):
     """Each worker sums the gradients of several batches, and the sums are exchanged once for each update."""
 
+    shares_each_step = False
+
     def __init__(self, **shared: Any) -> None:
         super().__init__(**shared)
         (optimizer,) = keras_internals.find_optimizers(self._model)
@@ -177,11 +176,6 @@ class EveryUpdate(EveryStep):
             {key: replicas.first_local(sums) for key, sums in found.items()},
         )
         self._agree = replicas.build(self._accumulated.agree_in)
-
-    @property
-    def shares_each_step(self) -> bool:
-        """Never."""
-        return False
 
     def start(self) -> None:
         """Begins with the weights, and with the sums, that the model has now."""
@@ -209,15 +203,12 @@ class EveryUpdate(EveryStep):
 class StepLater(EveryStep):
     """Gradients are exchanged while the next step computes, and applied at its end."""
 
+    shares_each_step = False
+
     def __init__(self, **shared: Any) -> None:
         super().__init__(**shared)
         self._delayed = DelayedGradients(self._exchange, self._model.trainable_variables)
         self._late_fault = SOUND
-
-    @property
-    def shares_each_step(self) -> bool:
-        """Never."""
-        return False
 
     def start(self) -> None:
         """Begins with the weights that the model has now, and with no gradients that wait."""
@@ -253,6 +244,8 @@ class StepLater(EveryStep):
 class NowAndThen(EveryStep):
     """The workers step each for itself, from some step on, and their weights come together now and then."""
 
+    shares_each_step = False
+
     def __init__(
         self, *, local: LocalSteps, all_reduce_sum: Callable[[list[float]], list[float]], **shared: Any
     ) -> None:
@@ -268,11 +261,6 @@ class NowAndThen(EveryStep):
     def is_local(self) -> bool:
         """Whether the workers step each for itself now."""
         return self._step.gradient_aggregation is self._own
-
-    @property
-    def shares_each_step(self) -> bool:
-        """Never: the steps before are a few."""
-        return False
 
     def start(self) -> None:
         """Begins where the weights are now."""

@@ -12,7 +12,7 @@ from typing import Any
 from tfdist.cluster.spec import find_nearest
 from tfdist.config.config_file import render_flags, take_config
 from tfdist.config.job_options import TRAIN_DEFAULTS, JobOptions
-from tfdist.config.parser import OneLineParser
+from tfdist.config.parser import OneLineParser, add_settings
 from tfdist.config.run_config import RunConfig
 from tfdist.config.settings import settings_of, types_of
 from tfdist.errors import ConfigError
@@ -116,10 +116,7 @@ def _build_parser() -> OneLineParser:
     for name, backend in BACKENDS.items():
         group = parser.add_argument_group(f"with --{name}")
         group.add_argument(f"--{name}", action="store_true", help=backend.help)
-        kinds = types_of(backend.kind)
-        for flag, (_, rule) in settings_of(backend.kind).items():
-            (kind,) = kinds[flag]
-            group.add_argument(f"--{flag}", type=kind, help=rule.help)
+        add_settings(group, backend.kind)
     return parser
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tfdist.cluster.spec import Task
-from tfdist.config.settings import setting, settings_of, types_of
+from tfdist.config.parser import add_settings
+from tfdist.config.settings import setting, settings_of
 from tfdist.errors import ConfigError
 
 
@@ -36,11 +37,7 @@ def add_host_flags(parser: Any, what: str) -> None:
     parser.add_argument(
         "--hostfile", metavar="FILE", help="the same from a file: a line `h1 slots=2` for each"
     )
-    kinds = types_of(SshOptions)
-    for name, (_, rule) in settings_of(SshOptions).items():
-        (kind,) = kinds[name]
-        short = ["-i"] if name == "identity_file" else []
-        parser.add_argument(f"--{name}", *short, type=kind, help=rule.help)
+    add_settings(parser, SshOptions, short={"identity_file": "-i"})
 
 
 def read_ssh_options(flags: Any) -> SshOptions:

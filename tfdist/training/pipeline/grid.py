@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -16,7 +15,6 @@ from tfdist.training.step.replicas import Replicas
 from tfdist.training.tensor_parallel.group import ProcessGroup
 
 
-# Wide: three axes, with a size and a place on each.
 class Grid:
     """The processes of a run: copies of the model side by side, each a line of stages, of blocks each.
 
@@ -43,12 +41,12 @@ class Grid:
         line, self.block = divmod(self.rank, self.num_blocks)
         self.copy, self.stage = divmod(line, self.num_stages)
         # Those that add up: for each stage's block its copies, for each stage of each copy its blocks.
-        self._copies = ProcessGroup(self.num_copies, self.stage * self.num_blocks + self.block)
+        copies = ProcessGroup(self.num_copies, self.stage * self.num_blocks + self.block)
         self.blocks = ProcessGroup(self.num_blocks, self.num_stages * self.num_blocks + line)
         self._cluster = cluster
         self._strategy = strategy
         self._replicas = Replicas(strategy.workers)
-        self._sums: dict[Any, Callable[[Any], Any]] = {}
+        self._sum_copies = tf.function(copies.sum, autograph=False)
 
     @property
     def tasks(self) -> list[str]:
@@ -82,11 +80,8 @@ class Grid:
         """Returns the sums of a tensor over the processes of all copies that are as this one; each must call it."""
         if self.num_copies == 1:
             return values
-        key = values.dtype, tuple(values.shape)
-        if key not in self._sums:
-            traced = tf.function(self._copies.sum, autograph=False)
-            self._sums[key] = traced.get_concrete_function(tf.TensorSpec(values.shape, values.dtype))
-        return self._sums[key](values)
+        # By its shape, for each of which there is a trace: called by itself it would warn of tracing often.
+        return self._sum_copies.get_concrete_function(tf.TensorSpec(values.shape, values.dtype))(values)
 
     def from_last(self, arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
         """Returns the arrays of each copy's last stage on every process."""

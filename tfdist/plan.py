@@ -35,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     try:
         words = [canonical_flag(word) for word in (sys.argv[1:] if args is None else args)]
-        flags, rest = build_parser(__doc__ or "").parse_known_args(words)
+        flags, rest = build_parser(__doc__).parse_known_args(words)
         return _run(flags, rest)
     except TfdistError as error:
         print(f"tfdist.plan: {' '.join(str(error).split())}", file=sys.stderr)

@@ -28,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> int:
         0, 2 for a mistake in the settings, 128 + n if signal n came.
     """
     try:
-        flags, rest = build_parser(__doc__ or "").parse_known_args(
+        flags, rest = build_parser(__doc__).parse_known_args(
             [canonical_flag(word) for word in (sys.argv[1:] if args is None else args)]
         )
         return _run(flags, rest)

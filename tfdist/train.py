@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if values.dry_run:
             print(render_place(cluster))
             return 0
-        return run_own_part(fields, cluster)
+        run_own_part(fields, cluster)
+        return 0
     except (NonFiniteError, OutOfMemoryError) as error:
         let_the_chief_speak(cluster)
         print(f"tfdist.train: {error}", file=sys.stderr)

@@ -99,7 +99,7 @@ def _carry_out_in(
         run.join(members, carried)
         config = dataclasses.replace(config, resume=config.resume or members.generation > 0)
     try:
-        work = RecipeRun(run, recipe, config, say if run.is_chief else _say_nothing)
+        work = RecipeRun(run, recipe, config, say if run.is_chief else lambda line: None)
         results = work.carry_out(overrides)
     except tf.errors.ResourceExhaustedError as error:
         # TensorFlow says it in many lines, and where in the graph; the tensor's shape is in the first.
@@ -130,7 +130,3 @@ def join_cluster(config: RunConfig, cluster: Cluster | None = None) -> Run:
         deterministic=config.deterministic,
         pipeline=config.pipeline_options,
     )
-
-
-def _say_nothing(line: str) -> None:
-    del line

@@ -16,7 +16,7 @@ from tfdist.launcher.process.fork import quiet_imports
 from tfdist.recipe import load_recipe
 
 
-def run_own_part(fields: Mapping[str, Any], cluster: Cluster | None) -> int:
+def run_own_part(fields: Mapping[str, Any], cluster: Cluster | None) -> None:
     """Runs the program, or serves those that do.
 
     Args:
@@ -39,7 +39,6 @@ def run_own_part(fields: Mapping[str, Any], cluster: Cluster | None) -> int:
     reports = "TFDIST_LAUNCHED" not in os.environ and (cluster is None or cluster.is_chief)
     with reporting(config, keeps_error=True) if reports else contextlib.nullcontext():
         execute(config, cluster=cluster, say=lambda line: print(line, flush=True))
-    return 0
 
 
 def _serve(cluster: Cluster) -> NoReturn:

@@ -21,7 +21,7 @@ _CORES_OF_FOUR = 8
 _MOST_SIZES = 4
 
 
-def build_parser(usage: str) -> OneLineParser:
+def build_parser(usage: str | None) -> OneLineParser:
     """Makes the command's parser."""
     parser = OneLineParser(prog="tfdist.plan", usage=usage, allow_abbrev=False)
     add: Any = parser.add_argument

@@ -32,7 +32,7 @@ def make_trials(plan: Plan, place: Sequence[str], rest: Sequence[str], *, verbos
     if plan.link is not None and not any(word.startswith("--exchange=") for word in rest):
         rest = [*rest, "--exchange=collective"]  # between machines there is no shared memory
     num_trials = sum(len(needed.trials) for needed in plan.clusters())
-    hear = functools.partial(print, file=sys.stderr, flush=True) if verbose else _ignore
+    hear = functools.partial(print, file=sys.stderr, flush=True) if verbose else lambda line: None
     with (
         _progress(num_trials) as (begin, note),
         Worlds(launch=place or ["--preload"], train=rest, note=note, hear=hear) as worlds,
@@ -58,10 +58,6 @@ def _try(worlds: Worlds, needed: Needed, plan: Plan) -> World:
             refused={needed.name: " ".join(str(error).split())},
             start_secs=0.0,
         )
-
-
-def _ignore(line: str) -> None:
-    del line
 
 
 @contextmanager

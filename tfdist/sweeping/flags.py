@@ -7,7 +7,7 @@ from typing import Any
 from tfdist.config.parser import OneLineParser
 
 
-def build_parser(usage: str) -> OneLineParser:
+def build_parser(usage: str | None) -> OneLineParser:
     """Makes the command's parser."""
     parser = OneLineParser(prog="tfdist.sweep", usage=usage, allow_abbrev=False)
     add: Any = parser.add_argument

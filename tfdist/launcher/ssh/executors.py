@@ -169,7 +169,7 @@ class RemoteChild(Child):
         self._order({"pmi": text.decode()})
 
     def signal_group(self, number: signal.Signals) -> None:
-        """As `send`."""
+        """Sends a signal to a process and all that it has started."""
         self.send(number)
 
     def _order(self, order: Mapping[str, object]) -> None:
@@ -204,7 +204,7 @@ class RemoteExecutor:
 
     @property
     def num_slots(self) -> float:
-        """Of the hosts that have not been lost."""
+        """Slots of the hosts that have not been lost."""
         self._note_lost()
         return sum(host.num_slots for host in self._usable)
 

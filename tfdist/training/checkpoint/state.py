@@ -26,7 +26,7 @@ class Blocks(Protocol):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of every block."""
+        """The type, the same in every block."""
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Yields runs of rows, in order."""
@@ -55,7 +55,7 @@ class StateArray:
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole array."""
+        """Bytes of the whole array."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     @property

@@ -55,7 +55,7 @@ class Grid:
 
     @property
     def hosts(self) -> list[str]:
-        """Where they are."""
+        """The hosts of its processes, by rank."""
         return [split_address(self._cluster.address(task))[0] for task in self._cluster.tasks]
 
     def rank_of(self, *, stage: int, copy: int = 0, block: int = 0) -> int:

@@ -128,7 +128,7 @@ class Dispatch:
 
     @property
     def _lost_secs(self) -> float:
-        """Of each worker."""
+        """Seconds that a worker has lost in this epoch, the mean of all."""
         return (self.share or 0.0) * self._total_secs
 
 

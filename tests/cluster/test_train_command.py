@@ -35,6 +35,7 @@ def finished(request, tmp_path_factory):
         run_dir.parent,
         f"--strategy={request.param}",
         "--epochs=2",
+        "--validation_freq=2",
         f"--run_dir={run_dir}",
         "--export=savedmodel",
     )
@@ -52,6 +53,7 @@ def test_run_reaches_and_leaves(finished):
     assert [line["epoch"] for line in lines] == [0, 1]
     # 1,437 examples in batches of 64 are 23 steps: none may be lost.
     assert [line["step"] for line in lines] == [23, 46]
+    assert ["val_loss" in line for line in lines] == [False, True]
     assert json.loads((run_dir / "config.json").read_text())["strategy"] == strategy
     assert list((run_dir / "tensorboard").rglob("events*"))
     assert (run_dir / "export" / "saved_model.pb").exists()

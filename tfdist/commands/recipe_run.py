@@ -145,6 +145,7 @@ class RecipeRun:
             epochs=config.epochs,
             steps_per_epoch=config.steps_per_epoch,
             validation_data=test if config.evaluator == "off" else None,
+            validation_freq=config.validation_freq,
             callbacks=[
                 ProgressBar(),
                 ConfigFile(

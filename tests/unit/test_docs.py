@@ -46,6 +46,10 @@ def test_example_of_a_public_name_runs(tmp_path, monkeypatch, name):
     assert not found, "".join(found)
 
 
+def test_readme_is_read_in_a_minute():
+    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 90
+
+
 def test_programs_of_the_porting_page_run(tmp_path, monkeypatch):
     """One after another, as a reader would type them."""
     monkeypatch.chdir(tmp_path)

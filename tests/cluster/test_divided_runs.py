@@ -105,8 +105,8 @@ def stopped(tmp_path_factory):
     [
         ("two stages", "three stages"),
         ("two stages", "two workers"),
-        ("two blocks", "alone"),
         ("two blocks", "two stages of two blocks"),
+        pytest.param("two blocks", "alone", marks=pytest.mark.everything),
         pytest.param("two stages", "two blocks", marks=pytest.mark.everything),
         pytest.param("two stages of two blocks", "two stages", marks=pytest.mark.everything),
         pytest.param("alone", "two blocks", marks=pytest.mark.everything),

@@ -48,6 +48,7 @@ def run_program(folder, division=(1, 1), limit=0):
     return programs.run(words, cwd=folder)
 
 
+@pytest.mark.everything
 def test_processes_need_less_each_than_one_for_all(tmp_path):
     found = {}
     for name, division in {"alone": (1, 1), **DIVISIONS}.items():

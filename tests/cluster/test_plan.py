@@ -50,7 +50,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_steps_take_as_long_as_foretold(folder, capsys):
     """A step that sleeps a millisecond for each example tells what each way must take, on any machine."""
-    flags = ["--recipe=./my recipe.py", "--ways=every_step,local_sgd,delayed,ps", "--json"]
+    flags = ["--recipe=./my recipe.py", "--ways=every_step,local_sgd,ps", "--json"]
     assert main(flags) == 0
     found = json.loads(capsys.readouterr().out)
     ways = {(way["way"], way["num_workers"], way["global_batch_size"]): way for way in found["ways"]}
@@ -96,6 +96,7 @@ class Small(keras.Sequential):
     assert 0 < ways["stages"]["step_secs"] < 5 and "--tensor_parallel=2" in ways["blocks"]["flags"]
 
 
+@pytest.mark.everything
 def test_model_that_cannot_have_a_way_is_planned_without_it(folder, capsys):
     text = RECIPE.replace(
         "keras.optimizers.SGD(0.1)", "keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)"
@@ -110,8 +111,8 @@ def test_model_that_cannot_have_a_way_is_planned_without_it(folder, capsys):
 @pytest.mark.parametrize(
     ("words", "code", "part"),
     [
-        (["--recipe=nobody"], 2, "nobody"),
-        (["--recipe=./my recipe.py", "--set=width=3"], 2, "width"),
+        pytest.param(["--recipe=nobody"], 2, "nobody", marks=pytest.mark.everything),
+        pytest.param(["--recipe=./my recipe.py", "--set=width=3"], 2, "width", marks=pytest.mark.everything),
         (["--recipe=./my recipe.py", "--set=crash=true"], 1, "crashed on purpose"),
         (["--recipe=./my recipe.py", "--hosts=nobody.invalid"], 2, "nobody.invalid"),
         (["--recipe=./my recipe.py", "--epoch=3"], 2, "epochs"),

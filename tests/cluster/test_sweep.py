@@ -128,7 +128,9 @@ def _storage(folder):
     return f"sqlite:///{folder / 'a sweep/study.db'}"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.everything)]
+)
 def test_interrupted_sweep_lets_its_trials_save(folder, number):
     words = write_space(folder, **{"set.rate": [0.1]})
     command = [sys.executable, "-m", "tfdist.sweep", *words, "--epochs=100000", "--trials=1"]

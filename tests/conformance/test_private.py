@@ -8,7 +8,11 @@ import tensorflow as tf
 from worlds import marked, results_of
 
 WORLDS = ["one_device", "mirrored-2", "mirrored-4", "multiworker-2"]
-DEFAULT = {"mirrored-4": ("noise",), "mirrored-2": ("images", "poisson", "clip", "noise")}
+DEFAULT = {
+    "mirrored-4": ("noise",),
+    "mirrored-2": ("images", "clip", "noise"),
+    "multiworker-2": ("table", "poisson", "noise"),
+}
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 

@@ -25,7 +25,7 @@ class Slow:
         self.secs = secs
 
     def __len__(self):
-        return 100
+        return 40
 
     def __getitem__(self, place):
         time.sleep(self.secs)

@@ -4,9 +4,11 @@
 
 Every round runs each contender once, in turn, in fresh processes: the same model, initial weights, batches and
 optimizer, float32, one core and one thread for each worker. Efficiency is the rate of communicating workers ÷ that of
-as many isolated ones at the same time, each on its share of the batch. `torch` and `tf_keras` are installed into
-environments of their own. All of TensorFlow's have oneDNN. Where losses after 10 steps differ by more than 1e-4 the row
-is void; where the medians of a contender's two turns in each round differ by more than 3%, its rows are.
+as many isolated ones at the same time, each on its share of the batch. Workers in lock step wait for each other at each
+step, as in an exchange that takes no time: the slower one holds the other up, and both read memory at the same moments.
+`torch` and `tf_keras` are installed into environments of their own. All of TensorFlow's have oneDNN. Where losses after
+10 steps differ by more than 1e-4 the row is void; where the medians of a contender's two turns in each round differ by
+more than 3%, its rows are.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from figures import ROOT, Row, divide, parse_options, render_spread, show, take_turns
-from sync_models import CONTESTS
 
 FOLDER = Path(__file__).parent
 TIMEOUT_SECS = 300
@@ -41,8 +42,7 @@ class Arena:
         self._folder = folder
         self._pythons: dict[str, Path] = {}
         self.losses: dict[str, dict[str, float]] = {}
-        self.most: dict[str, list[float]] = {}  # efficiencies that a free exchange would reach
-        self.noise: dict[tuple[str, str], float] = {}
+        self.noise: dict[str, float] = {}
 
     def run(self, contender: str, contest: str) -> Figures:
         """Runs a contender to its end, and returns its figures."""
@@ -58,10 +58,10 @@ class Arena:
             self._call([[*program, str(rank), port] for rank in range(2)])
         elif contender == "tf_keras":
             self._call([self._launch(str(self._python("tf_keras")), "sync_tf_keras.py", "-", *words)])
-        elif contender == "isolated":
+        elif contender in ("isolated", "lock_step"):
             outs = [self._folder / f"out-{rank}.json" for rank in range(2)]
             own = [(contest, str(path), str(weights), str(rank)) for rank, path in enumerate(outs)]
-            self._call([self._own("sync_programs.py", "isolated", *words) for words in own])
+            self._call([self._own("sync_programs.py", contender, *words) for words in own])
         elif contender == "keras":
             self._call([self._own("sync_programs.py", "keras", *words)])
         else:
@@ -69,13 +69,8 @@ class Arena:
         found = [json.loads(path.read_text()) for path in outs]
         for path in outs:
             path.unlink()
-        if contender == "isolated":
-            rate = sum(f["rate"] for f in found)
-            # In lock step, each would last as long as the slower of the two.
-            secs = [max(pair) for pair in zip(*(f["secs"] for f in found), strict=True)]
-            at_most = CONTESTS[contest].global_batch / statistics.mean(secs)
-            self.most.setdefault(contest, []).append(at_most / rate)
-            return {"rate": rate}
+        if len(found) > 1:
+            return {"rate": sum(f["rate"] for f in found)}
         if "loss" in found[0]:
             self.losses.setdefault(contest, {})[contender] = found[0]["loss"]
         return dict(found[0])
@@ -125,7 +120,7 @@ def contend(arena: Arena, contest: str, contenders: Sequence[str], rounds: int) 
         {turn: lambda name=name: arena.run(name, contest)["rate"] for turn, name in turns.items()},  # type: ignore[misc]
         rounds,
     )
-    arena.noise[contest, first] = abs(divide(rates[first], rates[AGAIN]) - 1)
+    arena.noise[contest] = abs(divide(rates[first], rates[AGAIN]) - 1)
     return rates
 
 
@@ -144,31 +139,33 @@ def _ratio(
     spread = f"{render_spread(rates[ours], 0)}; {render_spread(rates[best], 0)}"
     text = f"{what} ({best}; examples/s {spread})"
     losses = arena.losses.get(contest, {})
-    gap = abs(losses[ours] - losses[best]) if best in losses else 0.0
+    gap = abs(losses[ours] - losses[best]) if {ours, best} <= losses.keys() else 0.0
     if gap > 1e-4:
         return text, f"void: losses differ by {gap:.1e}", bound
-    is_void = arena.noise[contest, ours] > MOST_NOISE
+    is_void = arena.noise[contest] > MOST_NOISE
     return text, f"{'void: ' if is_void else ''}{render_spread(ratios, 2)}", bound
 
 
 def _noise(arena: Arena, contest: str, contender: str) -> Row:
-    return f"… `{contender}` against itself, %", f"{100 * arena.noise[contest, contender]:.1f}", "≤ 3"
+    return f"… `{contender}` against itself, %", f"{100 * arena.noise[contest]:.1f}", "≤ 3"
 
 
-def _most(arena: Arena, contest: str, rates: dict[str, list[float]]) -> Iterator[Row]:
-    text = "… of which a free exchange would reach: each step as long as the slower isolated worker's"
-    yield text, render_spread(arena.most[contest], 2), ""
-    reached = divide(rates["every_step"], rates["isolated"]) / statistics.median(arena.most[contest])
-    yield "… efficiency ÷ a free exchange's", f"{reached:.2f}", "≥ 0.98"
+def _free(rates: dict[str, list[float]]) -> Iterator[Row]:
+    ratios = [a / b for a, b in zip(rates["lock_step"], rates["isolated"], strict=True)]
+    text = "… of workers in lock step that exchange nothing"
+    yield f"{text} (examples/s {render_spread(rates['lock_step'], 0)})", render_spread(ratios, 2), ""
+    yield "… efficiency ÷ theirs", f"{divide(rates['every_step'], rates['lock_step']):.2f}", "≥ 0.98"
 
 
 def measure(part: str, arena: Arena, rounds: int) -> Iterator[Row]:
     """Yields the rows of a part."""
     torch = ("torch-plain", "torch-best")
     if part == "cnn":
-        rates = contend(arena, "cnn", ("every_step", "isolated", *torch, "tf_keras", "keras"), rounds)
+        rates = contend(
+            arena, "cnn", ("every_step", "isolated", "lock_step", *torch, "tf_keras", "keras"), rounds
+        )
         yield _ratio(arena, "cnn", f"CNN: {EFFICIENCY}", rates, "every_step", ("isolated",), "≥ 0.92")
-        yield from _most(arena, "cnn", rates)
+        yield from _free(rates)
         yield _ratio(arena, "cnn", "CNN ÷ torch DDP's best", rates, "every_step", torch, "≥ 1.9")
         yield _ratio(arena, "cnn", "CNN ÷ `tf_keras` `fit`", rates, "every_step", ("tf_keras",), "≥ 1.7")
         plain = "CNN ÷ plain `keras.Model.fit`, one process, all cores"
@@ -180,15 +177,17 @@ def measure(part: str, arena: Arena, rounds: int) -> Iterator[Row]:
         yield _ratio(arena, "cnn", what, rates, "local_sgd", ("isolated",), "≥ 0.99")
         yield _noise(arena, "cnn", "local_sgd")
     elif part == "resnet":
-        rates = contend(arena, "resnet", ("every_step", "isolated"), rounds)
+        rates = contend(arena, "resnet", ("every_step", "isolated", "lock_step"), rounds)
         what = "ResNet-20, 32 a worker: efficiency"
         yield _ratio(arena, "resnet", what, rates, "every_step", ("isolated",), "≥ 0.97")
-        yield from _most(arena, "resnet", rates)
+        yield from _free(rates)
         yield _noise(arena, "resnet", "every_step")
     elif part == "mlp":
-        rates = contend(arena, "mlp", ("every_step", *torch), rounds)
+        rates = contend(arena, "mlp", ("every_step", "isolated", *torch), rounds)
         what = "MLP of 25 M weights ÷ torch DDP's best"
         yield _ratio(arena, "mlp", what, rates, "every_step", torch, "≥ 1.8")
+        yield _ratio(arena, "mlp", "… isolated workers ÷ torch DDP's best", rates, "isolated", torch, "")
+        yield _ratio(arena, "mlp", f"… {EFFICIENCY}", rates, "every_step", ("isolated",), "")
         yield _noise(arena, "mlp", "every_step")
     else:
         found: dict[str, list[Any]] = take_turns(

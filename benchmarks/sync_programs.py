@@ -1,7 +1,8 @@
 """The contenders of `sync.py` that run on Keras: `sync_programs.py CONTENDER CONTEST OUT.json WEIGHTS.npz [RANK]`.
 
 CONTENDER: `weights` (writes the initial weights), `keras` (plain `fit`, all cores), `isolated` (one worker's share,
-alone), `allreduce`, or a way of sharing under tfdist: `every_step`, `local_sgd`.
+alone), `lock_step` (the same, waiting for the other worker at each step), `allreduce`, or a way of sharing under
+tfdist: `every_step`, `local_sgd`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -49,9 +51,33 @@ class Timer(keras.callbacks.Callback):
         self.times.append(time.perf_counter())
 
     def figures(self, batch: int) -> dict[str, Any]:
-        """Returns examples/s, and the seconds of each step; the first is left out."""
-        secs = np.diff(self.times)
-        return {"rate": batch / float(secs.mean()), "secs": secs.tolist()}
+        """Returns examples/s; the first step is left out."""
+        return {"rate": batch / float(np.diff(self.times).mean())}
+
+
+class LockStep(keras.callbacks.Callback):
+    """Waits at each step's end for the other of two workers."""
+
+    writes = False  # both wait
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Meets it."""
+        path = f"{WEIGHTS}.socket"
+        if RANK == ["0"]:
+            with socket.socket(socket.AF_UNIX) as server:
+                server.bind(path)
+                server.listen()
+                self._other, _ = server.accept()
+            Path(path).unlink()
+            return
+        self._other = socket.socket(socket.AF_UNIX)
+        while self._other.connect_ex(path):
+            time.sleep(0.01)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Waits."""
+        self._other.send(b".")
+        self._other.recv(1)
 
 
 def build_model() -> keras.Model:
@@ -91,7 +117,11 @@ def _resnet(x: Any) -> Any:
 
 
 def train(
-    strategy: str, batch: int, *, warm_steps: int = WARM_STEPS, **options: Any
+    strategy: str,
+    batch: int,
+    *callbacks: keras.callbacks.Callback,
+    warm_steps: int = WARM_STEPS,
+    **options: Any,
 ) -> dict[str, Any] | None:
     """Trains by tfdist, and returns the figures on the chief."""
     run = tfdist.initialize(strategy=strategy)
@@ -104,7 +134,9 @@ def train(
     run.fit(model, (x, y), steps_per_epoch=warm_steps, **settings)
     loss = run.evaluate(model, x[:512], y[:512], batch_size=256, verbose=0, return_dict=True)["loss"]
     timer = Timer()
-    run.fit(model, (x, y), steps_per_epoch=CONTESTS[CONTEST].num_steps, callbacks=[timer], **settings)
+    run.fit(
+        model, (x, y), steps_per_epoch=CONTESTS[CONTEST].num_steps, callbacks=[*callbacks, timer], **settings
+    )
     return timer.figures(batch) | {"loss": float(loss)} if run.is_chief else None
 
 
@@ -168,8 +200,8 @@ def main() -> None:
     found: Any
     if CONTENDER == "keras":
         found = train_plain()
-    elif CONTENDER == "isolated":
-        found = train("one_device", batch // 2)
+    elif CONTENDER in ("isolated", "lock_step"):
+        found = train("one_device", batch // 2, *([LockStep()] if CONTENDER == "lock_step" else []))
     elif CONTENDER == "allreduce":
         found = time_all_reduce()
     else:

@@ -134,12 +134,12 @@ RECIPE = tfdist.Recipe(build_model=build_model, build_data=build_data, global_ba
 @pytest.fixture
 def words(tmp_path):
     (tmp_path / "stream.py").write_text(RECIPE)
-    return ["--recipe=stream.py", "--run_dir=run", "--verbose=2"]
+    return ["--recipe=stream.py", "--verbose=2"]
 
 
 def test_command_takes_the_flag(tmp_path, words):
     """And leaves it in the run's config."""
-    done = programs.run(["-m", "tfdist.train", *words, "--data_service=local"], cwd=tmp_path)
+    done = programs.run(["-m", "tfdist.train", *words, "--run_dir=run", "--data_service=local"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert '"data_service": "local"' in (tmp_path / "run" / "config.json").read_text()
 
@@ -152,7 +152,7 @@ def test_address_without_a_dispatcher_is_one_line(tmp_path, words, monkeypatch, 
         bound.bind(("127.0.0.1", 0))
         for listener, reason in ((bound, "Connection refused"), (silent, "timed out")):
             address = f"127.0.0.1:{listener.getsockname()[1]}"
-            assert main([*words, f"--data_service={address}"]) == 2
+            assert main([*words, f"--run_dir={listener.fileno()}", f"--data_service={address}"]) == 2
             (last,) = capsys.readouterr().err.splitlines()
             assert f"data_service='{address}': no tf.data dispatcher answers there" in last
             assert reason in last and "--data_service=local" in last

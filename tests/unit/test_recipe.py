@@ -320,10 +320,12 @@ def test_check_recipe_exists_refuses_an_unknown_one(name, message):
 )
 def test_check_recipe_exists_imports_nothing(source, tmp_path):
     (tmp_path / "recipe_of_mine.py").write_text(source)
+    before = set(sys.modules)
     check_recipe_exists(str(tmp_path / "recipe_of_mine.py"))
     check_recipe_exists("digits-cnn")
     check_recipe_exists("package_of_mine.not_looked_at")
-    assert not any(name.startswith(("tfdist_recipes_", "package_of_mine")) for name in sys.modules)
+    imported = set(sys.modules) - before
+    assert not any(name.startswith(("tfdist_recipes_", "package_of_mine")) for name in imported)
 
 
 def test_check_recipe_exists_refuses_a_file_without_recipe(tmp_path):

@@ -216,12 +216,9 @@ def measure_torch(rounds: int) -> Iterator[Row]:
         alone = functools.partial(run, found, "alone", ALONE, ["deep"])
         secs = take_turns({"torch": run_torch, "tfdist": ours, "alone": alone}, rounds)
     at_best = 2 * (1 - idle_share(2, count))
-    for name, times in (("torch", secs["torch"]), ("tfdist", secs["tfdist"])):
-        yield (
-            f"{name}, two stages, {count} micro-batches, ms a step",
-            render_spread([1e3 * s for s in times], 0),
-            "",
-        )
+    for name in ("torch", "tfdist"):
+        what = f"{name}, two stages, {count} micro-batches, ms a step"
+        yield what, render_spread([1e3 * s for s in secs[name]], 0), ""
     yield "… torch ÷ tfdist", f"{divide(secs['torch'], secs['tfdist']):.2f}", "≥ 1.2"
     what = f"… torch ÷ one process of tfdist, {at_best:.2f} times as fast: what no schedule exceeds"
     yield what, f"{divide(secs['torch'], secs['alone']) * at_best:.2f}", ""

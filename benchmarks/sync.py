@@ -150,10 +150,9 @@ def _noise(arena: Arena, contest: str, contender: str) -> Row:
     return f"… `{contender}` against itself, %", f"{100 * arena.noise[contest]:.1f}", "≤ 3"
 
 
-def _free(rates: dict[str, list[float]]) -> Iterator[Row]:
-    ratios = [a / b for a, b in zip(rates["lock_step"], rates["isolated"], strict=True)]
-    text = "… of workers in lock step that exchange nothing"
-    yield f"{text} (examples/s {render_spread(rates['lock_step'], 0)})", render_spread(ratios, 2), ""
+def _free(arena: Arena, contest: str, rates: dict[str, list[float]]) -> Iterator[Row]:
+    what = "… of workers in lock step that exchange nothing"
+    yield _ratio(arena, contest, what, rates, "lock_step", ("isolated",), "")
     yield "… efficiency ÷ theirs", f"{divide(rates['every_step'], rates['lock_step']):.2f}", "≥ 0.98"
 
 
@@ -165,7 +164,7 @@ def measure(part: str, arena: Arena, rounds: int) -> Iterator[Row]:
             arena, "cnn", ("every_step", "isolated", "lock_step", *torch, "tf_keras", "keras"), rounds
         )
         yield _ratio(arena, "cnn", f"CNN: {EFFICIENCY}", rates, "every_step", ("isolated",), "≥ 0.92")
-        yield from _free(rates)
+        yield from _free(arena, "cnn", rates)
         yield _ratio(arena, "cnn", "CNN ÷ torch DDP's best", rates, "every_step", torch, "≥ 1.9")
         yield _ratio(arena, "cnn", "CNN ÷ `tf_keras` `fit`", rates, "every_step", ("tf_keras",), "≥ 1.7")
         plain = "CNN ÷ plain `keras.Model.fit`, one process, all cores"
@@ -180,7 +179,7 @@ def measure(part: str, arena: Arena, rounds: int) -> Iterator[Row]:
         rates = contend(arena, "resnet", ("every_step", "isolated", "lock_step"), rounds)
         what = "ResNet-20, 32 a worker: efficiency"
         yield _ratio(arena, "resnet", what, rates, "every_step", ("isolated",), "≥ 0.97")
-        yield from _free(rates)
+        yield from _free(arena, "resnet", rates)
         yield _noise(arena, "resnet", "every_step")
     elif part == "mlp":
         rates = contend(arena, "mlp", ("every_step", "isolated", *torch), rounds)

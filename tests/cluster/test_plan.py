@@ -50,7 +50,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_steps_take_as_long_as_foretold(folder, capsys):
     """A step that sleeps a millisecond for each example tells what each way must take, on any machine."""
-    flags = ["--recipe=./my recipe.py", "--ways=every_step,local_sgd,ps", "--json"]
+    flags = ["--recipe=./my recipe.py", "--ways=every_step,local_sgd,delayed,ps", "--json"]
     assert main(flags) == 0
     found = json.loads(capsys.readouterr().out)
     ways = {(way["way"], way["num_workers"], way["global_batch_size"]): way for way in found["ways"]}

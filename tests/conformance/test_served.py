@@ -4,6 +4,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import programs
@@ -152,7 +153,9 @@ def test_address_without_a_dispatcher_is_one_line(tmp_path, words, monkeypatch, 
         bound.bind(("127.0.0.1", 0))
         for listener, reason in ((bound, "Connection refused"), (silent, "timed out")):
             address = f"127.0.0.1:{listener.getsockname()[1]}"
+            start = time.monotonic()
             assert main([*words, f"--run_dir={listener.fileno()}", f"--data_service={address}"]) == 2
             (last,) = capsys.readouterr().err.splitlines()
             assert f"data_service='{address}': no tf.data dispatcher answers there" in last
             assert reason in last and "--data_service=local" in last
+            assert time.monotonic() - start < 100

@@ -92,7 +92,9 @@ class RunConfig(SyncOptions, PsOptions, PrivacyOptions, PipelineOptions):
     steps_per_epoch: int | None = setting(
         None, least=1, help="Steps per epoch; the next one goes on with the rest. Default: all the data."
     )
-    validation_freq: int = setting(1, least=1, help="Epochs from one validation to the next.")
+    validation_freq: int = setting(
+        1, least=1, help="Epochs from one validation to the next; --evaluator takes each."
+    )
     drop_remainder: bool = setting(False, help="Leave out an epoch's last batch if it is short.")
     shard: str = setting(
         "auto",

@@ -1,7 +1,8 @@
 """The sum of arrays over the processes of one machine, through memory that all of them see.
 
-Messages between two processes are copied in and out for each pair that exchanges some. Here each process copies its
-arrays in once, adds one share of the numbers up over all, and copies the sums out, however many processes there are.
+Messages between two processes are copied in and out for each pair that exchanges some. Here each process copies in
+once what others add up, adds one share of the numbers up over all, and copies the others' sums out, however many
+processes there are.
 They meet twice for it, which is left to MPI; the memory is not, since its shared windows lie in `/dev/shm`, of which a
 container has 64 MB.
 """
@@ -56,21 +57,30 @@ class SharedMemory:
         bounds = [out.size * rank // len(parts) for rank in range(len(parts) + 1)]
         shares = list(zip(self._sums, bounds[:-1], bounds[1:], strict=True))
         sums = [memory[: (end - start) * out.itemsize].view(out.dtype) for memory, start, end in shares]
+        own, (first, end) = parts[self._rank], bounds[self._rank : self._rank + 2]
         for array, place in zip(arrays, places, strict=True):
-            parts[self._rank][place : place + array.size] = array.reshape(-1)
+            flat, stop = array.reshape(-1), place + array.size
+            # The share that this process adds up nobody else reads.
+            own[place : min(stop, first)] = flat[: max(first - place, 0)]
+            own[max(place, end) : stop] = flat[max(end - place, 0) :]
         # Whoever has come here has read the sums before.
         self._comm.Barrier()
-        first, end = bounds[self._rank : self._rank + 2]
-        for start in range(first, end, _BLOCK):
-            block = slice(start, min(start + _BLOCK, end))
-            total = sums[self._rank][start - first : block.stop - first]
-            np.add(parts[0][block], parts[1][block], out=total)
-            for part in parts[2:]:
-                np.add(total, part[block], out=total)
+        for array, place in zip(arrays, places, strict=True):
+            flat, stop = array.reshape(-1), min(place + array.size, end)
+            for start in range(max(place, first), stop, _BLOCK):
+                block = slice(start, min(start + _BLOCK, stop))
+                terms = [part[block] for part in parts]
+                terms[self._rank] = flat[start - place : block.stop - place]
+                total = sums[self._rank][start - first : block.stop - first]
+                np.add(terms[0], terms[1], out=total)
+                for term in terms[2:]:
+                    np.add(total, term, out=total)
+                out[block] = total
         # Whoever has come here has read the arrays: the next may take their places.
         self._comm.Barrier()
-        for share, start, end in zip(sums, bounds[:-1], bounds[1:], strict=True):
-            out[start:end] = share
+        for rank, (share, start, stop) in enumerate(zip(sums, bounds[:-1], bounds[1:], strict=True)):
+            if rank != self._rank:
+                out[start:stop] = share
 
     def take_out(self, size: int, dtype: np.dtype) -> np.ndarray:
         """Returns an array `[size]`, aligned, that nobody else has: the last one's memory once nobody reads it.

@@ -29,7 +29,10 @@ _MARK = f"TFDIST_TEST_SESSION={os.getpid()}-{time.time_ns()}"
 os.environ.update([_MARK.split("=")])
 
 _GRACE_SECS = 5.0
+# Between two looks at all processes of the machine, which cost some milliseconds.
+_LOOK_SECS = 1.0
 _first_seen: dict[int, str] = {}
+_looked_at = 0.0
 
 
 def _parent_and_state(pid: int) -> tuple[int, str]:
@@ -73,8 +76,12 @@ def _command(pid: int) -> str:
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
+    global _looked_at
+    if time.monotonic() < _looked_at + _LOOK_SECS:
+        return
     for pid in _living_descendants():
         _first_seen.setdefault(pid, nodeid)
+    _looked_at = time.monotonic()
 
 
 @pytest.hookimpl(trylast=True)
@@ -87,7 +94,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if not left:
         return
     report = [
-        f"  pid {pid}, since {_first_seen.get(pid, 'the end')}: {_command(pid)}" for pid in sorted(left)
+        f"  pid {pid}, seen after {_first_seen.get(pid, 'the end')}: {_command(pid)}" for pid in sorted(left)
     ]
     for pid in left:
         try:

@@ -170,7 +170,7 @@ def _start(asker, status, *streams):
     if pid == 0:
         os.chdir(request["cwd"])
         paths = request["env"].get("PYTHONPATH", "").split(os.pathsep)
-        sys.path[1:1] = [path for path in paths if path and path not in sys.path]
+        sys.path[1:1] = [path for path in paths if path and path not in sys.path[1:]]
         become(request["command"], request["env"], streams=streams)
     for fd in streams:
         os.close(fd)

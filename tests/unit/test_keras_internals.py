@@ -1,9 +1,12 @@
-import concurrent.futures
-import multiprocessing
+import os
+import pickle
 import socket
+import sys
+from pathlib import Path
 
 import keras
 import numpy as np
+import programs
 import pytest
 import tensorflow as tf
 from keras.src.losses import loss as keras_loss
@@ -41,6 +44,7 @@ from tfdist.runtime.strategies import build_strategy
 
 X = np.linspace(-1, 1, 24, dtype="float32").reshape(8, 3)
 Y = X[:, :1] ** 2
+TESTS = str(Path(programs.__file__).parent)
 KINDS = ("plain", "loss scale")
 OPTIMIZER = keras.optimizers.Optimizer
 LOSS_SCALE_OPTIMIZER = keras.mixed_precision.LossScaleOptimizer
@@ -169,10 +173,11 @@ def facts_under_mirrored():
 
 
 @pytest.fixture(scope="module")
-def mirrored_facts():
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(facts_under_mirrored).result(timeout=120)
+def mirrored_facts(tmp_path_factory):
+    out = tmp_path_factory.mktemp("facts") / "facts.pickle"
+    done = programs.run([__file__, out], env={**os.environ, "PYTHONPATH": TESTS})
+    assert done.returncode == 0, done.stderr
+    return pickle.loads(out.read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -903,3 +908,7 @@ def test_model_with_a_reset_of_its_own_is_told_from_kerass():
     model = Own([keras.Input((2,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     assert not keras_internals.resets_by_variables(model)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_bytes(pickle.dumps(facts_under_mirrored()))

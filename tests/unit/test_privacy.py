@@ -230,20 +230,21 @@ def test_without_noise_there_is_no_epsilon(run, capfd):
 
 
 def test_poisson_batches_hold_each_example_by_a_chance_of_its_own():
-    source = poisson_batches(build_source((np.arange(100), np.arange(100))), batch_size=20, key=b"k" * 16)
-    assert source.num_batches == 5
-    batches = [x.numpy() for seed in range(400) for x, _ in source.reorder(seed)]
+    numbers = np.arange(1000)
+    source = poisson_batches(build_source((numbers, numbers)), batch_size=20, key=b"k" * 16)
+    assert source.num_batches == 50
+    batches = [x.numpy() for seed in range(40) for x, _ in source.reorder(seed)]
     sizes = np.array([len(batch) for batch in batches])
     assert sizes.mean() == pytest.approx(20, abs=0.4)
     assert sizes.var() == pytest.approx(
-        100 * 0.2 * 0.8, rel=0.12
+        1000 * 0.02 * 0.98, rel=0.12
     )  # binomial: batches of one size would have none
-    counts = np.bincount(np.concatenate(batches), minlength=100) / len(batches)
-    assert abs(counts - 0.2).max() < 0.045
+    counts = np.bincount(np.concatenate(batches), minlength=1000) / len(batches)
+    assert abs(counts - 0.02).max() < 0.016  # five standard deviations
     assert all(len(set(batch)) == len(batch) for batch in batches)
-    together = np.mean([{3, 4} <= set(batch) for batch in batches])
-    assert together == pytest.approx(0.04, abs=0.02)
-    again = poisson_batches(build_source((np.arange(100), np.arange(100))), batch_size=20, key=b"k" * 16)
+    together = np.mean([np.isin(batch + 1, batch).sum() for batch in batches])
+    assert together == pytest.approx(999 * 0.02**2, rel=0.15)
+    again = poisson_batches(build_source((numbers, numbers)), batch_size=20, key=b"k" * 16)
     np.testing.assert_array_equal(next(iter(again.reorder(7)))[0], next(iter(source.reorder(7)))[0])
 
 

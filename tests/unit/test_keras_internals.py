@@ -699,6 +699,7 @@ def test_accumulating_with_is_lifted_also_after_an_error():
 def test_watching_outputs_sees_layers_and_operations_the_innermost_first():
     inputs = keras.Input((3,))
     inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="in_sequence")], name="sequence")
+    keras.backend.clear_session(free_memory=False)  # the second `log` of a process is `log_1`
     logs = keras.ops.log(keras.ops.abs(inner(inputs)))
     model = keras.Model(inputs, keras.layers.Dense(1, name="last")(logs), name="whole")
     before = {id(layer): set(vars(layer)) for layer in model._flatten_layers()}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,7 @@ from tfdist.launcher.process.memory import is_memory_short
 from tfdist.launcher.supervise.chaos import Chaos, Failure, parse_chaos
 from tfdist.launcher.supervise.elastic import ElasticCluster
 from tfdist.launcher.supervise.processes import killed_by
+from tfdist.launcher.supervise.recovery import Recovery
 from tfdist.launcher.supervise.restarts import Restarts
 from tfdist.launcher.supervise.watch import FIRST_STEP_SECS, FROZEN_SECS, Watch
 
@@ -50,6 +52,51 @@ def test_malformed_num_workers_is_refused(text):
 def test_least_above_most_is_refused():
     with pytest.raises(ConfigError, match="least:most"):
         Job(command=["true"], num_workers=2, min_workers=3)
+
+
+def test_ps_that_is_back_before_its_chief_does_not_end_the_failure():
+    """Its chief was killed with it: training goes on when that one's successor works, whoever comes first."""
+    said, states, started = [], {}, []
+
+    def start(task, env):
+        started.append(RecoveringChild(task))
+        return started[-1]
+
+    chief, ps = RecoveringChild(Task("chief", 0)), RecoveringChild(Task("ps", 0), exit_code=137)
+    processes = SimpleNamespace(all=[chief, ps], alive=[chief], say=said.append, start=start, has_room=False)
+    watch = SimpleNamespace(state=states.get, forget=lambda task: states.pop(task, None))
+    job = Job(command=["true"], num_workers=2, num_ps=1, max_restarts=3)
+    recovery = Recovery(job, PS_CLUSTER, processes, restarts=Restarts(job), watch=watch, regrouping=None)
+    states[chief.task] = "working"
+    assert recovery.survives(ps, 10.0)
+    processes.alive, states[ps.task] = [chief, started[0]], "ready"
+    recovery.look(10.1)
+    chief.exit_code, processes.alive = 137, [started[0]]
+    recovery.look(10.2)
+    assert recovery.survives(chief, 10.3)
+    processes.alive = started
+    recovery.look(12.0)
+    assert "after the failure" not in " ".join(said)
+    states[chief.task] = "working"
+    recovery.look(14.5)
+    assert said[-1] == "training goes on 4.5 s after the failure"
+
+
+class RecoveringChild(FakeChild):
+    """One that has ended, or that is told to."""
+
+    has_lost_host, fault = False, ""
+
+    def __init__(self, task, exit_code=None):
+        super().__init__(task)
+        self.exit_code = exit_code
+
+    @property
+    def is_alive(self):
+        return self.exit_code is None
+
+    def signal_group(self, number):
+        assert number == signal.SIGKILL
 
 
 def test_restarts_count_within_the_window():

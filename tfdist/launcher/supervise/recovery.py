@@ -125,9 +125,16 @@ class Recovery:
         return self._is_second_try or has_chief or self._regrouping is not None
 
     @property
+    def _loses_chief(self) -> bool:
+        """Whether a chief was killed that is not started again yet."""
+        return any(child.task.type == "chief" for child in self._leaving)
+
+    @property
     def _are_back(self) -> bool:
         if self._regrouping is not None and not self._is_second_try:
             return self._regrouping.is_at_work(self._processes.alive)
+        if self._loses_chief:
+            return False
         if self._waits_for_steps:
             return any(self._watch.state(child.task) == "working" for child in self._processes.alive)
         return bool(self._returning) and all(self._watch.state(child.task) for child in self._returning)
@@ -150,7 +157,9 @@ class Recovery:
         While a worker is away the chief gives its work to the others. With a ps its variables are gone: the chief
         starts again too, from the checkpoint, and finds the workers and the other ps as they were.
         """
-        if child not in self._leaving:
+        if child in self._leaving:
+            self._leaving.remove(child)
+        else:
             self._use_restart(child, "starting it again", now)
         if child.task.type == "ps":
             for other in self._processes.alive:

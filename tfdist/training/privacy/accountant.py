@@ -69,14 +69,17 @@ def least_noise(before: Sequence[Spent], *, share: float, count: int, delta: flo
     def epsilon_of(hundredths: int) -> float:
         return count_epsilon([*before, (hundredths / 100, share, count)], delta)
 
+    unreachable = ConfigError(
+        f"dp_target_epsilon={target} cannot be reached with any noise; take fewer epochs, or a larger ε."
+    )
+    if before and count_epsilon(before, delta) > target:
+        raise unreachable
     # From above: little noise is what takes long to count.
     high = 100
     while epsilon_of(high) > target:
         high *= 2
         if high > 10**6:
-            raise ConfigError(
-                f"dp_target_epsilon={target} cannot be reached with any noise; take fewer epochs, or a larger ε."
-            )
+            raise unreachable
     low = high // 2
     while low > 1 and epsilon_of(low) <= target:
         low, high = low // 2, low

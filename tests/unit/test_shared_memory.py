@@ -50,7 +50,7 @@ def in_threads(num_processes, work, **kwargs):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int32"])
 def test_sums_are_those_of_all_in_the_order_of_the_ranks(num_processes, dtype):
     """Of sizes that grow and shrink, some too small for each to have a share."""
-    sizes = [[1], [3, 70_000], [7], [16, 5, 200_001], [40_000]]
+    sizes = [[1], [3, 70_000], [7], [40, 3, 900, 41], [16, 5, 200_001], [40_000]]
     own = [
         [[draw(rank, i, size, dtype) for i, size in enumerate(each)] for each in sizes]
         for rank in range(num_processes)

@@ -2,9 +2,8 @@
 
 Messages between two processes are copied in and out for each pair that exchanges some. Here each process copies in
 once what others add up, adds one share of the numbers up over all, and copies the others' sums out, however many
-processes there are.
-They meet twice for it, which is left to MPI; the memory is not, since its shared windows lie in `/dev/shm`, of which a
-container has 64 MB.
+processes there are. They meet twice for it, which is left to MPI; the memory is not, since its shared windows lie in
+`/dev/shm`, of which a container has 64 MB.
 """
 
 from __future__ import annotations
@@ -58,11 +57,17 @@ class SharedMemory:
         shares = list(zip(self._sums, bounds[:-1], bounds[1:], strict=True))
         sums = [memory[: (end - start) * out.itemsize].view(out.dtype) for memory, start, end in shares]
         own, (first, end) = parts[self._rank], bounds[self._rank : self._rank + 2]
-        for array, place in zip(arrays, places, strict=True):
-            flat, stop = array.reshape(-1), place + array.size
-            # The share that this process adds up nobody else reads.
-            own[place : min(stop, first)] = flat[: max(first - place, 0)]
-            own[max(place, end) : stop] = flat[max(end - place, 0) :]
+        if out.size < len(arrays) * _BLOCK:
+            for array, place in zip(arrays, places, strict=True):
+                own[place : place + array.size] = array.reshape(-1)
+            # To add many small ones up one by one would cost more than their copies.
+            arrays, places = [own], [0]
+        else:
+            for array, place in zip(arrays, places, strict=True):
+                flat, stop = array.reshape(-1), place + array.size
+                # The share that this process adds up nobody else reads.
+                own[place : min(stop, first)] = flat[: max(first - place, 0)]
+                own[max(place, end) : stop] = flat[max(end - place, 0) :]
         # Whoever has come here has read the sums before.
         self._comm.Barrier()
         for array, place in zip(arrays, places, strict=True):

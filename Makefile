@@ -19,7 +19,7 @@ docs: ## Builds the pages into site/; a link or a name that is not there is an e
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet
 
 test:
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist loadfile --ci
 
 planted: ## Plants each fault of tests/planted in a copy, and writes who found it.
 	$(PYTHON) tests/planted/plant.py --table=docs/planted.md

@@ -9,7 +9,7 @@ from pathlib import Path
 import programs
 import pytest
 
-pytest_plugins = ["everything"]
+pytest_plugins = ["tiers"]
 
 # Read by TensorFlow when it is first imported, so set before any test module is.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"

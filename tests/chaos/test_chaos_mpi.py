@@ -9,7 +9,7 @@ from test_chaos import (
     train,
 )
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.ci]
 
 
 def test_run_by_mpi_survives_a_peers_death(tmp_path):

@@ -11,10 +11,10 @@ import time
 import numpy as np
 import programs
 import pytest
-from everything import rarely
 from test_chaos import NUM_EXAMPLES, RECIPE, STEPS, assert_no_process_left, train
+from tiers import rarely
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.ci]
 # Gradient descent without dropout: the number of replicas must not show.
 MODEL = [f"--recipe={RECIPE}", "--set=dropout=0", "--optimizer=sgd", "--learning_rate=0.05"]
 ELASTIC = ["--strategy=multiworker", "--num_workers=2:3", "--chaos=kill:worker:0@step=45"]

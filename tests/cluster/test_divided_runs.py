@@ -103,8 +103,8 @@ def stopped(tmp_path_factory):
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("two stages", "three stages"),
-        ("two stages", "two workers"),
+        pytest.param("two stages", "three stages", marks=pytest.mark.ci),
+        pytest.param("two stages", "two workers", marks=pytest.mark.ci),
         ("two blocks", "two stages of two blocks"),
         pytest.param("two blocks", "alone", marks=pytest.mark.everything),
         pytest.param("two stages", "two blocks", marks=pytest.mark.everything),

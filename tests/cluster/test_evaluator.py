@@ -93,6 +93,7 @@ def find_follower(run_dir):
     return None
 
 
+@pytest.mark.ci
 def test_survives_its_own_death(tmp_path, expected):
     command = [sys.executable, "-m", "tfdist.train", *RUN[:-1], f"--run_dir={tmp_path}/run", "--evaluator"]
     with start(command, cwd=tmp_path) as process:
@@ -107,6 +108,7 @@ def test_survives_its_own_death(tmp_path, expected):
     assert find_follower(f"{tmp_path}/run") is None
 
 
+@pytest.mark.ci
 def test_ends_with_a_run_that_is_killed(tmp_path):
     command = [sys.executable, "-m", "tfdist.train", *RUN[:-1], f"--run_dir={tmp_path}/run", "--evaluator"]
     with start(command, cwd=tmp_path) as process:

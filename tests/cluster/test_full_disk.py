@@ -55,7 +55,7 @@ def run_on_small_disk(folder, program):
     return done
 
 
-@pytest.mark.parametrize("full", [0, 2], ids=["from the start", "later"])
+@pytest.mark.parametrize("full", [pytest.param(0, marks=pytest.mark.ci), 2], ids=["from the start", "later"])
 def test_training_goes_on_and_nothing_whole_is_removed(tmp_path, full):
     done = run_on_small_disk(tmp_path, PROGRAM.format(full=full, free=5))
     before, meanwhile, after = re.findall("^kept(.*)$", done.stdout, re.MULTILINE)

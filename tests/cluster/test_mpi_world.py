@@ -11,7 +11,7 @@ import pytest
 import tfdist
 
 pytest.importorskip("mpi4py", reason="needs the extra tfdist[mpi]")
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.ci]
 
 WORLD = """
 import os

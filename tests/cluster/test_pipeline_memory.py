@@ -6,7 +6,7 @@ import textwrap
 import programs
 import pytest
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.ci]
 # With Adam's slots and its gradients each of twelve layers takes 67 MB.
 PROGRAM = """
     import re, resource, sys

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from tiers import rarely
 
 from tfdist.plan import main
 
@@ -41,6 +42,13 @@ RECIPE = tfdist.Recipe(build_model=build_model, build_data=build_data, global_ba
 """
 
 
+# Each way's workers and batch sizes among those that are tried.
+FORETOLD = {
+    "every_step": {("every_step", 2, 64), ("every_step", 2, 128)},
+    "local_sgd,delayed,ps": {("local_sgd", 2, 128), ("ps", 1, 64), ("ps", 2, 64)},
+}
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     (tmp_path / "my recipe.py").write_text(RECIPE)
@@ -48,29 +56,25 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_steps_take_as_long_as_foretold(folder, capsys):
+@pytest.mark.parametrize("ways", rarely(FORETOLD, ci=["local_sgd"]))
+def test_steps_take_as_long_as_foretold(folder, capsys, ways):
     """A step that sleeps a millisecond for each example tells what each way must take, on any machine."""
-    flags = ["--recipe=./my recipe.py", "--ways=every_step,local_sgd,delayed,ps", "--json"]
+    flags = ["--recipe=./my recipe.py", f"--ways={ways}", "--json"]
     assert main(flags) == 0
     found = json.loads(capsys.readouterr().out)
-    ways = {(way["way"], way["num_workers"], way["global_batch_size"]): way for way in found["ways"]}
+    timed = {(way["way"], way["num_workers"], way["global_batch_size"]): way for way in found["ways"]}
     assert found["model"]["steps_per_epoch"] == 10 and found["refused"] == {}
-    for (name, num_workers, batch_size), way in ways.items():
+    for (name, num_workers, batch_size), way in timed.items():
         # Two workers of ps step each on whole batches, at the same time.
         least = batch_size / 1000 / num_workers
         assert least < way["step_secs"] < 2.5 * least, (name, num_workers)
         assert way["hours"] == pytest.approx(way["step_secs"] * 3 * (640 // batch_size) / 3600)
         assert 50 < way["memory_mb"] < 5_000
-    assert {
-        ("every_step", 2, 64),
-        ("every_step", 2, 128),
-        ("local_sgd", 2, 128),
-        ("ps", 1, 64),
-        ("ps", 2, 64),
-    } < set(ways)
-    sent = ways["every_step", 2, 64]["sent_mb_per_sec"] * ways["every_step", 2, 64]["step_secs"]
-    # All gradients, and the number that travels along.
-    assert sent == pytest.approx(2_562 * 4 / 1e6, abs=1e-4)
+    assert FORETOLD[ways] <= set(timed)
+    if ("every_step", 2, 64) in timed:
+        sent = timed["every_step", 2, 64]["sent_mb_per_sec"] * timed["every_step", 2, 64]["step_secs"]
+        # All gradients, and the number that travels along.
+        assert sent == pytest.approx(2_562 * 4 / 1e6, abs=1e-4)
 
 
 def test_model_that_one_process_cannot_hold_is_planned_in_parts(folder, capsys):
@@ -113,7 +117,7 @@ def test_model_that_cannot_have_a_way_is_planned_without_it(folder, capsys):
     [
         pytest.param(["--recipe=nobody"], 2, "nobody", marks=pytest.mark.everything),
         pytest.param(["--recipe=./my recipe.py", "--set=width=3"], 2, "width", marks=pytest.mark.everything),
-        (["--recipe=./my recipe.py", "--set=crash=true"], 1, "crashed on purpose"),
+        pytest.param(["--recipe=./my recipe.py", "--set=crash=true"], 1, "crashed", marks=pytest.mark.ci),
         (["--recipe=./my recipe.py", "--hosts=nobody.invalid"], 2, "nobody.invalid"),
         (["--recipe=./my recipe.py", "--epoch=3"], 2, "epochs"),
     ],

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from test_train_command import STRATEGIES, run_train
+from tiers import rarely
 
 pytestmark = pytest.mark.cluster
 # A recipe's own settings, made smaller where the whole would take minutes, and the test metric that they must reach:
@@ -107,7 +108,9 @@ def test_recipe_reaches_its_metric(tmp_path, name, strategy):
 
 
 # digits_cnn is what the other tests train.
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "digits_cnn" and " " not in name])
+@pytest.mark.parametrize(
+    "name", rarely([name for name in RECIPES if name != "digits_cnn" and " " not in name], ci=["deep_lm"])
+)
 def test_recipe_takes_some_steps(tmp_path, name):
     """Under a strategy that asks something of it: tables of ps, rows of gradients of workers, layers in blocks."""
     strategy = "ps" if name in SHARDED else OWN_STRATEGIES.get(name, "one_device")

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import programs
 import pytest
-from everything import rarely
 from test_train_command import run_train
+from tiers import rarely
 
 pytestmark = pytest.mark.cluster
 EPOCHS, STEPS = 4, 23
@@ -90,7 +90,7 @@ def test_multiworker_ends_as_if_no_worker_had_been_killed(tmp_path, uninterrupte
             np.testing.assert_array_equal(found[name], wanted[name])
 
 
-@pytest.mark.parametrize("task", rarely(["worker:1", "ps:0", "chief:0"], "chief:0"))
+@pytest.mark.parametrize("task", rarely(["worker:1", "ps:0", "chief:0"], "chief:0", ci=["worker:1"]))
 def test_ps_goes_on_whoever_is_killed(tmp_path, task):
     # A worker dies inside many steps that it makes between two words with the chief.
     long = ["--steps_per_loop=16", f"--checkpoint_every_steps={STEPS}"]

@@ -80,6 +80,7 @@ def test_sweep_goes_on_after_it_was_killed(folder):
     assert not re.search(r"^trial", again.stdout, re.MULTILINE)
 
 
+@pytest.mark.ci
 def test_trial_that_fails_is_tried_again_once(folder, capsys):
     words = write_space(folder, **{"set.crash": [True]})
     assert main([*words, "--trials=1"]) == 2
@@ -92,6 +93,7 @@ def test_trial_that_fails_is_tried_again_once(folder, capsys):
     assert "holds a sweep of another space" in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_bad_trial_is_ended_early(folder, capsys):
     words = write_space(folder, **{"set.rate": [0.1, 1e-6]})
     # Of the sampler's own draws: the good one, and then the bad one.
@@ -129,7 +131,11 @@ def _storage(folder):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.everything)]
+    "number",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.ci),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.everything),
+    ],
 )
 def test_interrupted_sweep_lets_its_trials_save(folder, number):
     words = write_space(folder, **{"set.rate": [0.1]})

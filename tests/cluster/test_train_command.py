@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import programs
 import pytest
-from everything import rarely
+from tiers import rarely
 
 from tfdist.cluster.ports import PortReservation, check_grpc_server
 

@@ -11,13 +11,13 @@ import programs
 import pytest
 import served
 from chosen import VARIABLE
-from everything import rarely
+from tiers import rarely
 from worlds import run_world
 
 from tfdist.data import service as data_service
 from tfdist.train import main
 
-pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
+pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800), pytest.mark.ci]
 
 SERVERS = """\
 import sys, tensorflow as tf

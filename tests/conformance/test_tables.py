@@ -6,7 +6,7 @@ import cases
 import numpy as np
 import pytest
 import tables
-from everything import rarely
+from tiers import rarely
 from worlds import marked, results_of
 
 from tfdist.training.checkpoint import snapshot

@@ -34,17 +34,24 @@ def run_world(program, out, world):
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-6000:]}"
 
 
-def marked(cases, worlds, default, never=()):
-    """Returns `(case, world)` parameters, those that only `--everything` runs with their mark.
+def marked(cases, worlds, default, never=(), ci=()):
+    """Returns `(case, world)` parameters, those that do not run by default with their mark.
 
     Args:
         cases: All.
         worlds: All.
         default: For a world the cases that always run; all where it is not named.
         never: `(case, world)` that is refused, or different by design.
+        ci: Worlds of which CI alone runs the cases of `default`.
     """
+
+    def marks(case, world):
+        if case not in default.get(world, cases):
+            return [pytest.mark.everything]
+        return [pytest.mark.ci] if world in ci else []
+
     return [
-        pytest.param(case, world, marks=[] if case in default.get(world, cases) else pytest.mark.everything)
+        pytest.param(case, world, marks=marks(case, world))
         for world in worlds
         for case in cases
         if (case, world) not in never

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ssh_hosts import ssh_hosts
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.ci]
 REPOSITORY = str(Path(__file__).parents[2])
 
 

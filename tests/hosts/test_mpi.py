@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from everything import rarely
 from namespaces import ADDRESSES, two_hosts
+from tiers import rarely
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.ci]
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs/machines.md").read_text()

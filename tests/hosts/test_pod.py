@@ -17,7 +17,7 @@ from namespaces import ADDRESSES, two_hosts
 
 from tfdist.launcher.flags import parse_flags
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.ci]
 
 REPOSITORY = Path(__file__).parents[2]
 IMAGE = "localhost/tfdist-test:latest"

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from everything import rarely
 from slurm_cluster import slurm_cluster
+from tiers import rarely
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.ci]
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs" / "machines.md").read_text()

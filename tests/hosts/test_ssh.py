@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ssh_hosts import OTHER_PORT, ssh_hosts
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.ci]
 REPOSITORY = str(Path(__file__).parents[2])
 METRIC = 0.97  # what tests/cluster/test_recipes.py asks of digits_cnn
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import tensorflow as tf
-from everything import rarely
+from tiers import rarely
 
 from tfdist.data.iterators import open_iterator, untuned
 

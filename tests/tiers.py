@@ -1,4 +1,4 @@
-"""`pytest --everything`: also the tests that take hours, which can be stopped and gone on with."""
+"""How much of the suite runs: by default some ten minutes, with `--ci` what CI runs, with `--everything` all."""
 
 from pathlib import Path
 
@@ -26,15 +26,27 @@ _LONG = (
 )
 
 
-def rarely(values, *starts):
-    """Returns parameters, of which those that begin with one of some words run with `--everything` alone."""
+def rarely(values, *starts, ci=()):
+    """Returns parameters, of which not all run by default.
+
+    Args:
+        values: Strings.
+        starts: How those begin that run with `--everything` alone.
+        ci: How those begin that run in CI too.
+    """
+    marks = ((starts, pytest.mark.everything), (tuple(ci), pytest.mark.ci))
     return [
-        pytest.param(value, marks=pytest.mark.everything if value.startswith(starts) else ())
+        pytest.param(value, marks=[mark for words, mark in marks if value.startswith(words)])
         for value in values
     ]
 
 
 def pytest_addoption(parser):
+    parser.addoption(
+        "--ci",
+        action="store_true",
+        help="also what CI runs: other hosts, Slurm and pods, more cases of what the others have an example of",
+    )
     parser.addoption(
         "--everything",
         action="store_true",
@@ -44,6 +56,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "ci: runs with --ci and --everything")
     config.addinivalue_line("markers", "everything: runs with --everything alone")
     config.pluginmanager.register(_Choice(config))
 
@@ -53,6 +66,9 @@ class _Choice:
 
     def __init__(self, config):
         self._all = config.getoption("--everything")
+        self._left_out = (
+            () if self._all else ("everything",) if config.getoption("--ci") else ("everything", "ci")
+        )
         self._is_worker = hasattr(config, "workerinput")
         self._file = Path(config.cache.mkdir("everything")) / "passed" if self._all else None
         if self._is_worker:
@@ -76,8 +92,7 @@ class _Choice:
         items[:] = sorted(chosen, key=lambda item: item.path.name not in _LONG)
 
     def _leaves_out(self, item):
-        is_rare = item.get_closest_marker("everything") is not None
-        return item.nodeid in self._passed or (is_rare and not self._all)
+        return item.nodeid in self._passed or any(item.get_closest_marker(name) for name in self._left_out)
 
     def pytest_runtest_logreport(self, report):
         if self._all and not self._is_worker and report.when == "call" and report.passed:

@@ -60,7 +60,8 @@ def _run(flags: argparse.Namespace, rest: Sequence[str]) -> int:
         grace_epochs=flags.grace_epochs,
         seed=flags.seed,
     )
-    sweep = Sweep(options, lambda line: print(line, flush=True))
+    # At once, with its end: trials side by side speak from threads.
+    sweep = Sweep(options, lambda line: print(f"{line}\n", end="", flush=True))
     print(
         f"sweep in {options.folder}: {len(sweep.finished)} of {options.num_trials} trials are done",
         flush=True,

@@ -46,9 +46,12 @@ def write_space(folder, **space):
     return ["--space=space.yaml", "--recipe=./my recipe.py", "--sweep_dir=a sweep"]
 
 
+def load(folder):
+    return optuna.load_study(study_name="sweep", storage=f"sqlite:///{folder / 'a sweep/study.db'}")
+
+
 def states(folder):
-    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{folder / 'a sweep/study.db'}")
-    return [trial.state.name for trial in study.get_trials()]
+    return [trial.state.name for trial in load(folder).get_trials()]
 
 
 def test_sweep_goes_on_after_it_was_killed(folder):
@@ -62,13 +65,14 @@ def test_sweep_goes_on_after_it_was_killed(folder):
     process.kill()
     process.wait()
     process.stdout.close()  # whatever it has started must be gone too: the fixture of all tests looks
-    num_before = states(folder).count(
-        "COMPLETE"
-    )  # of a slow start the first may have ended before the second began
+    # Of a slow start the first may have ended before the second began.
+    num_before = states(folder).count("COMPLETE")
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
-    # The two are tried again, with what they had chosen, and one more.
+    # The two are tried again, with what they had chosen, and one more, with what no other has.
     assert states(folder).count("COMPLETE") == 3 and states(folder).count("FAIL") == 2
+    rates = [trial.params["set.rate"] for trial in load(folder).trials if trial.state.name == "COMPLETE"]
+    assert len(set(rates)) == 3
     values = [float(value) for value in re.findall(r"^trial \d+: val_loss (\S+);", done.stdout, re.MULTILINE)]
     (best,) = re.findall(r"^best: trial \d+, val_loss (\S+)$", done.stdout, re.MULTILINE)
     assert float(best) <= min(values) and len(values) == 3 - num_before

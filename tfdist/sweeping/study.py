@@ -86,7 +86,6 @@ class Sweep:
                 study_name="sweep",
                 storage=f"sqlite:///{options.folder.resolve() / 'study.db'}",
                 direction=options.direction,
-                sampler=optuna.samplers.TPESampler(seed=options.seed, constant_liar=options.num_parallel > 1),
                 pruner=pruner,
                 load_if_exists=True,
             )
@@ -95,6 +94,9 @@ class Sweep:
                 f"sweep_dir={str(options.folder)!r} holds no sweep that can be gone on with "
                 f"({' '.join(str(error).split())[:200]}); name another."
             ) from error
+        # Of the trials so far, or a sweep that goes on would draw what it has drawn at its start.
+        seed = options.seed + len(self.study.get_trials(deepcopy=False))
+        self.study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=options.num_parallel > 1)
         if self.study.direction.name.lower() != options.direction:
             raise ConfigError(
                 f"sweep_dir={str(options.folder)!r} holds a sweep that wants to "

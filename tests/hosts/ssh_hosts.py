@@ -75,10 +75,12 @@ def ssh_hosts(folder: Path, count: int) -> Iterator[SshHosts]:
         pytest.skip("hosts with ssh need Linux and root")
     number = _claim_number()
     bridge, network = _bridge(number), f"10.77.{number}"
+    # Never of the number 0, which ssh would leave out where it looks the address up among the hosts it knows.
+    network_v6 = f"fd00:77:{number + 1:x}::"
     hosts = [
         SshHost(
             f"t{number}n{i}",
-            (f"{network}.{i}", *([f"fd00:77:{number:x}::{i}"] if socket.has_dualstack_ipv6() else [])),
+            (f"{network}.{i}", *([f"{network_v6}{i}"] if socket.has_dualstack_ipv6() else [])),
             folder / f"n{i}",
         )
         for i in range(1, count + 1)
@@ -87,7 +89,7 @@ def ssh_hosts(folder: Path, count: int) -> Iterator[SshHosts]:
         config = _write_files(folder, hosts)
         _run("ip", "address", "add", f"{network}.254/24", "dev", bridge)
         if socket.has_dualstack_ipv6():
-            _run("ip", "address", "add", f"fd00:77:{number:x}::ff/64", "dev", bridge, "nodad")
+            _run("ip", "address", "add", f"{network_v6}ff/64", "dev", bridge, "nodad")
         _run("ip", "link", "set", bridge, "up")
         for host in hosts:
             _start(host, bridge, folder)

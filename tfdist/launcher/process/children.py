@@ -172,14 +172,16 @@ class Reaper:
 
 
 def read_stop_mark(pid: int) -> str | None:
-    """Returns the processor time of a process that is stopped, as by SIGSTOP; None of one that is not."""
+    """Returns how often a process that is stopped, as by SIGSTOP, had to wait so far; None of one that is not.
+
+    Whoever stops once more waits once more, even if it did nothing in between.
+    """
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # The name before it may hold anything, brackets too.
-            fields = file.read().rpartition(b")")[2].split()
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
     except OSError:  # no /proc on this system, or just gone
         return None
-    return " ".join(word.decode() for word in fields[11:13]) if fields[:1] == [b"T"] else None
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    return fields.get("voluntary_ctxt_switches") if fields.get("State", "").startswith("T") else None
 
 
 def _open_exit_fd(pid: int) -> int | None:

@@ -8,6 +8,8 @@ from tfdist.cluster.spec import Task
 from tfdist.launcher.process.children import Child
 
 FROZEN_SECS = 3.0
+# Between two looks: longer, and it was the launcher that did not run, as on a machine that was suspended.
+_LATE_SECS = FROZEN_SECS / 2
 # How long the first step may take: XLA compiles large models for many minutes.
 FIRST_STEP_SECS = 3600.0
 
@@ -22,6 +24,7 @@ class Watch:
         self._folder = Path(folder)
         self._hang_timeout_secs = hang_timeout_secs
         self._stopped: dict[Task, tuple[str, float]] = {}
+        self._looked_at = 0.0
         self._changed_at: dict[Task, tuple[Beat, float]] = {}
 
     def path(self, task: Task) -> str:
@@ -51,13 +54,16 @@ class Watch:
 
     def find_frozen(self, children: Iterable[Child], now: float) -> list[Child]:
         """Returns the tasks whose process has been stopped (SIGSTOP) for `FROZEN_SECS`: nothing else would notice."""
+        if now - self._looked_at > _LATE_SECS:
+            self._stopped.clear()
+        self._looked_at = now
         frozen = []
         for child in children:
             mark = child.stop_mark
             if mark is None:
                 self._stopped.pop(child.task, None)
                 continue
-            # One that somebody stops again and again has worked in between.
+            # One that somebody stops again and again is slow, and not frozen.
             known = self._stopped.get(child.task)
             if known is None or known[0] != mark:
                 known = self._stopped[child.task] = mark, now

@@ -70,8 +70,10 @@ class Slow(keras.callbacks.Callback):
             time.sleep(GO_SECS)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Ends, and asks for the measures."""
+        """Ends, with the worker going on, and asks for the measures."""
         self.ends.set()
+        if self.thread.is_alive():
+            self.thread.join()
         self.num_dropped.append(self.params["measures"]()["num_dropped"])
 
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -47,33 +46,25 @@ class Slow(keras.callbacks.Callback):
     """Stops the last worker in short turns during the last epoch, and keeps how many examples were dropped."""
 
     writes = True
+    # In a process of its own: TensorFlow waits for all workers, and lets none of Python's threads run, where it adds or
+    # removes a function.
+    turns = f"while kill -STOP $0; do sleep {STOP_SECS}; kill -CONT $0; sleep {GO_SECS}; done"
 
     def __init__(self) -> None:
         super().__init__()
         self.pid = find_worker(2)
-        self.ends = threading.Event()
         self.num_dropped: list[int] = []
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Begins."""
-        self.thread = threading.Thread(target=self.take_turns)
-        if epoch == EPOCHS - 1:
-            self.ends.clear()
-            self.thread.start()
-
-    def take_turns(self) -> None:
-        """Stops the worker and lets it go on."""
-        while not self.ends.is_set():
-            os.kill(self.pid, signal.SIGSTOP)
-            time.sleep(STOP_SECS)
-            os.kill(self.pid, signal.SIGCONT)
-            time.sleep(GO_SECS)
+        words = ["sh", "-c", self.turns if epoch == EPOCHS - 1 else "true", str(self.pid)]
+        self.process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Ends, with the worker going on, and asks for the measures."""
-        self.ends.set()
-        if self.thread.is_alive():
-            self.thread.join()
+        """Ends, and asks for the measures."""
+        self.process.kill()
+        self.process.wait()
+        os.kill(self.pid, signal.SIGCONT)
         self.num_dropped.append(self.params["measures"]()["num_dropped"])
 
 

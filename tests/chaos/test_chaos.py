@@ -26,7 +26,7 @@ FEW = {
     ("multiworker", "kill", "worker:0", "checkpoint"): [],
     ("multiworker", "stop", "worker:1", "step=45"): [pytest.mark.ci],
     ("ps", "term", "ps:0", "step=45"): [pytest.mark.ci],
-    ("ps", "stop", "worker:1", "start"): [],
+    ("ps", "stop", "worker:1", "start"): [pytest.mark.ci],
     ("ps", "kill", "chief:0", "checkpoint"): [pytest.mark.ci],
 }
 ALL = [

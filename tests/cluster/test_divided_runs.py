@@ -178,6 +178,7 @@ SIDE_BY_SIDE = """
 """
 
 
+@pytest.mark.ci
 def test_blocks_do_what_one_process_does(tmp_path):
     """Steps with NaN are left out or end the run everywhere, the best weights come back, bfloat16 is exchanged."""
     (tmp_path / "program.py").write_text(textwrap.dedent(SIDE_BY_SIDE))

@@ -60,6 +60,7 @@ def check(folder, expected, tolerance=4e-3):
     return lines
 
 
+@pytest.mark.ci
 def test_evaluates_each_epoch_and_keeps_the_best(tmp_path, expected):
     flags = ["--strategy=multiworker", "--num_workers=2", "--evaluator", "--keep_best=val_accuracy"]
     done = run_train(tmp_path, *RUN, *flags, env={"TFDIST_REPORT": "on"})

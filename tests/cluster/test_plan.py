@@ -77,6 +77,7 @@ def test_steps_take_as_long_as_foretold(folder, capsys, ways):
         assert sent == pytest.approx(2_562 * 4 / 1e6, abs=1e-4)
 
 
+@pytest.mark.ci
 def test_model_that_one_process_cannot_hold_is_planned_in_parts(folder, capsys):
     """Of what one process cannot do the plan tells, and of what a divided model cannot be."""
     text = RECIPE.replace(

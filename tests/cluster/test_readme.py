@@ -277,6 +277,7 @@ def test_followed_run_is_evaluated_elsewhere(tmp_path):
     assert "evaluator: epoch 1: val_loss" in done.stdout
 
 
+@pytest.mark.ci
 def test_run_survives_its_failure(tmp_path):
     done = run(SURVIVES, tmp_path)
     assert done.returncode == 0, explain(done)

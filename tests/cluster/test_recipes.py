@@ -109,7 +109,11 @@ def test_recipe_reaches_its_metric(tmp_path, name, strategy):
 
 # digits_cnn is what the other tests train.
 @pytest.mark.parametrize(
-    "name", rarely([name for name in RECIPES if name != "digits_cnn" and " " not in name], ci=["deep_lm"])
+    "name",
+    rarely(
+        [name for name in RECIPES if name != "digits_cnn" and " " not in name],
+        ci=["deep_lm", "two_tower", "medical_unet", "dlrm"],
+    ),
 )
 def test_recipe_takes_some_steps(tmp_path, name):
     """Under a strategy that asks something of it: tables of ps, rows of gradients of workers, layers in blocks."""

@@ -9,7 +9,7 @@ from worlds import results_of
 # micro-batch stages see the statistics of a whole batch.
 BACKENDS = ["one_device", "mirrored-2", "one_device", "ps-1", "one_device", "mirrored-2"]
 BACKENDS += ["one_device", "ps-1", "pipeline-2-1", "multiworker-2"]
-NUM_DEFAULT, NUM_CI, NUM_ALL = 100, 200, 2000
+NUM_DEFAULT, NUM_CI, NUM_ALL = 50, 200, 2000
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(1500)]
 # What a strategy cannot do, and a part that a program must have to be refused for it.
 REFUSED = {

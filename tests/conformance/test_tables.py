@@ -28,7 +28,8 @@ def results(tmp_path_factory, request):
 
 
 @pytest.mark.parametrize(
-    ("case", "world"), marked([c for c in tables.CASES if not c.endswith("_together")], ALL_WORLDS, DEFAULT)
+    ("case", "world"),
+    marked([c for c in tables.CASES if not c.endswith("_together")], ALL_WORLDS, DEFAULT, ci=["ps-1-2"]),
 )
 def test_table_equals_dense_keras(results, world, case):
     """Losses, predictions, the logical table and the rest of the model."""

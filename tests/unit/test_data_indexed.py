@@ -48,7 +48,7 @@ def records(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", [Squares, Several])
-@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("shuffle", [True, pytest.param(False, marks=pytest.mark.ci)])
 def test_order_is_that_of_arrays(kind, shuffle):
     """For any number of replicas, from any step on, over several passes."""
 

@@ -319,6 +319,7 @@ def build_model(num_shards):
     return model
 
 
+@pytest.mark.ci
 def test_model_loads_in_a_plain_process(tmp_path):
     """With slots: training goes on there as here."""
     model = build_model(3)

@@ -66,7 +66,7 @@ def fit(folder, data, *, steps=None, shuffle=True, die_after=-1, seed=3, **chang
 
 
 @pytest.mark.parametrize(("build", "is_saved"), [(slices, True), (generator, False)])
-@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("shuffle", [True, pytest.param(False, marks=pytest.mark.ci)])
 @pytest.mark.parametrize(("steps", "deaths"), [(None, [6]), (5, [5, 2])])
 def test_resumed_run_ends_as_the_uninterrupted(tmp_path, build, is_saved, steps, deaths, shuffle):
     """Inside an epoch, and where one has left the rest of the data to the next; the state is there if it can be."""

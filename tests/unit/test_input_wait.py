@@ -81,7 +81,7 @@ def test_a_graph_may_take_many_elements():
 
 # Slow enough to be what a step waits for, on a machine that is busy with other tests.
 @pytest.mark.parametrize("secs", [0.03, 0.0])
-@pytest.mark.parametrize("eagerly", [False, True])
+@pytest.mark.parametrize("eagerly", [False, pytest.param(True, marks=pytest.mark.ci)])
 def test_fit_tells_of_slow_input(tmp_path, secs, eagerly):
     """In the progress line, and in metrics.jsonl; not in the history, which all workers share."""
     run = tfdist.initialize(strategy="one_device")

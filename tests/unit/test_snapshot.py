@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tiers import rarely
 
 import tfdist.layers
 import tfdist.optimizers
@@ -234,7 +235,7 @@ def test_saving_changes_nothing(tmp_path):
     assert_equal(state(model), before)
 
 
-@pytest.mark.parametrize("build", [*KINDS, "table", "sharded-table", "mirrored"])
+@pytest.mark.parametrize("build", rarely([*KINDS, "table", "sharded-table", "mirrored"], ci=["loss-scale"]))
 def test_snapshot_stays_what_it_was_while_training_goes_on(build):
     """It shares the variables' memory: TensorFlow copies what it is about to write to, by whatever operation."""
     if build == "mirrored":
@@ -321,7 +322,7 @@ def test_another_optimizer_with_equal_shapes_is_refused_by_name(tmp_path):
     assert_equal(state(other), before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", rarely(KINDS, ci=["loss-scale"]))
 def test_names_hold_the_path_without_the_numbers_of_the_process(kind, tmp_path):
     names = []
     for _ in range(2):
@@ -425,7 +426,12 @@ IDS = np.random.default_rng(0).integers(0, 11, (32, 3)).astype("int32")
 
 @pytest.mark.parametrize("is_large", [False, True], ids=["copied", "in-blocks"])
 @pytest.mark.parametrize(
-    ("wrote", "reads"), [((3, "mod"), (2, "div")), ((1, "mod"), (4, "mod")), ((4, "div"), (1, "mod"))]
+    ("wrote", "reads"),
+    [
+        ((3, "mod"), (2, "div")),
+        ((1, "mod"), (4, "mod")),
+        pytest.param((4, "div"), (1, "mod"), marks=pytest.mark.ci),
+    ],
 )
 def test_tables_are_kept_by_their_rows_whatever_the_shards(wrote, reads, is_large, tmp_path, monkeypatch):
     """Slots too: what trained goes on alike."""

@@ -353,7 +353,7 @@ def add_up(sums):
 @pytest.mark.parametrize(
     ("num_stages", "num_micro_batches", "recompute"),
     [
-        (2, 1, False),
+        pytest.param(2, 1, False, marks=pytest.mark.ci),
         (3, 4, False),
         pytest.param(1, 2, False, marks=pytest.mark.everything),
         pytest.param(3, 4, True, marks=pytest.mark.everything),

@@ -81,9 +81,9 @@ def test_run_dir_and_checkpoint_of_something_else_are_refused(folder):
         assert_one_line(train(folder, *flags), words)
         assert read_files(folder) == before
     # The same recipe by name, which makes another model now.
-    (folder / "own.py").write_text(RECIPE.replace("Dense(4)", "Dense(5)"))
+    (folder / "own.py").write_text(RECIPE.replace("Dense(4)", "Dense(16)"))
     assert_one_line(
-        train(folder, *resume), r"checkpoint is of another model: .*\(3, 4\) there, \(3, 5\) here"
+        train(folder, *resume), r"checkpoint is of another model: .*\(3, 4\) there, \(3, 16\) here"
     )
     assert read_files(folder) == before
     (folder / "own.py").write_text(RECIPE)

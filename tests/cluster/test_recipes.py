@@ -122,6 +122,7 @@ def test_recipe_takes_some_steps(tmp_path, name):
     assert 0 <= train(tmp_path, name, strategy, "--epochs=1", "--steps_per_epoch=4", *blocks) <= 1
 
 
+@pytest.mark.ci
 def test_tables_of_two_ps_are_evaluated_in_one_process(tmp_path):
     short = ["--epochs=1", "--steps_per_epoch=20", "--run_dir=run"]
     cluster = ["--strategy=ps", "--num_workers=1", "--num_ps=2"]

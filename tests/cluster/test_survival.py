@@ -149,7 +149,7 @@ def test_sigterm_saves_and_leaves_with_143(tmp_path, strategy):
     assert_whole(tmp_path, resumed.stdout)
 
 
-@pytest.mark.parametrize("strategy", rarely(["one_device", "multiworker"], "multiworker"))
+@pytest.mark.parametrize("strategy", rarely(["one_device", "multiworker"], "multiworker", ci=["one_device"]))
 def test_tensor_without_memory_is_one_line(tmp_path, strategy):
     (tmp_path / "huge.py").write_text(
         """

@@ -20,7 +20,7 @@ DEFAULT = {
     "pipeline-3-2": CUT_THRICE,
     "pipeline-2-2-2": ("weights", "embedding", "two_outputs", "tied"),
 }
-CI = ("pipeline-2-1", "pipeline-3-2")
+CI = ("pipeline-2-1", "pipeline-3-2", "sgd", "adamw_ema", "schedule", "class_weight")
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 

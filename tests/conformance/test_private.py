@@ -13,6 +13,7 @@ DEFAULT = {
     "mirrored-2": ("images", "clip", "noise"),
     "multiworker-2": ("table", "poisson", "noise"),
 }
+CI = ("multiworker-2",)
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 
@@ -21,7 +22,7 @@ def results(tmp_path_factory, request):
     return results_of(private.__file__, tmp_path_factory.mktemp("worlds"), request)
 
 
-@pytest.mark.parametrize(("case", "world"), marked(private.EXACT, WORLDS, DEFAULT))
+@pytest.mark.parametrize(("case", "world"), marked(private.EXACT, WORLDS, DEFAULT, ci=CI))
 def test_without_noise_and_cuts_it_is_plain_training(results, case, world):
     found = results(world)
     for name in ("weights", "logs"):
@@ -31,7 +32,7 @@ def test_without_noise_and_cuts_it_is_plain_training(results, case, world):
     assert found[f"{case}/private/iterations"] == found[f"{case}/plain/iterations"] == 12
 
 
-@pytest.mark.parametrize(("case", "world"), marked(private.SAME_SEED, WORLDS, DEFAULT))
+@pytest.mark.parametrize(("case", "world"), marked(private.SAME_SEED, WORLDS, DEFAULT, ci=CI))
 def test_the_same_seed_trains_the_same_under_each_strategy(results, case, world):
     found, alone = results(world), results("one_device")
     for name in ("weights", "logs"):
@@ -41,7 +42,7 @@ def test_the_same_seed_trains_the_same_under_each_strategy(results, case, world)
     assert "epsilon" in found[f"{case}/names"]
 
 
-@pytest.mark.parametrize(("case", "world"), marked(["clip"], WORLDS, DEFAULT))
+@pytest.mark.parametrize(("case", "world"), marked(["clip"], WORLDS, DEFAULT, ci=CI))
 def test_each_examples_gradient_is_cut_by_itself(results, case, world):
     keras.utils.set_random_seed(3)
     model = private.build_model(private.images(), keras.optimizers.SGD(1.0))
@@ -58,7 +59,7 @@ def test_each_examples_gradient_is_cut_by_itself(results, case, world):
         np.testing.assert_allclose(results(world)[f"clip/{i}"], e, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("case", "world"), marked(["noise", "secure_noise"], WORLDS, DEFAULT))
+@pytest.mark.parametrize(("case", "world"), marked(["noise", "secure_noise"], WORLDS, DEFAULT, ci=CI))
 def test_the_noise_in_the_sum_is_one_whatever_the_replicas(results, case, world):
     """20,000 numbers: their standard deviation is off by 0.5%; two replicas' noises would make it 1.41."""
     added = results(world)[f"{case}/added"]

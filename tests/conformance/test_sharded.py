@@ -7,7 +7,7 @@ import tensorflow as tf
 from worlds import run_world
 
 WORKERS = 2
-pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
+pytestmark = [pytest.mark.ci, pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 
 @pytest.fixture(scope="module")

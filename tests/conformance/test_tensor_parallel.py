@@ -10,7 +10,7 @@ BACKENDS = ["pipeline-1-1-1-2", "pipeline-1-2-2-2", "pipeline-2-4-1-2"]
 # Micro-batches draw their own masks by design.
 NEVER = {("dropout", world) for world in BACKENDS[1:]}
 DEFAULT = {"pipeline-1-2-2-2": ("language", "averaged"), "pipeline-2-4-1-2": ("ignored", "stock")}
-CI = ("pipeline-2-4-1-2",)
+CI = ("pipeline-1-2-2-2", "pipeline-2-4-1-2")
 pytestmark = [pytest.mark.conformance, pytest.mark.cluster, pytest.mark.timeout(800)]
 
 

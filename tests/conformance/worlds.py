@@ -42,13 +42,13 @@ def marked(cases, worlds, default, never=(), ci=()):
         worlds: All.
         default: For a world the cases that always run; all where it is not named.
         never: `(case, world)` that is refused, or different by design.
-        ci: Worlds of which CI alone runs the cases of `default`.
+        ci: Worlds, and cases, that of `default` CI alone runs.
     """
 
     def marks(case, world):
         if case not in default.get(world, cases):
             return [pytest.mark.everything]
-        return [pytest.mark.ci] if world in ci else []
+        return [pytest.mark.ci] if world in ci or case in ci else []
 
     return [
         pytest.param(case, world, marks=marks(case, world))

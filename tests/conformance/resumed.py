@@ -12,6 +12,8 @@ import json
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -30,16 +32,24 @@ Y = rng.integers(0, 3, EXAMPLES)
 
 
 class DieAt(keras.callbacks.Callback):
-    """Kills this process, as a machine that fails does."""
+    """Kills this process, as a machine that fails does.
 
-    def __init__(self, step: int) -> None:
+    Args:
+        step: After which.
+        folder: If given, not before a checkpoint is there: it is written while steps go on.
+    """
+
+    def __init__(self, step: int, folder: str | None) -> None:
         super().__init__()
         self._left = step
+        self._folder = folder
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Counts down."""
         self._left -= 1
         if self._left == 0:
+            while self._folder is not None and not list(Path(self._folder).glob("epoch-*")):
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -57,6 +67,7 @@ def main(out: str, strategy: str, replicas: str | None = None) -> None:
     die_at = int(os.environ["RESUMED_DIE_AT"]) if run.is_chief else 0
     secs = os.environ.get("RESUMED_EVERY_SECS")
     stream = os.environ.get("RESUMED_STREAM", "")
+    folder = os.environ["RESUMED_CHECKPOINTS"]
     stopping = keras.callbacks.EarlyStopping("val_loss", patience=10, restore_best_weights=True)
     history = run.fit(
         model,
@@ -65,10 +76,10 @@ def main(out: str, strategy: str, replicas: str | None = None) -> None:
         epochs=1 if stream else EPOCHS,
         validation_data=(X[:50], Y[:50]),
         verbose=2,
-        callbacks=[DieAt(die_at), stopping],
+        callbacks=[DieAt(die_at, folder if stream else None), stopping],
         sync=tfdist.SyncOptions(exchange="collective", **json.loads(os.environ.get("RESUMED_SYNC", "{}"))),
         checkpoints=tfdist.Checkpoints(
-            directory=os.environ["RESUMED_CHECKPOINTS"],
+            directory=folder,
             every_steps=None if secs else 4,
             every_secs=float(secs) if secs else None,
         ),

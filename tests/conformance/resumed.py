@@ -36,10 +36,10 @@ class DieAt(keras.callbacks.Callback):
 
     Args:
         step: After which.
-        folder: If given, not before a checkpoint is there: it is written while steps go on.
+        folder: Where a checkpoint must lie by then: it is written while steps go on.
     """
 
-    def __init__(self, step: int, folder: str | None) -> None:
+    def __init__(self, step: int, folder: str) -> None:
         super().__init__()
         self._left = step
         self._folder = folder
@@ -48,7 +48,7 @@ class DieAt(keras.callbacks.Callback):
         """Counts down."""
         self._left -= 1
         if self._left == 0:
-            while self._folder is not None and not list(Path(self._folder).glob("epoch-*")):
+            while not list(Path(self._folder).glob("epoch-*")):
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -76,7 +76,7 @@ def main(out: str, strategy: str, replicas: str | None = None) -> None:
         epochs=1 if stream else EPOCHS,
         validation_data=(X[:50], Y[:50]),
         verbose=2,
-        callbacks=[DieAt(die_at, folder if stream else None), stopping],
+        callbacks=[DieAt(die_at, folder), stopping],
         sync=tfdist.SyncOptions(exchange="collective", **json.loads(os.environ.get("RESUMED_SYNC", "{}"))),
         checkpoints=tfdist.Checkpoints(
             directory=folder,

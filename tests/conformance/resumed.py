@@ -48,7 +48,7 @@ class DieAt(keras.callbacks.Callback):
         """Counts down."""
         self._left -= 1
         if self._left == 0:
-            while not list(Path(self._folder).glob("epoch-*")):
+            while not any(Path(self._folder).glob("epoch-*")):
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -180,8 +181,8 @@ def read_stop_mark(pid: int) -> str | None:
         status = Path(f"/proc/{pid}/status").read_text(errors="replace")
     except OSError:  # no /proc on this system, or just gone
         return None
-    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-    return fields.get("voluntary_ctxt_switches") if fields.get("State", "").startswith("T") else None
+    found = re.search(r"^State:\tT.*^voluntary_ctxt_switches:\t(\d+)", status, re.MULTILINE | re.DOTALL)
+    return found[1] if found else None
 
 
 def _open_exit_fd(pid: int) -> int | None:
